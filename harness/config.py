@@ -1,0 +1,198 @@
+"""The settings of a study as dataclasses (Hydra structured configs) and their validation.
+
+Below the command line only these travel. Every YAML in conf/ fills one of them; an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from harness.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+TARGET_KINDS = ("matrix", "type", "block", "all")
+REGION_BY = ("fraction", "decile", "index", "energy", "mp", "gavish_donoho")
+REGION_KINDS = ("large", "bulk", "small")
+CONTROLS = ("none", "random")
+EDIT_MODES = ("weight", "branch")
+PRECISIONS = ("exact", "adaptive")
+
+
+@dataclass
+class RecallModelConfig:
+    """The embedded default: how the two-layer in-context-recall transformer of arXiv 2406.03068 is built and trained."""
+
+    dim: int = 128
+    hidden_dim: int = 512
+    context_length: int = 64
+    feed_forward: str = "mlp"  # mlp | linear | none
+    n_triggers: int = 1
+    noise: float = 0.5
+    noise_token: str = "own"  # "own": a token of its own (vocabulary 66); or a character such as "!"
+    optimizer: str = "adamw"  # adamw | sgd
+    learning_rate: float = 2e-3
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 1e-4
+    batch_size: int = 64
+    steps: int = 600
+    seed: int = 0
+    cache_dir: str | None = None  # default: $XDG_CACHE_HOME/spectral-harness or ~/.cache/spectral-harness
+
+
+@dataclass
+class ModelConfig:
+    name: str = "recall"  # Hugging Face name, local folder, or "recall" for the embedded model
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    device_map: str | None = None  # e.g. auto, for models larger than one device
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    recall: RecallModelConfig = field(default_factory=RecallModelConfig)
+
+
+@dataclass
+class TargetConfig:
+    """Which matrices an ablation touches together."""
+
+    kind: str = "matrix"  # matrix | type | block | all
+    layer_types: list[str] = field(default_factory=lambda: ["all"])
+    blocks: list[int] | None = None  # null: every block
+
+
+@dataclass
+class RegionConfig:
+    """Which singular values are removed; positions count from 0 = the largest."""
+
+    by: str = "fraction"
+    kinds: list[str] = field(default_factory=lambda: ["large", "bulk", "small"])  # fraction and energy
+    values: list[float] = field(default_factory=lambda: [0.1])  # fraction and energy: size of the region, 0..1
+    intervals: list[str] = field(default_factory=list)  # index: "0:16", "1:", "-8:"; fraction: "0.2:0.5"
+    deciles: list[int] = field(default_factory=lambda: list(range(1, 11)))  # decile: 1 = the largest tenth
+    mp: list[str] = field(default_factory=lambda: ["above", "inside", "below"])  # by mp
+    estimator: str = "gavish_donoho"  # mp: gavish_donoho | usvt | bulk_fit
+    tracy_widom: bool = False  # mp: widen the edges by the Tracy-Widom margin
+    controls: list[str] = field(default_factory=lambda: ["none"])  # none | random
+    random_seeds: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
+class TextTask:
+    """Perplexity of any text: the rows of a column joined by `separator`, cut into windows."""
+
+    kind: str = "text"
+    dataset: str | None = None  # Hugging Face data set, when data_files is null
+    dataset_config: str | None = None
+    split: str = "test"
+    column: str = "text"
+    data_files: str | None = None  # .jsonl .json .csv .parquet .txt
+    separator: str = "\n\n"
+    window: int | None = None  # tokens; null: 2048 or the model's context, whichever is smaller
+    stride: int | None = None  # tokens; null: window (no overlap)
+    limit: int | None = None  # windows
+
+
+@dataclass
+class RecallTask:
+    """In-context recall on sequences of the embedded model's own data, clean and noisy."""
+
+    kind: str = "recall"
+    n_sequences: int = 512
+    noise: float | None = None  # of the noisy set; null: as in training
+    seed: int = 0
+
+
+@dataclass
+class IoiTask:
+    """Indirect-object identification: the name that should follow against the name that should not."""
+
+    kind: str = "ioi"
+    dataset: str | None = None
+    split: str = "train"
+    data_files: str | None = None
+    limit: int | None = None
+
+
+@dataclass
+class FactualTask:
+    """Factual recall: the first token of the true object against generic words."""
+
+    kind: str = "factual"
+    dataset: str | None = None
+    split: str = "train"
+    data_files: str | None = None  # CounterFact (prompt, ground_truth) or known facts (prompt, attribute)
+    generic_words: list[str] = field(default_factory=lambda: ["the", "a", "an", "in", "of", "and", "not"])
+    limit: int | None = None
+
+
+@dataclass
+class LambadaTask:
+    """The last word of a passage: accuracy (all its tokens greedy) and perplexity per word."""
+
+    kind: str = "lambada"
+    dataset: str | None = None
+    split: str = "test"
+    data_files: str | None = None
+    limit: int | None = None
+
+
+@dataclass
+class BlimpTask:
+    """Minimal pairs: is the grammatical sentence the more probable one."""
+
+    kind: str = "blimp"
+    dataset: str | None = None
+    subsets: list[str] = field(default_factory=list)  # names of paradigms; empty: every .jsonl file of the folder
+    data_files: str | None = None  # a folder with one <subset>.jsonl per paradigm, or one file
+    limit: int | None = None  # pairs per paradigm
+
+
+@dataclass
+class LmEvalTask:
+    """Any task of lm-evaluation-harness, by its name there."""
+
+    kind: str = "lm_eval"
+    task: str = "???"
+    num_fewshot: int | None = None  # null: the task's own default
+    limit: int | None = None
+    data_files: dict[str, str] = field(default_factory=dict)  # split -> local file; empty: from the hub
+    include_path: str | None = None  # folder with the user's own task YAML files
+    seed: int = 1234  # of the few-shot sampler
+
+
+TASK_KINDS: dict[str, type] = {
+    "text": TextTask,
+    "recall": RecallTask,
+    "ioi": IoiTask,
+    "factual": FactualTask,
+    "lambada": LambadaTask,
+    "blimp": BlimpTask,
+    "lm_eval": LmEvalTask,
+}
+
+
+@dataclass
+class RuntimeConfig:
+    """How it is computed: must not change the numbers beyond rounding, but batch_tokens does in low precision."""
+
+    batch_tokens: int = 8192  # padded tokens per forward pass
+    logit_rows: int = 1024  # rows of logits held at once
+    edit: str = "weight"  # weight: one rounding to the model's dtype; branch: float32 subtraction at the output
+    reuse: bool = True  # resume at the first edited block instead of running every block again
+    threads: int | None = None  # CPU threads; null: as torch decides
+    examples: bool = True  # write the per-example table
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    region: RegionConfig = field(default_factory=RegionConfig)
+    tasks: dict[str, Any] = field(default_factory=dict)  # name -> one of TASK_KINDS
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    output: str | None = None  # folder of the study; null: results/<model>-<study id>
+    seed: int = 0

@@ -1,0 +1,1 @@
+"""Studies, the runner, shards."""

@@ -1,0 +1,1 @@
+"""Loading, and the map from any known architecture to matrices."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: decomposition, regions, random matrix theory, ablation. Imports torch and nothing of ours."""

@@ -1,0 +1,1 @@
+"""Schema, atomic parquet store, provenance, report and plots. Imports no torch."""

@@ -1,0 +1,19 @@
+"""Fixtures shared by all tests: the assets folder, tiny models, offline hubs."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real weights and data; tests that want it skip where it is absent."""
+    folder = Path(os.environ.get("HARNESS_ASSETS", Path(__file__).parents[2] / "shared")).resolve()
+    if not (folder / "ASSETS.md").exists():
+        pytest.skip(f"no assets at {folder} (set HARNESS_ASSETS)")
+    return folder
