@@ -1,0 +1,26 @@
+"""The store of a study's tables in one place: write, read, states and damage (see parts.py for the layout)."""
+
+from harness.tables.parts import Listing, list_table
+from harness.tables.reader import (
+    CorruptPart,
+    cell_states,
+    check_version,
+    corrupt_parts,
+    quarantine,
+    read_examples,
+    read_metrics,
+)
+from harness.tables.writer import write_cell
+
+__all__ = [
+    "CorruptPart",
+    "Listing",
+    "cell_states",
+    "check_version",
+    "corrupt_parts",
+    "list_table",
+    "quarantine",
+    "read_examples",
+    "read_metrics",
+    "write_cell",
+]
