@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ GROUPS = {
     "mlp": MLP_TYPES,
     "all": ATTENTION_TYPES + CROSS_ATTENTION_TYPES + MLP_TYPES,
 }
-EMBEDDING_NAMES = (
-    ("lm_head", "embed_tokens", "embed_positions", "wte", "wpe", "embed_in", "embed_out", "shared")
-    + ("embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings", "embedding", "head")
+EMBEDDING_NAMES = frozenset(
+    "lm_head head cls embed_tokens embed_positions wte wpe embed_in embed_out shared embedding embeddings "
+    "word_embeddings position_embeddings token_type_embeddings".split()
 )
 AUTO_CLASSES = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 
@@ -56,39 +56,76 @@ class Family:
     weights: Mapping[str, Stored]
     kind: str = "causal"
 
+    def auto_class(self) -> type:
+        """The transformers Auto class with which a model of this family is loaded."""
+        import transformers
+
+        return getattr(transformers, AUTO_CLASSES[self.kind])
+
 
 def _plain(*optional: str, **paths: str) -> dict[str, Stored]:
     """Linear layers: layer type -> path of the module in the block; those named in `optional` may be absent."""
     return {f"{path}.weight": Stored((name,), optional=name in optional) for name, path in paths.items()}
 
 
-def _conv1d(*layer_types: str) -> Stored:
-    return Stored(layer_types, transposed=True)
+def _attention(path: str, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj", o: str = "o_proj") -> dict:
+    return _plain(q_proj=f"{path}.{q}", k_proj=f"{path}.{k}", v_proj=f"{path}.{v}", o_proj=f"{path}.{o}")
 
 
-_SELF_ATTN = _plain(
-    q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj", o_proj="self_attn.o_proj"
-)
+def _phi3_rows(config: Any) -> tuple[int, ...]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = config.num_key_value_heads * head_dim
+    return config.num_attention_heads * head_dim, kv, kv
+
+
+_ATTENTION = _attention("self_attn")
 _GATED_MLP = _plain(gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
+_EXPERTS = {
+    "mlp.gate.weight": Stored(("router",), optional=True),
+    "mlp.experts.gate_up_proj": Stored(("gate_proj", "up_proj"), optional=True),
+    "mlp.experts.down_proj": Stored(("down_proj",), optional=True),
+}
+_DENSE_OR_EXPERTS = {name: replace(stored, optional=True) for name, stored in _GATED_MLP.items()} | _EXPERTS
 
-_LLAMA = Family({"": "layers"}, {**_SELF_ATTN, **_GATED_MLP})
+_LLAMA = Family({"": "layers"}, _ATTENTION | _GATED_MLP)
+_MIXTURE = Family({"": "layers"}, _ATTENTION | _DENSE_OR_EXPERTS)
+_BERT = Family(
+    {"": "encoder.layer"},
+    _attention("attention", "self.query", "self.key", "self.value", "output.dense")
+    | _plain(up_proj="intermediate.dense", down_proj="output.dense"),
+    kind="masked",
+)
+
+
+def _t5_weights() -> dict[str, Stored]:
+    """An encoder block is self-attention, feed-forward; a decoder block has cross-attention between them."""
+    weights = _attention("layer.0.SelfAttention", *"qkvo")
+    # The table is buckets x heads: as a map from a one-hot bucket to heads it is stored transposed.
+    bias = Stored(("relative_bias",), transposed=True, optional=True)  # in the first block of each stack
+    weights["layer.0.SelfAttention.relative_attention_bias.weight"] = bias
+    for part in "qkvo":
+        name = f"layer.1.EncDecAttention.{part}.weight"
+        weights[name] = Stored((f"cross_{part}_proj",), optional=True)
+    for layer in (1, 2):
+        for name, path in (("up_proj", "wi"), ("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo")):
+            weights[f"layer.{layer}.DenseReluDense.{path}.weight"] = Stored((name,), optional=True)
+    return weights
+
 
 FAMILIES: dict[str, Family] = {
     "recall": Family(
         {"": "layers"},
-        {
-            **_plain(k_proj="self_attn.k_proj", v_proj="self_attn.v_proj", o_proj="self_attn.o_proj"),
-            **_plain("up_proj", "down_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj"),
-            **_plain("up_proj", up_proj="mlp.proj"),
-        },
+        _plain(k_proj="self_attn.k_proj", v_proj="self_attn.v_proj", o_proj="self_attn.o_proj")
+        | _plain("up_proj", "down_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
+        | _plain("up_proj", up_proj="mlp.proj"),
     ),
     "gpt2": Family(
         {"": "h"},
         {
-            "attn.c_attn.weight": _conv1d("q_proj", "k_proj", "v_proj"),
-            "attn.c_proj.weight": _conv1d("o_proj"),
-            "mlp.c_fc.weight": _conv1d("up_proj"),
-            "mlp.c_proj.weight": _conv1d("down_proj"),
+            "attn.c_attn.weight": Stored(("q_proj", "k_proj", "v_proj"), transposed=True),
+            "attn.c_proj.weight": Stored(("o_proj",), transposed=True),
+            "mlp.c_fc.weight": Stored(("up_proj",), transposed=True),
+            "mlp.c_proj.weight": Stored(("down_proj",), transposed=True),
         },
     ),
     "gpt_neox": Family(
@@ -96,11 +133,35 @@ FAMILIES: dict[str, Family] = {
         {
             "attention.query_key_value.weight": Stored(
                 ("q_proj", "k_proj", "v_proj"), heads=lambda config: config.num_attention_heads
-            ),
-            **_plain(o_proj="attention.dense", up_proj="mlp.dense_h_to_4h", down_proj="mlp.dense_4h_to_h"),
-        },
+            )
+        }
+        | _plain(o_proj="attention.dense", up_proj="mlp.dense_h_to_4h", down_proj="mlp.dense_4h_to_h"),
+    ),
+    "gptj": Family({"": "h"}, _attention("attn", o="out_proj") | _plain(up_proj="mlp.fc_in", down_proj="mlp.fc_out")),
+    "opt": Family(
+        {"": "decoder.layers"}, _attention("self_attn", o="out_proj") | _plain(up_proj="fc1", down_proj="fc2")
     ),
     "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gemma3": replace(_LLAMA, stacks={"": "language_model.layers"}),  # the vision tower's blocks are not counted
+    "phi3": Family(
+        {"": "layers"},
+        {
+            "self_attn.qkv_proj.weight": Stored(("q_proj", "k_proj", "v_proj"), rows=_phi3_rows),
+            "mlp.gate_up_proj.weight": Stored(("gate_proj", "up_proj")),
+        }
+        | _plain(o_proj="self_attn.o_proj", down_proj="mlp.down_proj"),
+    ),
+    "mixtral": _MIXTURE,
+    "qwen3_moe": _MIXTURE,  # some of its blocks may be dense
+    "olmoe": _MIXTURE,
+    "bert": _BERT,
+    "roberta": _BERT,
+    "t5": Family({"encoder": "encoder.block", "decoder": "decoder.block"}, _t5_weights(), kind="seq2seq"),
 }
 
 
@@ -115,16 +176,9 @@ def family_of(config: Any) -> Family:
     return FAMILIES[model_type]
 
 
-def auto_class(config: Any) -> type:
-    """The transformers Auto class with which a model of this config is loaded; raises InputError if unknown."""
-    import transformers
-
-    return getattr(transformers, AUTO_CLASSES[family_of(config).kind])
-
-
 def skeleton(config: Any) -> nn.Module:
     """The model of a config on the meta device: names and shapes without weights. Raises InputError if unknown."""
-    load_class = auto_class(config)
+    load_class = family_of(config).auto_class()
     with torch.device("meta"):
         return load_class.from_config(config)
 
