@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: decomposition, regions, random matrix theory, ablation. Imports torch and nothing of ours."""
+"""Tensors in, tensors out: decomposition, regions, random matrix theory, ablation; imports torch, nothing of ours."""
