@@ -1,0 +1,142 @@
+"""Values with standard errors, paired differences, and corrections for having tried many cells.
+
+A metric is g(R) with R = sum(s) / sum(w) over examples, g the identity or exp. Its standard error is that of the delta
+method: the influence of example i is psi_i = g'(R) (s_i - R w_i) n / sum(w), these sum to zero, and the standard error
+is their sample standard deviation over sqrt(n). For a mean (w = 1) that is the usual standard error of the mean, and
+`paired` is the paired t-test. (Ratio estimators: Cochran, Sampling Techniques, 3rd ed., section 6.4; the influence
+function: the infinitesimal jackknife of Jaeckel, 1972.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.evaluation.requests import ExampleScores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """value in the metric's own unit; stderr in the same unit, None for a single example; n examples counted."""
+
+    value: float
+    stderr: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """delta = ablated - baseline in the metric's own unit; stderr of the pairs' difference; two-sided p_value of
+    Student's t with n - 1 degrees of freedom. stderr and p_value are None for a single example."""
+
+    delta: float
+    stderr: float | None
+    p_value: float | None
+
+
+def estimate(scores: ExampleScores) -> Estimate:
+    """The metric and its standard error. Examples with zero weight and zero score are not part of the metric and are
+    not counted in n. Scores that are not finite give a value that is not finite.
+
+    Raises ValueError: arrays of different length, no weight, unknown transform.
+    """
+    score, weight = _arrays(scores)
+    inside = (weight != 0) | (score != 0)
+    score, weight = score[inside], weight[inside]
+    with np.errstate(invalid="ignore", over="ignore"):
+        value, influence = _value_and_influence(score, weight, scores.transform)
+        return Estimate(value, _stderr(influence), len(score))
+
+
+def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
+    """ablated - baseline over the same examples. No difference in any example gives p = 1; the same difference in every
+    example (standard error exactly zero) gives p = 0.
+
+    Raises ValueError where the two differ in examples (length or weights) or in transform, and as `estimate` does.
+    """
+    score_a, weight = _arrays(ablated)
+    score_b, weight_b = _arrays(baseline)
+    if len(weight) != len(weight_b):
+        raise ValueError(f"not the same examples: {len(weight)} ablated, {len(weight_b)} in the baseline")
+    if not np.array_equal(weight, weight_b):
+        raise ValueError("not the same examples: the weights of ablated and baseline differ")
+    if ablated.transform != baseline.transform:
+        raise ValueError(f"not the same metric: transforms {ablated.transform!r} and {baseline.transform!r}")
+    inside = (weight != 0) | (score_a != 0) | (score_b != 0)
+    score_a, score_b, weight = score_a[inside], score_b[inside], weight[inside]
+    with np.errstate(invalid="ignore", over="ignore"):
+        value_a, influence_a = _value_and_influence(score_a, weight, ablated.transform)
+        value_b, influence_b = _value_and_influence(score_b, weight, baseline.transform)
+        delta = value_a - value_b
+        stderr = _stderr(influence_a - influence_b)
+    return Delta(delta, stderr, _p_value(delta, stderr, len(weight)))
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for the family-wise error rate, float64 [m], in the order given (Holm 1979). NaN stays NaN and
+    counts as not tested. Raises ValueError outside 0..1."""
+    return _adjusted(p_values, lambda ascending: np.maximum.accumulate(
+        ascending * np.arange(len(ascending), 0, -1)
+    ))
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for the false discovery rate, float64 [m], in the order given (Benjamini and Hochberg 1995).
+    NaN stays NaN and counts as not tested. Raises ValueError outside 0..1."""
+    return _adjusted(p_values, lambda ascending: np.minimum.accumulate(
+        (ascending * len(ascending) / np.arange(1, len(ascending) + 1))[::-1]
+    )[::-1])
+
+
+def _arrays(scores: ExampleScores) -> tuple[np.ndarray, np.ndarray]:
+    score = np.asarray(scores.score, dtype=np.float64)
+    weight = np.asarray(scores.weight, dtype=np.float64)
+    if score.ndim != 1 or score.shape != weight.shape:
+        raise ValueError(f"score and weight must be vectors of one length, not {score.shape} and {weight.shape}")
+    if not weight.sum() > 0:
+        raise ValueError("the weights sum to nothing")
+    return score, weight
+
+
+def _value_and_influence(score: np.ndarray, weight: np.ndarray, transform: str) -> tuple[float, np.ndarray]:
+    total = weight.sum()
+    ratio = score.sum() / total
+    if transform == "identity":
+        value, slope = ratio, 1.0
+    elif transform == "exp":
+        value = slope = np.exp(ratio)
+    else:
+        raise ValueError(f"unknown transform {transform!r}: identity or exp")
+    return float(value), slope * (score - ratio * weight) * (len(score) / total)
+
+
+def _stderr(influence: np.ndarray) -> float | None:
+    n = len(influence)
+    return None if n < 2 else float(np.sqrt(np.square(influence).sum() / (n - 1) / n))
+
+
+def _p_value(delta: float, stderr: float | None, n: int) -> float | None:
+    if stderr is None:
+        return None
+    if math.isnan(delta) or math.isnan(stderr):
+        return math.nan
+    if stderr == 0:
+        return 1.0 if delta == 0 else 0.0
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(delta / stderr), n - 1))
+
+
+def _adjusted(p_values: Sequence[float], step) -> np.ndarray:
+    p = np.asarray(p_values, dtype=np.float64)
+    tested = np.flatnonzero(~np.isnan(p))
+    if p.ndim != 1 or np.any((p[tested] < 0) | (p[tested] > 1)):
+        raise ValueError("p-values must be a vector of numbers in 0..1")
+    order = tested[np.argsort(p[tested], kind="stable")]
+    adjusted = np.full(len(p), np.nan)
+    if len(order):
+        adjusted[order] = np.minimum(step(p[order]), 1.0)
+    return adjusted

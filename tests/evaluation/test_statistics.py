@@ -1,0 +1,176 @@
+"""Estimates and paired differences against scipy, the jackknife, the bootstrap and the closure principle."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness.evaluation.requests import ExampleScores
+from harness.evaluation.statistics import benjamini_hochberg, estimate, holm, paired
+
+
+def _mean(score):
+    return ExampleScores(np.asarray(score, dtype=np.float64), np.ones(len(score)))
+
+
+@pytest.fixture
+def text():
+    """Windows of unequal length whose loss per token varies, as a perplexity has them."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 200, size=80).astype(np.float64)
+    per_token = 2.0 + 0.3 * rng.standard_normal(80)
+    shifted = per_token + 0.05 + 0.02 * rng.standard_normal(80)
+    return tokens, tokens * per_token, tokens * shifted
+
+
+def test_mean_and_its_standard_error_are_scipys():
+    score = np.random.default_rng(1).random(37)
+    found = estimate(_mean(score))
+    assert found.value == pytest.approx(score.mean(), rel=1e-14)
+    assert found.stderr == pytest.approx(scipy.stats.sem(score), rel=1e-12)
+    assert found.n == 37
+
+
+def test_paired_means_are_the_paired_t_test():
+    rng = np.random.default_rng(2)
+    baseline = rng.random(25)
+    ablated = baseline + 0.1 * rng.standard_normal(25) + 0.03
+    found = paired(_mean(ablated), _mean(baseline))
+    expected = scipy.stats.ttest_rel(ablated, baseline)
+    assert found.delta == pytest.approx((ablated - baseline).mean(), rel=1e-12)
+    assert found.delta / found.stderr == pytest.approx(expected.statistic, rel=1e-10)
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-10)
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp"])
+def test_ratio_agrees_with_the_jackknife(text, transform):
+    tokens, nll, shifted = text
+    g = {"identity": float, "exp": np.exp}[transform]
+    n = len(tokens)
+
+    def leave_one_out(score):
+        return np.array([g((score.sum() - score[i]) / (tokens.sum() - tokens[i])) for i in range(n)])
+
+    def jackknife(values):
+        return np.sqrt((n - 1) / n * np.square(values - values.mean()).sum())
+
+    found = estimate(ExampleScores(nll, tokens, transform))
+    assert found.value == pytest.approx(g(nll.sum() / tokens.sum()), rel=1e-14)
+    # the two differ in the second order, 1/n
+    assert found.stderr == pytest.approx(jackknife(leave_one_out(nll)), rel=3 / n)
+    delta = paired(ExampleScores(shifted, tokens, transform), ExampleScores(nll, tokens, transform))
+    assert delta.delta == pytest.approx(g(shifted.sum() / tokens.sum()) - g(nll.sum() / tokens.sum()), rel=1e-10)
+    assert delta.stderr == pytest.approx(jackknife(leave_one_out(shifted) - leave_one_out(nll)), rel=3 / n)
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp"])
+def test_ratio_agrees_with_the_bootstrap(text, transform):
+    tokens, nll, shifted = text
+    g = {"identity": lambda x: x, "exp": np.exp}[transform]
+    draws = np.random.default_rng(3).integers(0, len(tokens), size=(20_000, len(tokens)))
+    size = tokens[draws].sum(1)
+    values = g(nll[draws].sum(1) / size)
+    deltas = g(shifted[draws].sum(1) / size) - values
+    found = estimate(ExampleScores(nll, tokens, transform))
+    delta = paired(ExampleScores(shifted, tokens, transform), ExampleScores(nll, tokens, transform))
+    # 20,000 draws know a standard deviation to 0.5 %; the bootstrap divides by n where we divide by n - 1
+    bessel = np.sqrt(len(tokens) / (len(tokens) - 1))
+    assert found.stderr == pytest.approx(values.std() * bessel, rel=0.03)
+    assert delta.stderr == pytest.approx(deltas.std() * bessel, rel=0.03)
+
+
+def test_pairing_sees_a_difference_that_two_separate_errors_hide(text):
+    tokens, nll, shifted = text
+    scores = ExampleScores(nll, tokens, "exp"), ExampleScores(shifted, tokens, "exp")
+    delta = paired(scores[1], scores[0])
+    assert delta.p_value < 1e-6
+    assert delta.delta < 2 * np.hypot(estimate(scores[0]).stderr, estimate(scores[1]).stderr)
+
+
+def test_no_difference_and_the_same_difference_everywhere():
+    score = np.arange(8.0)
+    same = paired(_mean(score), _mean(score))
+    assert (same.delta, same.stderr, same.p_value) == (0.0, 0.0, 1.0)
+    moved = paired(_mean(score + 1), _mean(score))
+    assert (moved.delta, moved.stderr, moved.p_value) == (1.0, 0.0, 0.0)
+
+
+def test_one_example_has_a_value_and_no_error():
+    found = estimate(ExampleScores(np.array([6.0]), np.array([2.0])))
+    assert (found.value, found.stderr, found.n) == (3.0, None, 1)
+    delta = paired(_mean([2.0]), _mean([1.5]))
+    assert (delta.delta, delta.stderr, delta.p_value) == (0.5, None, None)
+
+
+def test_examples_outside_the_metric_are_not_counted():
+    """A metric of one paradigm holds zeros for the others; its error and degrees of freedom are the paradigm's own."""
+    ablated, baseline = np.array([1.0, 0, 0, 1, 1, 0]), np.array([1.0, 1, 0, 0, 1, 1])
+    mask = np.array([1.0, 0, 1, 1, 1, 0])
+    keep = mask == 1
+    whole = ExampleScores(ablated * mask, mask), ExampleScores(baseline * mask, mask)
+    alone = _mean(ablated[keep]), _mean(baseline[keep])
+    assert estimate(whole[0]) == estimate(alone[0])
+    assert estimate(whole[0]).n == 4
+    assert paired(*whole) == paired(*alone)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_not_finite_stay_visible(bad):
+    broken = _mean([1.0, bad, 2.0])
+    assert not np.isfinite(estimate(broken).value)
+    delta = paired(broken, _mean([1.0, 1.0, 2.0]))
+    assert not np.isfinite(delta.delta)
+    assert np.isnan(delta.p_value)
+
+
+def test_a_perplexity_beyond_float64_is_infinite_without_a_warning():
+    assert estimate(ExampleScores(np.array([900.0, 1000.0]), np.ones(2), "exp")).value == np.inf
+
+
+@pytest.mark.parametrize(
+    ("ablated", "baseline", "message"),
+    [
+        (_mean([1.0, 2.0]), _mean([1.0]), "2 ablated, 1 in the baseline"),
+        (ExampleScores(np.ones(2), np.array([1.0, 2.0])), _mean([1.0, 1.0]), "weights"),
+        (ExampleScores(np.ones(2), np.ones(2), "exp"), _mean([1.0, 1.0]), "transforms"),
+        (ExampleScores(np.ones(2), np.ones(3)), _mean([1.0, 1.0]), "one length"),
+        (ExampleScores(np.ones(2), np.zeros(2)), _mean([1.0, 1.0]), "sum to nothing"),
+        (ExampleScores(np.ones(2), np.ones(2), "log"), ExampleScores(np.ones(2), np.ones(2), "log"), "identity or exp"),
+    ],
+)
+def test_what_is_no_pair_is_refused(ablated, baseline, message):
+    with pytest.raises(ValueError, match=message):
+        paired(ablated, baseline)
+
+
+p_lists = st.lists(st.floats(0, 1), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(p_lists)
+def test_holm_is_the_closure_of_bonferroni(p):
+    """Marcus, Peritz and Gabriel 1976: adjusted p of a hypothesis = largest Bonferroni p of a set that holds it."""
+    indices = range(len(p))
+    sets = [subset for size in range(1, len(p) + 1) for subset in combinations(indices, size)]
+    expected = [max(min(1, len(s) * min(p[j] for j in s)) for s in sets if i in s) for i in indices]
+    np.testing.assert_allclose(holm(p), expected, rtol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(p_lists)
+def test_benjamini_hochberg_is_scipys(p):
+    np.testing.assert_allclose(benjamini_hochberg(p), scipy.stats.false_discovery_control(p), rtol=1e-12)
+
+
+@pytest.mark.parametrize("correct", [holm, benjamini_hochberg])
+def test_corrections_pass_over_what_was_not_tested(correct):
+    p = [0.04, np.nan, 0.01, 0.03]
+    adjusted = correct(p)
+    assert np.isnan(adjusted[1])
+    np.testing.assert_array_equal(adjusted[[0, 2, 3]], correct([0.04, 0.01, 0.03]))
+    assert len(correct([])) == 0
+    with pytest.raises(ValueError, match="0..1"):
+        correct([0.5, 1.5])
