@@ -1,0 +1,41 @@
+# make demo   install what a study needs into .venv and run the embedded default
+# make test   install what the tests need besides, and run them all; ARGS="-m 'not slow' -x" goes to pytest
+# make lint   ruff
+# make clean  remove .venv and caches; results/ stays
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+ARGS ?=
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+# constraints.txt was written for Python 3.11; another version installs from the ranges in pyproject.toml.
+CONSTRAINTS = $(if $(findstring 3.11,$(shell $(PYTHON) --version)),-c constraints.txt)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.stamp-run
+	$(VENV)/bin/harness run
+
+test: $(VENV)/.stamp-test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-test
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find harness tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch is asked for by its pin before anything else: a build for this machine that pip can see (a wheel folder, an
+# index of CPU builds) then satisfies all the others, and the largest download happens once.
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV): a few minutes the first time"
+	$(PIP) install -q $(CONSTRAINTS) torch
+	$(PIP) install -q $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-run
+	$(PIP) install -q $(CONSTRAINTS) -e '.[test]'
+	@touch $@
