@@ -5,6 +5,7 @@
     <folder>/metrics/merged-<id>.parquet        many done cells (compact); failed ones are never merged
     <folder>/examples/...                       the same names; written before metrics, so a done cell has its examples
     <folder>/.tmp/                              files being written
+    <folder>/.redo/<cell_id>                    the cell is done but lost its examples: it counts as missing
     <folder>/corrupt/                           damaged files, moved aside by `quarantine` or by the rerun of their cell
 
 A cell's state is read off the file names, so 100,000 cells are one directory listing. Where a cell has several files
@@ -41,6 +42,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 class Listing:
     """The parts of one table at one moment, as file names."""
 
+    folder: Path
     done: dict[str, str]  # cell id -> file
     failed: dict[str, str]  # cell id -> file
     merged: tuple[str, ...]
@@ -56,7 +58,7 @@ def list_table(folder: str | os.PathLike, table: str) -> Listing:
         except FileNotFoundError:
             successor = folder / f".{table}.next"
             if live == successor or not successor.exists():
-                return Listing({}, {}, ())
+                return Listing(live, {}, {}, ())
             # Between the two steps of a swap; if the compaction died there the successor is the table.
             if attempt == 20:
                 live = successor
@@ -67,7 +69,7 @@ def list_table(folder: str | os.PathLike, table: str) -> Listing:
                 names = [entry.name for entry in entries]
             # A folder that was swapped out while we listed it may have been emptied under us.
             if os.fstat(fd).st_ino == os.stat(live).st_ino:
-                return _sort_names(names)
+                return sort_names(names, live)
         except FileNotFoundError:
             pass
         finally:
@@ -75,7 +77,8 @@ def list_table(folder: str | os.PathLike, table: str) -> Listing:
     raise OSError(f"{live}: the folder keeps changing; is it being compacted again and again?")
 
 
-def _sort_names(names: Iterable[str]) -> Listing:
+def sort_names(names: Iterable[str], folder: Path) -> Listing:
+    """The listing of the file names of one table's folder; what is not a part is left out."""
     done, failed, merged = {}, {}, []
     for name in names:
         if name.startswith((".", "_")) or not name.endswith(SUFFIX):
@@ -86,14 +89,21 @@ def _sort_names(names: Iterable[str]) -> Listing:
             failed[name[: -len(ERROR_SUFFIX)]] = name
         else:
             done[name[: -len(SUFFIX)]] = name
-    return Listing(done, failed, tuple(sorted(merged)))
+    return Listing(folder, done, failed, tuple(sorted(merged)))
 
 
 def merged_parts(live: Path) -> list[Path]:
+    """The merged parts in a table's folder, without listing it."""
     try:
-        return [live / name for name in (live / MERGED_LIST).read_text().split()]
+        names = (live / MERGED_LIST).read_text().split()
     except FileNotFoundError:
         return []
+    return [live / name for name in names if (live / name).exists()]  # one may have been set aside as damaged
+
+
+def cells_file(part: Path) -> Path:
+    """Where the cell ids of a merged part are listed, one per line."""
+    return part.with_name(f".{part.name}.cells")
 
 
 def part_cells(part: Path) -> frozenset[str]:
@@ -107,7 +117,7 @@ def _part_cells(part: str) -> frozenset[str]:
     import pyarrow.parquet as pq
 
     path = Path(part)
-    ids = path.with_name(f".{path.name}.cells")
+    ids = cells_file(path)
     if ids.exists():
         return frozenset(ids.read_text().split())
     return frozenset(pq.read_table(path, columns=["cell_id"])["cell_id"].unique().to_pylist())
@@ -177,3 +187,17 @@ def set_aside(folder: Path, table: str, path: Path) -> None:
     (folder / "corrupt").mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):  # another writer was faster
         os.rename(path, folder / "corrupt" / f"{table}-{path.name}.{secrets.token_hex(4)}")
+
+
+def redo_cells(folder: Path) -> list[str]:
+    """Done cells that count as missing because their examples were damaged."""
+    try:
+        return os.listdir(folder / ".redo")
+    except FileNotFoundError:
+        return []
+
+
+def mark_redo(folder: Path, cells: Iterable[str]) -> None:
+    (folder / ".redo").mkdir(exist_ok=True)
+    for cell in cells:
+        (folder / ".redo" / cell).touch()

@@ -9,7 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.tables.parts import ERROR, OK, list_table, locked, looks_like_parquet, part_cells, set_aside
+from harness.tables.parts import (
+    ERROR,
+    OK,
+    list_table,
+    locked,
+    looks_like_parquet,
+    mark_redo,
+    part_cells,
+    redo_cells,
+    set_aside,
+)
 from harness.tables.schema import TABLES, arrow_schema, check_metadata
 
 
@@ -31,16 +41,16 @@ def cell_states(folder: str | os.PathLike, verify: bool = False) -> dict[str, st
 
 def _cell_states(folder, verify):
     check_version(folder)
-    live, listing = folder / "metrics", list_table(folder, "metrics")
-    states = dict.fromkeys(listing.failed, ERROR)
+    listing = list_table(folder, "metrics")
+    damaged = {part.path: part.cells for part in corrupt_parts(folder)} if verify else {}
+    states = {cell: ERROR for cell, name in listing.failed.items() if listing.folder / name not in damaged}
     for name in listing.merged:
-        if looks_like_parquet(live / name):
-            states.update(dict.fromkeys(part_cells(live / name), OK))
-    states.update(dict.fromkeys(listing.done, OK))
-    if verify:
-        for part in corrupt_parts(folder):
-            for cell in part.cells:
-                states.pop(cell, None)
+        if looks_like_parquet(listing.folder / name):
+            states.update(dict.fromkeys(part_cells(listing.folder / name), OK))
+    states.update((cell, OK) for cell, name in listing.done.items() if listing.folder / name not in damaged)
+    without_examples = {cell for path, cells in damaged.items() if path.parent.name != "metrics" for cell in cells}
+    for cell in without_examples.union(redo_cells(folder)):
+        states.pop(cell, None)
     return states
 
 
@@ -53,7 +63,7 @@ def check_version(folder: str | os.PathLike) -> None:
         listing = list_table(folder, table)
         loose = [*listing.done.values(), *listing.failed.values()][:1]
         for name in [*listing.merged, *loose]:
-            path = Path(folder) / table / name
+            path = listing.folder / name
             with contextlib.suppress(pa.ArrowInvalid):
                 if looks_like_parquet(path):
                     check_metadata(path, pq.read_metadata(path).metadata)
@@ -74,7 +84,7 @@ def corrupt_parts(folder: str | os.PathLike, deep: bool = False) -> list[Corrupt
         listing = list_table(folder, table)
         loose = [(name, (cell,)) for files in (listing.done, listing.failed) for cell, name in files.items()]
         for name, cells in [*loose, *((name, None) for name in listing.merged)]:
-            path = folder / table / name
+            path = listing.folder / name
             try:
                 reason = _damage(path, deep)
             except FileNotFoundError:
@@ -111,14 +121,20 @@ def _cells_of_damaged(part: Path) -> frozenset[str]:
 
 
 def quarantine(folder: str | os.PathLike, deep: bool = False) -> list[CorruptPart]:
-    """Move damaged parts to <folder>/corrupt/ and return them as they were found, for the start of a run."""
+    """Move damaged parts to <folder>/corrupt/ and return them as they were found: for the start of a run.
+
+    From then on `cell_states` counts as missing the cells whose metrics or examples were in them.
+    """
     folder = Path(folder)
     found = corrupt_parts(folder, deep)
     if found:
         with locked(folder, exclusive=True):
             for part in found:
                 if part.path.exists() and _damage(part.path, deep):
-                    set_aside(folder, part.path.parent.name, part.path)
+                    table = part.path.parent.name
+                    if table == "examples":
+                        mark_redo(folder, part.cells)
+                    set_aside(folder, table, part.path)
     return found
 
 
@@ -154,10 +170,7 @@ def _read_once(folder, table, cell_ids, task):
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    live, listing = folder / table, list_table(folder, table)
-    if not live.exists():
-        live = folder / f".{table}.next"
-    schema = arrow_schema(table)
+    listing, schema = list_table(folder, table), arrow_schema(table)
 
     def keep(content, seen):
         mask = None
@@ -171,7 +184,7 @@ def _read_once(folder, table, cell_ids, task):
 
     def load(names):
         with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-            parts = pool.map(lambda name: _read_part(live / name, schema), names)
+            parts = pool.map(lambda name: read_part(listing.folder / name, table), names)
         return {name: part for name, part in zip(names, parts) if part is not None}
 
     def chosen(files, seen):
@@ -184,7 +197,7 @@ def _read_once(folder, table, cell_ids, task):
     loaded = load(list(done))
     contents, seen = [keep(part, None) for part in loaded.values()], {done[name] for name in loaded}
     for name in listing.merged:
-        part = _read_part(live / name, schema)
+        part = read_part(listing.folder / name, table, cell_ids)
         if part is not None:
             contents.append(keep(part, seen))
             seen |= set(pc.unique(part["cell_id"]).to_pylist())
@@ -196,16 +209,24 @@ def _read_once(folder, table, cell_ids, task):
     return whole.take(pc.sort_indices(whole["cell_id"]))
 
 
-def _read_part(path, schema):
+def read_part(path: Path, table: str, cell_ids: set[str] | None = None):
+    """The rows of one part (of some cells) as a pyarrow.Table; None, with a warning, when it is damaged.
+
+    Raises SchemaVersionError, FileNotFoundError.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if not looks_like_parquet(path):
             raise pa.ArrowInvalid("truncated or not a parquet file")
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        check_metadata(path, file.metadata.metadata)
-        return file.read().cast(schema)
+        check_metadata(path, pq.read_metadata(path).metadata)
+        if cell_ids is None:
+            content = pq.ParquetFile(path, page_checksum_verification=True).read()
+        else:  # merged parts are sorted by cell, so that most row groups are skipped by their statistics
+            filters = [("cell_id", "in", cell_ids)]
+            content = pq.read_table(path, filters=filters, partitioning=None, page_checksum_verification=True)
+        return content.cast(arrow_schema(table))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as problem:

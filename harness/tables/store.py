@@ -1,5 +1,6 @@
-"""The store of a study's tables in one place: write, read, states and damage (see parts.py for the layout)."""
+"""The store of a study's tables: write, read, states, damage and compaction (see parts.py for the layout)."""
 
+from harness.tables.compact import compact
 from harness.tables.parts import Listing, list_table
 from harness.tables.reader import (
     CorruptPart,
@@ -17,6 +18,7 @@ __all__ = [
     "Listing",
     "cell_states",
     "check_version",
+    "compact",
     "corrupt_parts",
     "list_table",
     "quarantine",

@@ -52,6 +52,8 @@ def write_cell(
     if examples is not None:
         _publish(folder, "examples", cell_id, examples, failed)
     _publish(folder, "metrics", cell_id, metrics, failed)
+    if not failed:
+        (folder / ".redo" / cell_id).unlink(missing_ok=True)
 
 
 def _metrics_table(cell_id, rows):

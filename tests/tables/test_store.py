@@ -1,0 +1,337 @@
+"""The store: round trips, states, damage, versions; read back by pandas and DuckDB, which know nothing of us."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from harness.tables import schema, writer
+from harness.tables.schema import SchemaVersionError, arrow_schema, column_names
+from harness.tables.store import (
+    cell_states,
+    check_version,
+    compact,
+    corrupt_parts,
+    quarantine,
+    read_examples,
+    read_metrics,
+    write_cell,
+)
+from tests.tables.synthetic import error_row, example_columns, metric_row
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(folder, cell, **columns):
+    write_cell(folder, cell, [metric_row(cell, **columns)], example_columns(cell))
+
+
+def test_round_trip_keeps_every_value_and_type(tmp_path):
+    rows = [
+        metric_row("a", "token_perplexity", value=1.5, n=3, higher_is_better=False, block=None, revision="ä|\n"),
+        metric_row("a", "bits_per_byte", value=np.float32(0.25), n=np.int64(4), delta=float("nan")),
+    ]
+    write_cell(tmp_path, "a", rows, example_columns("a") | {"score": np.arange(5) / 3})
+    table = pq.read_table(tmp_path / "metrics" / "a.parquet")
+    assert table.schema.equals(arrow_schema("metrics")), "types as in the schema, null columns included"
+    got = table.to_pylist()
+    assert {k: v for k, v in got[0].items()} == rows[0]
+    assert got[1]["value"] == 0.25 and got[1]["n"] == 4 and np.isnan(got[1]["delta"])
+    frame = read_metrics(tmp_path)
+    assert list(frame.columns) == list(column_names("metrics"))
+    assert list(frame.metric) == ["token_perplexity", "bits_per_byte"], "the primary metric stays first"
+    examples = read_examples(tmp_path)
+    assert np.array_equal(examples.score.to_numpy(), np.arange(5) / 3) and set(examples.cell_id) == {"a"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".tmp", "examples", "metrics"]
+    assert not list((tmp_path / ".tmp").iterdir())
+
+
+def test_pandas_and_duckdb_read_the_folder(tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    for i in range(6):
+        # A column that is null everywhere in some files and not in others is where untyped writers fail.
+        write(tmp_path, f"c{i}", block=None if i % 2 else i, error=None, revision=None if i % 3 else "main")
+    write_cell(tmp_path, "bad", [error_row("bad")])
+    sql = f"select cell_id, block, status from '{tmp_path}/metrics/*.parquet' order by cell_id"
+    for _ in range(2):
+        frame = pd.read_parquet(tmp_path / "metrics")
+        assert len(frame) == 7 and frame.cell_id.is_unique and set(frame.columns) == set(column_names("metrics"))
+        assert duckdb.sql(sql).fetchall() == [
+            ("bad", 0, "error"), ("c0", 0, "ok"), ("c1", None, "ok"), ("c2", 2, "ok"), ("c3", None, "ok"),
+            ("c4", 4, "ok"), ("c5", None, "ok"),
+        ]  # fmt: skip
+        assert len(pd.read_parquet(tmp_path / "examples")) == 30
+        compact(tmp_path, grace=0)
+
+
+def test_states_of_ok_error_and_missing(tmp_path):
+    assert cell_states(tmp_path / "nothing") == {}
+    assert read_metrics(tmp_path / "nothing").empty and read_examples(tmp_path / "nothing").empty
+    write(tmp_path, "good")
+    write_cell(tmp_path, "bad", [metric_row("bad"), error_row("bad", metric="word_perplexity")])
+    assert cell_states(tmp_path) == {"good": "ok", "bad": "error"}
+    write(tmp_path, "bad")
+    assert cell_states(tmp_path) == {"good": "ok", "bad": "ok"}
+    assert pd.read_parquet(tmp_path / "metrics").status.tolist() == ["ok", "ok"], "no trace of the failure is left"
+    write_cell(tmp_path, "good", [error_row("good")])
+    assert cell_states(tmp_path)["good"] == "ok", "a failure does not replace a success"
+    assert read_metrics(tmp_path).status.tolist() == ["ok", "ok"]
+
+
+def test_done_wins_where_a_crash_left_both_files(tmp_path):
+    write_cell(tmp_path, "a", [error_row("a")])
+    failed = (tmp_path / "metrics" / "a.error.parquet").read_bytes()
+    write(tmp_path, "a")
+    (tmp_path / "metrics" / "a.error.parquet").write_bytes(failed)
+    assert cell_states(tmp_path) == {"a": "ok"} and read_metrics(tmp_path).status.tolist() == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("delta"), r"missing columns \['delta'\]"),
+        (lambda r: r.update(rho=1), r"unknown columns \['rho'\]"),
+        (lambda r: r.update(target=None), "target must not be null"),
+        (lambda r: r.update(cell_id="other"), "belongs to cell other"),
+        (lambda r: r.update(n="many"), "n is not int64"),
+        (lambda r: r.update(value=float("nan")), "token_perplexity is nan"),
+        (lambda r: r.update(value=float("inf")), "token_perplexity is inf"),
+        (lambda r: r.update(status="done"), "status is 'done'"),
+        (lambda r: r.update(status="error"), "no error text"),
+    ],
+)
+def test_bad_rows_are_refused_and_leave_nothing(tmp_path, change, message):
+    row = metric_row("a")
+    change(row)
+    with pytest.raises(ValueError, match=message):
+        write_cell(tmp_path, "a", [row], example_columns("a"))
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_bad_calls_are_refused(tmp_path):
+    for cell in ("", "a.b", "../a", "merged-1", "a/b"):
+        with pytest.raises(ValueError, match="cell_id"):
+            write_cell(tmp_path, cell, [metric_row(cell)])
+    with pytest.raises(ValueError, match="no metric rows"):
+        write_cell(tmp_path, "a", [])
+    with pytest.raises(ValueError, match="lengths"):
+        write_cell(tmp_path, "a", [metric_row("a")], example_columns("a") | {"weight": [1.0]})
+    with pytest.raises(ValueError, match=r"missing columns \['weight'\]"):
+        write_cell(tmp_path, "a", [metric_row("a")], {k: v for k, v in example_columns("a").items() if k != "weight"})
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    write(tmp_path, "before")
+
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(writer.os, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, "a")
+    monkeypatch.undo()
+    assert cell_states(tmp_path, verify=True) == {"before": "ok"} and not list((tmp_path / ".tmp").iterdir())
+    write(tmp_path, "a")
+    assert cell_states(tmp_path, verify=True) == {"before": "ok", "a": "ok"}
+
+
+DISK_OF_4_KB = """
+import os, resource, signal, sys
+from harness.tables.store import cell_states, write_cell
+from tests.tables.synthetic import metric_row, example_columns
+write_cell(sys.argv[1], "a", [metric_row("a")], example_columns("a"))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for n, rows in ((5, 1), (5000, 1)):
+    try:
+        write_cell(sys.argv[1], "b", [metric_row("b")] * rows, example_columns("b", n))
+    except OSError:
+        print("refused")
+print(os.listdir(sys.argv[1] + "/.tmp"), cell_states(sys.argv[1], verify=True))
+"""
+
+
+def test_failing_writes_are_errors_and_leave_no_part(tmp_path):
+    """The system refuses the bytes (here by a limit on file size, as a full disk or a quota would)."""
+    command = [sys.executable, "-c", DISK_OF_4_KB, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "refused\nrefused\n[] {'a': 'ok'}\n"
+
+
+def test_selected_examples(tmp_path):
+    for cell in "abcd":
+        write_cell(tmp_path, cell, [metric_row(cell)], example_columns(cell))
+    other = example_columns("e") | {"task": "other"}
+    write_cell(tmp_path, "e", [metric_row("e", task="other")], other)
+    for _ in range(2):
+        assert set(read_examples(tmp_path, cell_ids=["b", "d", "zz"]).cell_id) == {"b", "d"}
+        assert set(read_examples(tmp_path, task="other").cell_id) == {"e"}
+        assert read_examples(tmp_path, cell_ids=["a"], task="other").empty
+        assert read_examples(tmp_path, cell_ids=[]).empty
+        assert len(read_examples(tmp_path)) == 25
+        compact(tmp_path, grace=0)
+
+
+def damage_truncated(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+def damage_garbage(path):
+    path.write_bytes(os.urandom(3000))
+
+
+@pytest.mark.parametrize("damage", [damage_truncated, damage_empty, damage_garbage])
+@pytest.mark.parametrize("table", ["metrics", "examples"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_damaged_part_is_reported_set_aside_and_refilled(tmp_path, damage, table, merged):
+    for cell in "abc":
+        write(tmp_path, cell)
+    metrics, examples = read_metrics(tmp_path), read_examples(tmp_path)
+    if merged:
+        compact(tmp_path, grace=0)
+    hit = sorted((tmp_path / table).glob("merged-*.parquet" if merged else "b.parquet"))[0]
+    damage(hit)
+    lost = {"a", "b", "c"} if merged else {"b"}
+    assert [(p.path, set(p.cells)) for p in corrupt_parts(tmp_path)] == [(hit, lost)]
+    assert set(cell_states(tmp_path, verify=True)) == {"a", "b", "c"} - lost
+    with pytest.warns(UserWarning, match="damaged and skipped"):
+        frame = read_metrics(tmp_path) if table == "metrics" else read_examples(tmp_path)
+    assert set(frame.cell_id) == {"a", "b", "c"} - lost
+
+    assert [p.path for p in quarantine(tmp_path)] == [hit]
+    assert not hit.exists() and len(list((tmp_path / "corrupt").iterdir())) == 1
+    for verify in (False, True):
+        assert set(cell_states(tmp_path, verify=verify)) == {"a", "b", "c"} - lost
+    for cell in lost:
+        write(tmp_path, cell)
+    assert set(cell_states(tmp_path, verify=True)) == {"a", "b", "c"} and not corrupt_parts(tmp_path)
+    pd.testing.assert_frame_equal(read_metrics(tmp_path), metrics)
+    pd.testing.assert_frame_equal(read_examples(tmp_path), examples)
+    assert len(pd.read_parquet(tmp_path / table)) == len(metrics if table == "metrics" else examples)
+
+
+def test_rerun_sets_a_damaged_file_of_its_cell_aside(tmp_path):
+    write(tmp_path, "a")
+    (tmp_path / "metrics" / "a.parquet").write_bytes(b"garbage")
+    write(tmp_path, "a")
+    assert [p.read_bytes() for p in (tmp_path / "corrupt").iterdir()] == [b"garbage"]
+    assert cell_states(tmp_path, verify=True) == {"a": "ok"}
+
+
+def test_flipped_bytes_in_a_page_are_found(tmp_path):
+    write(tmp_path, "a")
+    part = tmp_path / "examples" / "a.parquet"
+    column = pq.ParquetFile(part).metadata.row_group(0).column(5)
+    content = bytearray(part.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 3] ^= 0xFF
+    part.write_bytes(content)
+    assert corrupt_parts(tmp_path) == [] and [p.path for p in corrupt_parts(tmp_path, deep=True)] == [part]
+    with pytest.warns(UserWarning, match="damaged and skipped"):
+        assert read_examples(tmp_path).empty
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_other_schema_version_is_refused(tmp_path, monkeypatch, merged):
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 7)
+    for cell in "ab":
+        write(tmp_path, cell)
+    if merged:
+        compact(tmp_path, grace=0)
+    monkeypatch.undo()
+    for call in (read_metrics, read_examples, cell_states, check_version, compact):
+        with pytest.raises(SchemaVersionError, match=r"parquet: written under schema version 7, .*version 1; choose"):
+            call(tmp_path)
+    assert issubclass(SchemaVersionError, ValueError)
+
+
+def test_foreign_parquet_is_refused(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "metrics" / "a.parquet")
+    with pytest.raises(SchemaVersionError, match="version none"):
+        cell_states(tmp_path)
+
+
+ENDLESS_WRITER = """
+import sys
+from harness.tables.store import write_cell
+from tests.tables.synthetic import metric_row, example_columns
+i = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    cell = f"c{i:06d}"
+    write_cell(sys.argv[1], cell, [metric_row(cell, value=float(i))], example_columns(cell, 2000))
+    print(cell, flush=True)
+    i += 1
+"""
+
+
+def test_kill_9_costs_at_most_the_cell_in_flight(tmp_path):
+    rng, start, finished = random.Random(0), 0, set()
+    for _ in range(5):
+        child = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_WRITER, str(tmp_path), str(start)],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert child.stdout.readline() == "ready\n"
+        for _ in range(rng.randrange(2, 8)):
+            finished.add(child.stdout.readline().strip())
+        time.sleep(rng.random() * 0.03)
+        child.send_signal(signal.SIGKILL)
+        finished.update(child.stdout.read().split())
+        child.wait()
+        states = cell_states(tmp_path, verify=True)
+        # Every cell that was reported is there; one more may have landed before it could be.
+        assert finished <= states.keys() and len(states.keys() - finished) <= 1
+        finished = set(states)
+        frame = pd.read_parquet(tmp_path / "metrics")
+        assert frame.cell_id.is_unique and set(frame.cell_id) == finished
+        assert (frame.value == frame.cell_id.str[1:].astype(int)).all()
+        counts = read_examples(tmp_path).groupby("cell_id").size()
+        assert (counts == 2000).all() and finished <= set(counts.index), "a done cell has all its examples"
+        start = len(finished)
+
+
+def test_twenty_thousand_cells_are_listed_without_opening_them(tmp_path, monkeypatch):
+    write_cell(tmp_path, "a", [metric_row("a")])
+    write_cell(tmp_path, "b", [error_row("b")])
+    for i in range(20_000):
+        os.link(tmp_path / "metrics" / "a.parquet", tmp_path / "metrics" / f"{i:016x}.parquet")
+    for i in range(500):
+        os.link(tmp_path / "metrics" / "b.error.parquet", tmp_path / "metrics" / f"{i:016x}.error.parquet")
+        os.link(tmp_path / "metrics" / "b.error.parquet", tmp_path / "metrics" / f"e{i}.error.parquet")
+    opened = []
+    monkeypatch.setattr(pq, "read_metadata", lambda path, f=pq.read_metadata: (opened.append(path), f(path))[1])
+    states = cell_states(tmp_path)
+    assert len(opened) <= 2
+    assert len(states) == 20_502 and sum(state == "error" for state in states.values()) == 501
+
+
+def test_documentation_of_the_columns_is_up_to_date():
+    assert (ROOT / "docs" / "tables.md").read_text() == schema.schema_markdown(), (
+        "run: python -m harness.tables.schema > docs/tables.md"
+    )
+    for columns in schema.TABLES.values():
+        assert all(c.doc.endswith(".") for c in columns) and len({c.name for c in columns}) == len(columns)
+
+
+def test_no_torch_and_no_pyarrow_until_they_are_needed():
+    code = (
+        "import sys, harness.tables.schema, harness.tables.store, harness.tables.provenance; "
+        "bad = {'torch', 'pyarrow', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
