@@ -64,3 +64,13 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, seed: int = 
                 noise = 0.2 * torch.randn(parameter.shape)
                 parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
     return model.to(dtype).eval()
+
+
+def model_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 19, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens [batch, tokens] for any family, without special ones; with decoder tokens where it has one."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {"input_ids": torch.randint(3, 60, (batch, tokens), generator=generator)}
+    inputs["attention_mask"] = torch.ones(batch, tokens, dtype=torch.long)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(3, 60, (batch, tokens - 6), generator=generator)
+    return inputs
