@@ -138,13 +138,13 @@ def quarantine(folder: str | os.PathLike, deep: bool = False) -> list[CorruptPar
     return found
 
 
-def read_metrics(folder: str | os.PathLike):
-    """The metrics table as a pandas.DataFrame, one row per cell and metric, sorted by cell, in the schema's columns.
+def read_metrics(folder: str | os.PathLike, cell_ids: Iterable[str] | None = None):
+    """The metrics table, of the given cells or all, as a pandas.DataFrame with the schema's columns, sorted by cell.
 
     Each cell appears once, whatever is being written or compacted meanwhile. A damaged part is skipped with a warning.
     Raises SchemaVersionError.
     """
-    return _read(folder, "metrics", None, None)
+    return _read(folder, "metrics", None if cell_ids is None else set(cell_ids), None)
 
 
 def read_examples(folder: str | os.PathLike, cell_ids: Iterable[str] | None = None, task: str | None = None):

@@ -179,6 +179,7 @@ def test_selected_examples(tmp_path):
         assert set(read_examples(tmp_path, task="other").cell_id) == {"e"}
         assert read_examples(tmp_path, cell_ids=["a"], task="other").empty
         assert read_examples(tmp_path, cell_ids=[]).empty
+        assert set(read_metrics(tmp_path, cell_ids=["a", "e"]).cell_id) == {"a", "e"}
         assert len(read_examples(tmp_path)) == 25
         compact(tmp_path, grace=0)
 
