@@ -116,8 +116,7 @@ FAMILIES: dict[str, Family] = {
     "recall": Family(
         {"": "layers"},
         _plain(k_proj="self_attn.k_proj", v_proj="self_attn.v_proj", o_proj="self_attn.o_proj")
-        | _plain("up_proj", "down_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
-        | _plain("up_proj", up_proj="mlp.proj"),
+        | _plain("up_proj", "down_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj"),
     ),
     "gpt2": Family(
         {"": "h"},

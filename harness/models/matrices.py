@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from harness.errors import InputError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -65,15 +67,25 @@ class Matrix:
         return weight
 
     def read(self, model: nn.Module) -> Tensor:
-        """A contiguous copy [out, in] in the parameter's dtype and on its device."""
-        return self.view(model).reshape(self.shape).clone(memory_format=torch.contiguous_format)
+        """A contiguous copy [out, in] in the parameter's dtype and on its device; InputError where it has no storage."""
+        return self._stored(model).reshape(self.shape).clone(memory_format=torch.contiguous_format)
 
     def write(self, model: nn.Module, weight: Tensor) -> None:
         """Overwrite the matrix with `weight` [out, in], cast to the parameter's dtype and moved to its device.
 
-        Writing back what `read` returned restores every bit. Raises ValueError for another shape.
+        Writing back what `read` returned restores every bit. Raises ValueError for another shape, and InputError for a
+        weight without storage (a skeleton, or offloaded).
         """
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"{self.name}: a matrix of shape {self.shape} is expected, got {tuple(weight.shape)}")
-        view = self.view(model)
+        view = self._stored(model)
         view.copy_(weight.detach().reshape(view.shape))
+
+    def _stored(self, model: nn.Module) -> Tensor:
+        view = self.view(model)
+        if view.is_meta:  # copy_ would do nothing, and say nothing
+            raise InputError(
+                f"model.device_map: {self.parameter} is not in memory (meta device: offloaded to CPU or disk); "
+                "use a device_map that keeps every block on a device"
+            )
+        return view

@@ -36,7 +36,7 @@ def _weights_in_blocks(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert set(TINY) == set(FAMILIES) - {"recall"}
+    assert set(TINY) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("model_type", TINY)
@@ -123,25 +123,12 @@ def test_t5_encoder_alone_and_ungated() -> None:
     assert {"up_proj", "down_proj"} < types and "gate_proj" not in types
 
 
-def _recall_model(mlp: nn.Module | None) -> nn.Module:
-    linear = nn.Linear(8, 8, bias=False)
-    block = nn.Module()
-    block.self_attn = nn.ModuleDict({"k_proj": linear, "v_proj": nn.Linear(8, 8), "o_proj": nn.Linear(8, 8)})
-    if mlp is not None:
-        block.mlp = mlp
-    model = nn.Module()
-    model.config = SimpleNamespace(model_type="recall")
-    model.layers = nn.ModuleList([block])
-    return model
-
-
 def test_recall_feed_forward_may_be_two_matrices_one_or_none() -> None:
-    attention = ["0.k_proj", "0.v_proj", "0.o_proj"]
-    two = nn.ModuleDict({"up_proj": nn.Linear(8, 12, bias=False), "down_proj": nn.Linear(12, 8, bias=False)})
-    one = nn.ModuleDict({"proj": nn.Linear(8, 8, bias=False)})
-    assert [m.name for m in matrices_of(_recall_model(None))] == attention
-    assert [m.name for m in matrices_of(_recall_model(one))] == [*attention, "0.up_proj"]
-    assert [m.name for m in matrices_of(_recall_model(two))] == [*attention, "0.up_proj", "0.down_proj"]
+    names = {kind: [m.name for m in matrices_of(tiny_model("recall", feed_forward=kind))] for kind in ("mlp", "linear")}
+    attention = ["1.k_proj", "1.v_proj", "1.o_proj"]
+    assert names["mlp"][5:] == [*attention, "1.up_proj", "1.down_proj"]
+    assert names["linear"][4:] == [*attention, "1.up_proj"]
+    assert [m.name for m in matrices_of(tiny_model("recall", feed_forward="none"))][3:] == attention
 
 
 def test_unknown_family_is_refused_by_name() -> None:

@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from harness.models.families import matrices_of
-from tests.models.tiny import TINY, model_inputs, tiny_model
+from harness.errors import InputError
+from harness.models.families import matrices_of, skeleton
+from tests.models.tiny import TINY, model_inputs, tiny_config, tiny_model
 
 ALL = slice(None)
 # The tiny sizes, written out so that no rule of ours is used: 4 heads of 6 (24 wide), 2 of them for keys and values.
@@ -60,6 +61,11 @@ def _t5_decoder() -> dict:
 
 # model type -> (block label, {what follows the label in a matrix's name: (parameter, index)})
 BY_HAND = {
+    "recall": (
+        "1",
+        _linear("layers.1", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj", o_proj="self_attn.o_proj")
+        | _linear("layers.1", up_proj="mlp.up_proj", down_proj="mlp.down_proj"),
+    ),
     "gpt2": (
         "1",
         {
@@ -254,3 +260,12 @@ def test_write_refuses_another_shape() -> None:
     matrix = next(m for m in matrices_of(model) if m.name == "0.k_proj")
     with pytest.raises(ValueError, match="0.k_proj"):
         matrix.write(model, torch.zeros(24, 12))
+
+
+def test_a_weight_without_storage_is_neither_read_nor_written() -> None:
+    bare = skeleton(tiny_config("gpt2"))
+    matrix = matrices_of(bare)[0]
+    with pytest.raises(InputError, match="transformer.h.0.attn.c_attn.weight is not in memory"):
+        matrix.read(bare)
+    with pytest.raises(InputError, match="model.device_map"):
+        matrix.write(bare, torch.zeros(matrix.shape))

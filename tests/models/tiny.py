@@ -19,6 +19,7 @@ _GPT = {"vocab_size": 67, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_inner": 40
 _EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
 
 TINY: dict[str, dict[str, Any]] = {
+    "recall": {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 40, "max_position_embeddings": 128},
     "gpt2": _GPT,
     "gpt_neox": {**_PLAIN, "rotary_pct": 0.5},
     "llama": _GQA,
@@ -49,6 +50,8 @@ TINY: dict[str, dict[str, Any]] = {
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """The config of the tiny model of a family; overrides are config keys."""
+    if model_type == "recall":
+        import harness.models.recall  # noqa: F401  registers the model with transformers
     return AutoConfig.for_model(model_type, **{**TINY[model_type], **overrides})
 
 
