@@ -68,6 +68,12 @@ def digest(texts: Iterable[str]) -> str:
     return state.hexdigest()
 
 
+def hub_error(key: str, name: str, error: Exception) -> InputError:
+    """The one message for the dozen kinds of exception that the hub's client raises."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"{key}.dataset: cannot load {name}: {reason} (offline? set {key}.data_files to a local copy)")
+
+
 def _from_file(key: str, data_files: str) -> list[dict[str, Any]]:
     path = Path(data_files).expanduser()
     where = f"{key}.data_files"
@@ -144,12 +150,8 @@ def _from_hub(key: str, dataset: str, dataset_config: str | None, split: str) ->
         import datasets
 
         return list(datasets.load_dataset(dataset, dataset_config, split=split))
-    except Exception as error:  # the hub's client raises a dozen kinds, and all mean the same to the user
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{key}.dataset: cannot load {source_name(None, dataset, split, dataset_config)}: {reason}"
-            f" (offline? set {key}.data_files to a local copy)"
-        ) from error
+    except Exception as error:
+        raise hub_error(key, source_name(None, dataset, split, dataset_config), error) from error
 
 
 def _check_columns(source: str, found: list[dict[str, Any]], columns: Sequence[str]) -> None:

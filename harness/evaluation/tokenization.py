@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.errors import InputError
-from harness.evaluation.requests import Request, continuation_request
+from harness.evaluation.requests import Request, TaskContext, continuation_request
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -75,3 +75,16 @@ def require_tokenizer(name: str, tokenizer: Any) -> None:
     """Raises InputError where a task of text meets a model that comes without a tokenizer."""
     if tokenizer is None:
         raise InputError(f"tasks.{name}: the model has no tokenizer, so it cannot read text; remove the task")
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether `encode` puts a BOS token before a text."""
+    return tokenizer.bos_token_id is not None and encode(tokenizer, "a")[0] == tokenizer.bos_token_id
+
+
+def pair_request(key: str, task: TaskContext, context: str, continuation: str) -> Request:
+    """`encode_pair`, then `request`; messages of InputError begin with `key`, e.g. "tasks.lambada row 3"."""
+    try:
+        return request(*encode_pair(task.tokenizer, context, continuation), task.context_length)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None

@@ -72,3 +72,25 @@ def real(folder):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, TaskContext(AutoTokenizer.from_pretrained(folder), model.config, model.config.max_position_embeddings)
+
+
+def lm_eval_run(model, tokenizer, task_file, data_files, limit, max_length=None):
+    """lm-eval's own results and samples of a stock task on local files: ({metric: value}, [sample, ...])."""
+    from pathlib import Path
+
+    import lm_eval
+    import yaml
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
+    path = Path(lm_eval.__file__).parent / "tasks" / task_file
+    settings = yaml.safe_load(path.read_text())
+    settings.pop("tag", None)
+    settings |= {
+        "task": "stock", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": data_files},
+    }
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
+    task = ConfigurableTask(config=settings)
+    found = lm_eval.evaluate(lm=lm, task_dict={"stock": task}, limit=limit, log_samples=True, bootstrap_iters=0)
+    samples = sorted(found["samples"]["stock"], key=lambda sample: sample["doc_id"])
+    return found["results"]["stock"], samples
