@@ -67,7 +67,7 @@ class Matrix:
         return weight
 
     def read(self, model: nn.Module) -> Tensor:
-        """A contiguous copy [out, in] in the parameter's dtype and on its device; InputError where it has no storage."""
+        """A contiguous copy [out, in] in the parameter's dtype and on its device; InputError as in `write`."""
         return self._stored(model).reshape(self.shape).clone(memory_format=torch.contiguous_format)
 
     def write(self, model: nn.Module, weight: Tensor) -> None:
