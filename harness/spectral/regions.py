@@ -13,13 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harness.spectral.random_matrix import NOISE_ESTIMATORS, hard_threshold, mp_region_bounds
+
 SIZED_KINDS = ("large", "bulk", "small", "interval")
 KINDS: dict[str, tuple[str, ...]] = {
     "fraction": SIZED_KINDS,
     "energy": SIZED_KINDS,
     "decile": ("decile",),
     "index": ("index",),
-    "control": ("none", "random", "energy_matched"),
+    "mp": ("above", "inside", "below"),
+    "gavish_donoho": ("above", "below"),
+    "control": ("none", "random", "energy_matched", "lower_bulk"),
 }
 
 
@@ -30,6 +34,8 @@ class Region:
     start, stop: fractions of the rank (fraction, decile), shares of the squared Frobenius norm (energy) or positions
         with the meaning of a Python slice (index).
     seed and reference: of the controls: the region whose count or removed energy is matched.
+    estimator, tracy_widom: of the Marchenko-Pastur regions: a name in NOISE_ESTIMATORS, and whether the edges carry
+        the margin of a finite matrix.
     Raises ValueError where the combination means nothing.
     """
 
@@ -39,6 +45,8 @@ class Region:
     stop: float | int | None = None
     seed: int | None = None
     reference: Region | None = None
+    estimator: str = "gavish_donoho"
+    tracy_widom: bool = False
 
     def __post_init__(self) -> None:
         if self.by not in KINDS:
@@ -53,6 +61,10 @@ class Region:
             _check_index(self.start, self.stop)
         if self.kind in ("random", "energy_matched") and (self.reference is None or self.seed is None):
             raise ValueError(f"control {self.kind!r} needs a seed and a reference region")
+        if self.kind == "lower_bulk" and (self.reference is None or self.reference.by != "mp"):
+            raise ValueError("control 'lower_bulk' needs a reference region by mp")
+        if self.estimator not in NOISE_ESTIMATORS:
+            raise ValueError(f"unknown noise estimator {self.estimator!r}: use {', '.join(NOISE_ESTIMATORS)}")
 
     @property
     def label(self) -> str:
@@ -61,8 +73,13 @@ class Region:
             return f"decile {round(self.stop * 10)} ({self.start:.1f}-{self.stop:.1f})"
         if self.by == "index":
             return f"index {_open(self.start)}:{_open(self.stop)}"
+        if self.by == "mp":
+            return f"mp {self.kind} {self.estimator}" + " tracy_widom" * self.tracy_widom
+        if self.by == "gavish_donoho":
+            return f"gavish_donoho {self.kind}"
         if self.by == "control":
-            return "none" if self.kind == "none" else f"{self.kind} ({self.reference.label}) seed {self.seed}"
+            matched = "" if self.reference is None else f" ({self.reference.label})"
+            return self.kind + matched + ("" if self.seed is None else f" seed {self.seed}")
         size = f"{_short(self.start)}:{_short(self.stop)}"
         if self.kind != "interval":
             size = _short(self.stop - self.start)
@@ -149,6 +166,24 @@ def energy_matched_region(reference: Region, seed: int) -> Region:
     return Region("energy_matched", "control", seed=seed, reference=reference)
 
 
+def mp_region(kind: str, estimator: str = "gavish_donoho", tracy_widom: bool = False) -> Region:
+    """Values above, inside or below the Marchenko-Pastur bulk of i.i.d. entries; the three partition the rank."""
+    return Region(kind, "mp", estimator=estimator, tracy_widom=tracy_widom)
+
+
+def gavish_donoho_region(kind: str) -> Region:
+    """Values above or below the optimal hard threshold of Gavish and Donoho (noise unknown)."""
+    return Region(kind, "gavish_donoho")
+
+
+def lower_bulk_region(reference: Region) -> Region:
+    """As many values as `reference` (by mp) picks, from the lower end of the inside of the same bulk.
+
+    The count-matched control for outliers: small values that the null model explains. Fewer where the bulk is smaller.
+    """
+    return Region("lower_bulk", "control", reference=reference)
+
+
 def rank_only(region: Region) -> bool:
     """Whether the choice depends on the rank alone, so that an empty one can be told before weights are loaded."""
     if region.by == "control":
@@ -186,6 +221,12 @@ def _bounds(region: Region, sigma: Tensor | None, shape: tuple[int, int]) -> tup
         return slice(region.start, region.stop).indices(rank)[:2]
     if region.by == "energy":
         return tuple(_energy_boundary(sigma, share) for share in (region.start, region.stop))
+    if region.by == "mp":
+        start, stop = mp_region_bounds(sigma, shape, region.estimator, region.tracy_widom)
+        return {"above": (0, start), "inside": (start, stop), "below": (stop, rank)}[region.kind]
+    if region.by == "gavish_donoho":
+        n_above = int((sigma > hard_threshold(sigma, shape)).sum())
+        return (0, n_above) if region.kind == "above" else (n_above, rank)
     return tuple(math.floor(fraction * rank + 1e-9) for fraction in (region.start, region.stop))
 
 
@@ -204,6 +245,9 @@ def _control(region: Region, sigma: Tensor | None, shape: tuple[int, int]) -> Te
     if region.kind == "none":
         return torch.arange(0)
     reference = select(region.reference, sigma, shape)
+    if region.kind == "lower_bulk":
+        start, stop = mp_region_bounds(sigma, shape, region.reference.estimator, region.reference.tracy_widom)
+        return torch.arange(max(start, stop - len(reference)), stop)
     order = _shuffled(region.seed, shape, len(reference))
     if region.kind == "random":
         return order[: len(reference)].sort().values
