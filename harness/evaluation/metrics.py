@@ -1,0 +1,131 @@
+"""What the harness aggregates, as `evaluate.Metric` subclasses for use on their own.
+
+    >>> from harness.evaluation.metrics import TokenPerplexity
+    >>> TokenPerplexity().compute(nll=[210.5, 198.1], tokens=[63, 63])
+    {'token_perplexity': ..., 'stderr': ..., 'n': 2}
+
+Inputs are one number per example (a window, a prompt, a question), given at once or with `add_batch`. They call the
+same functions of `harness.evaluation.statistics` as the harness does, and need no hub. Only this module
+imports `evaluate`, and nothing else in the harness imports this module.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from harness.evaluation import statistics
+from harness.evaluation.requests import ExampleScores
+
+
+class _InMemory(evaluate.Metric):
+    """`evaluate.Metric` writes every batch to its cache folder unless told otherwise; a few numbers need no disk."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+
+class TokenPerplexity(_InMemory):
+    """exp(sum of nll / sum of tokens); -> token_perplexity, stderr, n."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _described("Perplexity per token.", nll=_NLL, tokens="tokens scored in each window")
+
+    def _compute(self, nll: Any, tokens: Any) -> dict[str, Any]:
+        return _estimated("token_perplexity", nll, tokens, "exp")
+
+
+class WordPerplexity(_InMemory):
+    """exp(sum of nll / sum of words); -> word_perplexity, stderr, n."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _described("Perplexity per word.", nll=_NLL, words="words of text in each window")
+
+    def _compute(self, nll: Any, words: Any) -> dict[str, Any]:
+        return _estimated("word_perplexity", nll, words, "exp")
+
+
+class BytePerplexity(_InMemory):
+    """exp(sum of nll / sum of bytes); -> byte_perplexity, stderr, n."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _described("Perplexity per byte of UTF-8 text.", nll=_NLL, bytes="bytes of text in each window")
+
+    def _compute(self, nll: Any, bytes: Any) -> dict[str, Any]:
+        return _estimated("byte_perplexity", nll, bytes, "exp")
+
+
+class BitsPerByte(_InMemory):
+    """sum of nll / ln 2 / sum of bytes; -> bits_per_byte, stderr, n."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _described("Bits per byte of UTF-8 text.", nll=_NLL, bytes="bytes of text in each window")
+
+    def _compute(self, nll: Any, bytes: Any) -> dict[str, Any]:
+        return _estimated("bits_per_byte", np.asarray(nll) / math.log(2), bytes)
+
+
+class MeanAccuracy(_InMemory):
+    """Mean of correct; -> accuracy, stderr, n."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _described("Share of examples answered rightly.", correct="1 or 0 for each example, 0.5 for a tie")
+
+    def _compute(self, correct: Any) -> dict[str, Any]:
+        return _estimated("accuracy", correct, np.ones(len(correct)))
+
+
+class LogitDifference(_InMemory):
+    """Mean of answer - other; -> logit_difference, stderr, n."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        meaning = "logit (or log-probability) of the {} for each prompt"
+        return _described(
+            "Mean logit difference between the right and the wrong answer.",
+            answer=meaning.format("right answer"), other=meaning.format("wrong answer"),
+        )
+
+    def _compute(self, answer: Any, other: Any) -> dict[str, Any]:
+        return _estimated("logit_difference", np.asarray(answer) - np.asarray(other), np.ones(len(answer)))
+
+
+class PairedDelta(_InMemory):
+    """Ablated minus baseline of any metric transform(sum of score / sum of weight) over the same examples;
+    -> delta, stderr, p_value (two-sided t). `compute(transform="exp")` for perplexities."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _described(
+            "Paired difference of a metric between two models.",
+            ablated="score of each example under the ablated model",
+            baseline="score of each example under the baseline",
+            weight="weight of each example: 1 for means, tokens (words, bytes) for summed losses",
+        )
+
+    def _compute(self, ablated: Any, baseline: Any, weight: Any, transform: str = "identity") -> dict[str, Any]:
+        ablated, baseline = (
+            ExampleScores(np.asarray(score), np.asarray(weight), transform) for score in (ablated, baseline)
+        )
+        return asdict(statistics.paired(ablated, baseline))
+
+
+_NLL = "summed negative log-likelihood of each window in nats"
+
+
+def _described(description: str, **inputs: str) -> evaluate.MetricInfo:
+    lines = "\n".join(f"    {name}: list of float, {meaning}" for name, meaning in inputs.items())
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description=f"Args:\n{lines}\n",
+        features=datasets.Features({name: datasets.Value("float64") for name in inputs}),
+    )
+
+
+def _estimated(name: str, score: Any, weight: Any, transform: str = "identity") -> dict[str, float | int | None]:
+    found = statistics.estimate(ExampleScores(np.asarray(score), np.asarray(weight), transform))
+    return {name: found.value, "stderr": found.stderr, "n": found.n}
