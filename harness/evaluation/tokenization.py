@@ -31,7 +31,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     special = not (prefix and text.startswith(prefix))
     tokens = list(tokenizer.encode(text, add_special_tokens=special))
     eos = tokenizer.eos_token
-    if special and tokens and eos and tokens[-1] == tokenizer.eos_token_id and not text.endswith(eos):
+    if special and len(tokens) > 1 and eos and tokens[-1] == tokenizer.eos_token_id and not text.endswith(eos):
         tokens.pop()
     return tokens
 
