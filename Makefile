@@ -28,14 +28,15 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# -qq keeps pip's errors and drops its warnings about indexes that lack a package.
 # torch is asked for by its pin before anything else: a build for this machine that pip can see (a wheel folder, an
 # index of CPU builds) then satisfies all the others, and the largest download happens once.
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time"
-	$(PIP) install -q $(CONSTRAINTS) torch
-	$(PIP) install -q $(CONSTRAINTS) -e .
+	$(PIP) install -qq $(CONSTRAINTS) torch
+	$(PIP) install -qq $(CONSTRAINTS) -e .
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
-	$(PIP) install -q $(CONSTRAINTS) -e '.[test]'
+	$(PIP) install -qq $(CONSTRAINTS) -e '.[test]'
 	@touch $@
