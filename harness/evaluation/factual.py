@@ -1,7 +1,7 @@
 """Factual recall: is the first token of the true object the model's choice, and is it preferred to generic words.
 
 Rows as CounterFact (Meng et al. 2022, arXiv 2202.05262) and the known facts of the same authors give them. The contest
-with generic words ("Madrid is located in" -> "Spain" or "the") is that of arXiv 2406.03068, section 4.
+with generic words ("Madrid is located in" -> "Spain" or "the") is that of arXiv 2406.03068.
 """
 
 from __future__ import annotations

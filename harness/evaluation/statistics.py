@@ -3,7 +3,7 @@
 A metric is g(R) with R = sum(s) / sum(w) over examples, g the identity or exp. Its standard error is that of the delta
 method: the influence of example i is psi_i = g'(R) (s_i - R w_i) n / sum(w), these sum to zero, and the standard error
 is their sample standard deviation over sqrt(n). For a mean (w = 1) that is the usual standard error of the mean, and
-`paired` is the paired t-test. (Ratio estimators: Cochran, Sampling Techniques, 3rd ed., section 6.4; the influence
+`paired` is the paired t-test. (Ratio estimators: Cochran, Sampling Techniques, 3rd ed., chapter 6; the influence
 function: the infinitesimal jackknife of Jaeckel, 1972.)
 """
 
