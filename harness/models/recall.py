@@ -260,11 +260,16 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_recall(path: str | Path) -> RecallForCausalLM:
-    """Load a saved model in float32, in evaluation mode. InputError where the folder holds none."""
+def load_recall(path: str | Path, attn_implementation: str = "sdpa") -> RecallForCausalLM:
+    """Load a saved model in float32, in evaluation mode. InputError where the folder holds none, or where
+    attn_implementation is neither "sdpa" nor "eager"."""
+    if attn_implementation not in ("sdpa", "eager"):
+        raise InputError(f"model.attn_implementation is {attn_implementation!r}: the recall model has sdpa and eager")
     try:
         with quiet():
-            model = RecallForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            model = RecallForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True
+            )
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a saved recall model ({error})".splitlines()[0]) from error
     model.freeze_embeddings()  # transformers replaces the parameters, and forgets that they were frozen

@@ -277,6 +277,8 @@ def test_saved_model_loads_bit_identically(tiny):
     assert loaded.config.to_diff_dict().keys() >= {"seed", "steps", "optimizer", "learning_rate", "batch_size", "noise"}
     auto = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     assert isinstance(auto, RecallForCausalLM)
+    assert auto.layers[0].self_attn.eager and not loaded.layers[0].self_attn.eager
+    assert load_recall(path, "eager").layers[1].self_attn.eager
     tokens = torch.from_numpy(draw(n=2, length=20).tokens)
     torch.testing.assert_close(auto(tokens).logits, loaded(tokens).logits, rtol=1e-5, atol=1e-5)
 
@@ -353,6 +355,8 @@ def test_folders_that_cannot_be_used(tiny, tmp_path):
         ensure_trained(replace(tiny, cache_dir=str(tmp_path / "file")))
     with pytest.raises(InputError, match="not a saved recall model"):
         load_recall(tmp_path)
+    with pytest.raises(InputError, match="model.attn_implementation"):
+        load_recall(tmp_path, "flash_attention_2")
 
 
 def test_configuration_of_the_model_is_known_without_its_weights():
