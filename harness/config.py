@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.errors import InputError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 TARGET_KINDS = ("matrix", "type", "block", "all")
 REGION_BY = ("fraction", "decile", "index", "energy", "mp", "gavish_donoho")
 REGION_KINDS = ("large", "bulk", "small")
@@ -183,6 +183,7 @@ class RuntimeConfig:
     logit_rows: int = 1024  # rows of logits held at once
     edit: str = "weight"  # weight: one rounding to the model's dtype; branch: float32 subtraction at the output
     reuse: bool = True  # resume at the first edited block instead of running every block again
+    decomposition_gib: float = 4.0  # memory for cached decompositions
     threads: int | None = None  # CPU threads; null: as torch decides
     examples: bool = True  # write the per-example table
 
@@ -196,3 +197,120 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     output: str | None = None  # folder of the study; null: results/<model>-<study id>
     seed: int = 0
+
+
+def _fail(key: str, value: Any, right: str) -> None:
+    raise InputError(f"{key}: {value!r} is wrong; {right}")
+
+
+def _one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        _fail(key, value, f"use one of {', '.join(known)}")
+
+
+def _at_least(key: str, value: Any, least: float) -> None:
+    if value is not None and not value >= least:
+        _fail(key, value, f"it must be at least {least}")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _one_of("model.dtype", model.dtype, DTYPES)
+    recall = model.recall
+    for key in ("dim", "hidden_dim", "n_triggers", "batch_size", "steps"):
+        _at_least(f"model.recall.{key}", getattr(recall, key), 1)
+    _at_least("model.recall.context_length", recall.context_length, 8)
+    _one_of("model.recall.feed_forward", recall.feed_forward, ("mlp", "linear", "none"))
+    _one_of("model.recall.optimizer", recall.optimizer, ("adamw", "sgd"))
+    if not 0 <= recall.noise < 1:
+        _fail("model.recall.noise", recall.noise, "it must be within 0..1, and below 1")
+
+
+def _validate_region(region: RegionConfig) -> None:
+    _one_of("region.by", region.by, REGION_BY)
+    for kind in region.kinds:
+        _one_of("region.kinds", kind, REGION_KINDS)
+    if region.by in ("fraction", "energy"):
+        for value in region.values:
+            if not 0 < value <= 1 or math.isnan(value):
+                _fail("region.values", value, "a fraction must be above 0 and at most 1")
+    if region.intervals and region.by not in ("fraction", "energy", "index"):
+        _fail("region.intervals", region.intervals, f"region.by={region.by} takes none; use fraction, energy or index")
+    if region.by == "index" and not region.intervals:
+        _fail("region.intervals", [], 'region.by=index needs at least one, for example ["0:16"]')
+    for decile in region.deciles:
+        if not 1 <= decile <= 10:
+            _fail("region.deciles", decile, "deciles are 1 (the largest tenth) to 10 (the smallest)")
+    for kind in region.mp:
+        _one_of("region.mp", kind, ("above", "inside", "below"))
+    for control in region.controls:
+        _one_of("region.controls", control, CONTROLS)
+
+
+def _validate_task(name: str, task: Any) -> None:
+    key = f"tasks.{name}"
+    _at_least(f"{key}.limit", getattr(task, "limit", None), 1)
+    if isinstance(task, TextTask):
+        _at_least(f"{key}.window", task.window, 2)
+        _at_least(f"{key}.stride", task.stride, 1)
+    if isinstance(task, RecallTask):
+        _at_least(f"{key}.n_sequences", task.n_sequences, 2)
+        if task.noise is not None and not 0 <= task.noise <= 1:
+            _fail(f"{key}.noise", task.noise, "a probability is within 0..1")
+    if isinstance(task, LmEvalTask):
+        _at_least(f"{key}.num_fewshot", task.num_fewshot, 0)
+    files = getattr(task, "data_files", None)
+    named = files.items() if isinstance(files, dict) else [(None, files)] if files else []
+    for split, path in named:
+        if not Path(path).expanduser().exists():
+            where = f"{key}.data_files" + (f".{split}" if split else "")
+            raise InputError(f"{where}: no such file {path!r}; give the path of an existing file")
+
+
+def _type_matches(value: Any, annotation: str) -> bool:
+    kinds = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": (list, tuple), "dict": dict}
+    for part in annotation.split(" | "):
+        if part == "None":
+            if value is None:
+                return True
+        elif isinstance(value, kinds[part.split("[")[0]]) and not (part in ("int", "float") and isinstance(value, bool)):
+            return True
+    return False
+
+
+def task_from_dict(name: str, values: Any) -> Any:
+    """The dataclass of a task from its settings; an unknown kind or key, or a value of the wrong type, is an error."""
+    if not isinstance(values, dict):
+        raise InputError(f"tasks.{name}: settings expected, found {values!r}; add a task with task=[...]")
+    kind = values.get("kind")
+    if kind not in TASK_KINDS:
+        raise InputError(f"tasks.{name}.kind: {kind!r} is not a kind of task; use one of {', '.join(TASK_KINDS)}")
+    schema = {f.name: f for f in fields(TASK_KINDS[kind])}
+    for key, value in values.items():
+        if key not in schema:
+            raise InputError(f"tasks.{name}.{key}: unknown key; a task of kind {kind} takes {', '.join(schema)}")
+        if value == "???":
+            raise InputError(f"tasks.{name}.{key}: must be set, for example tasks.{name}.{key}=...")
+        if not _type_matches(value, str(schema[key].type)):
+            raise InputError(f"tasks.{name}.{key}: {value!r} is wrong; it must be of type {schema[key].type}")
+    return TASK_KINDS[kind](**values)
+
+
+def validate(config: Config) -> Config:
+    """Check every setting that can be checked without the model; tasks become their dataclasses. Raises InputError."""
+    _validate_model(config.model)
+    _one_of("target.kind", config.target.kind, TARGET_KINDS)
+    if not config.target.layer_types:
+        _fail("target.layer_types", [], "name at least one, for example [mlp]")
+    _validate_region(config.region)
+    _one_of("runtime.edit", config.runtime.edit, EDIT_MODES)
+    _at_least("runtime.batch_tokens", config.runtime.batch_tokens, 1)
+    _at_least("runtime.logit_rows", config.runtime.logit_rows, 1)
+    _at_least("runtime.threads", config.runtime.threads, 1)
+    if not config.tasks:
+        _fail("task", [], "choose at least one, for example task=wikitext or task=[ioi,lambada]")
+    config.tasks = {
+        name: task if not isinstance(task, dict) else task_from_dict(name, task) for name, task in config.tasks.items()
+    }
+    for name, task in config.tasks.items():
+        _validate_task(name, task)
+    return config

@@ -1,0 +1,161 @@
+"""The command line. Bad input is one line on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from harness import __version__
+from harness.errors import InputError
+
+DESCRIPTION = "Remove chosen spectral regions from chosen weight matrices of a transformer and measure what that does."
+
+
+def _epilog() -> str:
+    from harness.compose import groups
+
+    lines = ["settings are Hydra overrides: group=name chooses a YAML file, key=value sets one value", "", "groups:"]
+    lines += [f"  {group}={{{','.join(names)}}}" for group, names in groups().items()]
+    lines += [
+        "",
+        "examples:",
+        "  harness run",
+        "  harness run model=pretrained model.name=path/to/model task=wikitext tasks.wikitext.data_files=test.jsonl",
+        "  harness run model=gpt2 target=type region=decile task=[wikitext,lambada]",
+    ]
+    return "\n".join(lines)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="Hydra overrides of the configs")
+    parser.add_argument("--config-dir", help="a folder with config groups of your own, searched beside those that come along")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="harness", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"harness {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    formatter = argparse.RawDescriptionHelpFormatter
+
+    run = commands.add_parser("run", help="run what is missing of a study, then report", formatter_class=formatter)
+    _add_settings(run)
+    run.add_argument("-m", "--multirun", action="store_true", help="one study per combination of comma-separated settings")
+    run.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+
+    plan = commands.add_parser("plan", help="what a study would measure, before any weights are loaded",
+                               formatter_class=formatter)
+    _add_settings(plan)
+    plan.add_argument("--show-config", action="store_true", help="print the composed settings as YAML and stop")
+
+    status = commands.add_parser("status", help="done, failed and missing cells of a study")
+    status.add_argument("folder")
+    status.add_argument("--failed", action="store_true", help="print the traceback of every failed cell")
+
+    report = commands.add_parser("report", help="tables and figures of a study, from its parquet files only")
+    report.add_argument("folder")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        return _multirun(arguments)
+    from harness.compose import compose_config
+
+    return run_config(compose_config(arguments.overrides, arguments.config_dir), quiet=arguments.quiet)
+
+
+def run_config(config, quiet: bool = False) -> int:
+    from harness.execution.runner import run
+
+    folder = run(config, progress=not quiet, report_to=(lambda line: None) if quiet else None)
+    if not quiet:
+        from harness.tables.report import report
+
+        report(folder)
+    return 0
+
+
+def _multirun(arguments: argparse.Namespace) -> int:
+    """Outer axes (models, seeds) through Hydra's own sweeper and launcher; each job is a study of its own."""
+    import hydra
+
+    from harness.compose import config_folder, config_from_omega, register_schema
+
+    register_schema()
+
+    @hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")
+    def job(composed) -> int:
+        try:
+            return run_config(config_from_omega(composed), quiet=arguments.quiet)
+        except InputError as error:
+            _complain(error)
+            raise SystemExit(2) from error
+
+    where = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
+    sys.argv = ["harness", "--multirun", *where, *arguments.overrides]
+    job()
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from harness.compose import compose_config
+
+    config = compose_config(arguments.overrides, arguments.config_dir)
+    if arguments.show_config:
+        import dataclasses
+
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(dataclasses.asdict(config)), end="")
+        return 0
+    from harness.execution.planning import describe_plan
+    from harness.execution.runner import plan
+
+    print(describe_plan(plan(config)))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from harness.execution.status import describe_status
+
+    print(describe_status(arguments.folder, arguments.failed))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from harness.execution.study import read_manifest
+    from harness.tables.report import report
+
+    read_manifest(arguments.folder)
+    report(arguments.folder)
+    return 0
+
+
+COMMANDS = {"run": _run, "plan": _plan, "status": _status, "report": _report}
+
+
+def _complain(error: Exception) -> None:
+    print(f"harness: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    if argv[:1] in (["run"], ["plan"]) and {"-h", "--help"} & set(argv):
+        parser._subparsers._group_actions[0].choices[argv[0]].epilog = _epilog()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on settings that stand behind an option
+    unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except InputError as error:
+        _complain(error)
+        return 2
+    except KeyboardInterrupt:
+        print("harness: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
+        return 130

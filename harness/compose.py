@@ -1,0 +1,106 @@
+"""Hydra's side of the command line: from YAML groups and overrides to a validated Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from harness.config import Config, validate
+from harness.errors import InputError
+
+
+def config_folder() -> Path:
+    """conf/ of the checkout, or harness/conf of an installed wheel."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise InputError(f"the configs that come with the harness are missing beside {here}; install it again")
+
+
+def groups(folder: Path | None = None) -> dict[str, list[str]]:
+    """Config groups and the names in each."""
+    folder = folder or config_folder()
+    return {
+        group.name: sorted(path.stem for path in group.glob("*.yaml"))
+        for group in sorted(folder.iterdir())
+        if group.is_dir() and any(group.glob("*.yaml"))
+    }
+
+
+def register_schema() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def _known_keys(prefix: str) -> list[str]:
+    node: Any = Config
+    for part in filter(None, prefix.split(".")):
+        if not dataclasses.is_dataclass(node):
+            return []
+        types = {f.name: f.default_factory if f.default_factory is not dataclasses.MISSING else None
+                 for f in dataclasses.fields(node)}
+        node = types.get(part)
+    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+
+
+def explain(error: Exception) -> str:
+    """One line for what Hydra or OmegaConf refused."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    text = "\n".join(chain)
+    not_there = re.search(r"Key '([^']+)' (?:is not in struct|not in '[^']+')", text)
+    if not_there:
+        full = re.search(r"full_key: (\S+)", text)
+        key = full.group(1) if full else not_there.group(1)
+        known = _known_keys(key.rpartition(".")[0])
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{key}: unknown key; {hint}known here: {', '.join(known) or 'see the YAML file of that group'}"
+    full = re.search(r"full_key: (\S+)", text)
+    if full:
+        reason = next(line for line in reversed(chain) if "full_key" in line).splitlines()[0]
+        return f"{full.group(1)}: {reason}"
+    return " ".join(chain[0].split())
+
+
+def compose_config(overrides: list[str], config_dir: str | None = None) -> Config:
+    """Compose conf/ with overrides in Hydra's grammar. Raises InputError with one line."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise InputError(f"--config-dir: no folder {config_dir!r}")
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    register_schema()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return config_from_omega(compose("config", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(explain(error)) from error
+
+
+def config_from_omega(composed: Any) -> Config:
+    """The validated Config of a composed DictConfig."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        key = re.search(r"full_key: (\S+)", str(error))
+        raise InputError(f"{key.group(1) if key else 'a key'}: must be set on the command line") from error
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error)) from error
+    return validate(config)

@@ -1,0 +1,294 @@
+"""The runner: one model, many cells. Splits them over processes, scores them at the frontier, writes their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.config import Config
+from harness.evaluation.requests import ExampleScores, PreparedTask, TaskContext
+from harness.evaluation.scoring import Scorer
+from harness.evaluation.statistics import estimate, paired
+from harness.execution.ablating import RealisedAblation, ablated
+from harness.execution.study import (
+    Ablation,
+    Cell,
+    Study,
+    build_study,
+    freeze,
+    numeric_settings,
+    study_folder,
+)
+from harness.execution.tasks import prepare_tasks
+from harness.models.families import matrices_of, skeleton
+from harness.models.loading import LoadedModel, ModelDescription, describe, load, load_tokenizer
+from harness.models.matrices import Matrix
+from harness.spectral.decomposition import Decomposition, decompose
+from harness.tables.provenance import provenance
+from harness.tables.schema import blank_row
+from harness.tables.store import cell_states, write_cell
+
+
+class NonFiniteLoss(RuntimeError):
+    """A cell's score is not a number: the row says so instead of hiding it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStudy:
+    study: Study
+    folder: Path
+    description: ModelDescription
+    matrices: tuple[Matrix, ...]
+    tokenizer: Any
+    tasks: dict[str, PreparedTask]
+
+
+def plan(config: Config) -> PlannedStudy:
+    """Everything that can be known without weights: tasks tokenised, cells expanded. Raises InputError."""
+    description = describe(config.model)
+    matrices = matrices_of(skeleton(description.config))
+    tokenizer = load_tokenizer(config.model, description)
+    tasks = prepare_tasks(config.tasks, TaskContext(tokenizer, description.config, description.context_length))
+    study = build_study(config, description, matrices, tasks)
+    return PlannedStudy(study, study_folder(config, study), description, matrices, tokenizer, tasks)
+
+
+class DecompositionCache:
+    """One exact decomposition per matrix, kept in memory up to a budget, the least recently used given up first."""
+
+    def __init__(self, loaded: LoadedModel, budget_bytes: int) -> None:
+        self._loaded, self._budget, self._bytes = loaded, budget_bytes, 0
+        self._kept: OrderedDict[str, Decomposition] = OrderedDict()
+
+    def __call__(self, matrix: Matrix) -> Decomposition:
+        if matrix.name in self._kept:
+            self._kept.move_to_end(matrix.name)
+            return self._kept[matrix.name]
+        result = decompose(matrix.read(self._loaded.model))
+        self._kept[matrix.name] = result
+        self._bytes += _size(result)
+        while self._bytes > self._budget and len(self._kept) > 1:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        return result
+
+
+def _size(decomposition: Decomposition) -> int:
+    return decomposition.vectors.nbytes + decomposition.sigma.nbytes
+
+
+def group_by_ablation(cells: list[Cell]) -> list[tuple[Ablation, list[Cell]]]:
+    """Cells that share an edit, together, in the order in which the frontier moves."""
+    groups: dict[Ablation, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.ablation, []).append(cell)
+    order = {ablation: i for i, ablation in enumerate(groups)}
+    return sorted(groups.items(), key=lambda item: (item[0].target.first_block, order[item[0]]))
+
+
+def measure(task: PreparedTask, scorer: Scorer, loaded: LoadedModel, first_block: int) -> dict[str, ExampleScores]:
+    """The example scores of one task under the model's present weights. Raises NonFiniteLoss."""
+    if task.generate is not None:
+        return task.generate(loaded)
+    scores = scorer.score(task.name, first_block)
+    bad = int((~np.isfinite(scores.logprob)).sum())
+    if bad:
+        raise NonFiniteLoss(f"{bad} of {len(scores.logprob)} scored tokens have a log-probability that is not finite")
+    return task.measure(scores)
+
+
+def run(config: Config, progress: bool = True, report_to: Callable[[str], None] | None = None) -> Path:
+    """Run what is missing of a study; returns its folder. Raises InputError for bad input."""
+    say = report_to or (lambda line: print(line, file=sys.stderr, flush=True))
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    planned = plan(config)
+    folder, study = planned.folder, planned.study
+    if (folder / "manifest.json").is_file():
+        freeze(folder, study)
+    states = cell_states(folder) if folder.exists() else {}
+    missing = [cell for cell in study.cells if states.get(cell.cell_id) != "ok"]
+    say(f"study {study.study_id}: {len(study.cells)} cells, {len(study.cells) - len(missing)} done, in {folder}")
+    if not missing:
+        return folder
+    loaded = load(config.model, planned.description, planned.tokenizer)
+    freeze(folder, study)
+    run_cells(planned, loaded, missing, progress)
+    failed = sum(state == "error" for state in cell_states(folder).values())
+    if failed:
+        say(f"{failed} cells failed; harness status {folder} --failed shows why")
+    return folder
+
+
+def run_cells(planned: PlannedStudy, loaded: LoadedModel, missing: list[Cell], progress: bool = True) -> None:
+    """Score the missing cells of a study on a loaded model and write a file of rows for each."""
+    from tqdm import tqdm
+
+    config, tasks = planned.study.config, planned.tasks
+    names = {cell.task for cell in missing}
+    scorer = Scorer(
+        loaded, {name: task for name, task in tasks.items() if name in names and task.generate is None},
+        config.runtime.batch_tokens, config.runtime.logit_rows, config.runtime.reuse,
+    )
+    decompositions = DecompositionCache(loaded, int(config.runtime.decomposition_gib * 2**30))
+    writer = RowWriter(planned, loaded)
+    with tqdm(total=len(missing), unit="cell", disable=not progress, smoothing=0.1) as bar:
+        bar.set_description("baseline")
+        baselines: dict[str, Any] = {}
+        by_task = {cell.task: cell for cell in planned.study.cells if cell.is_baseline}
+        to_write = {cell.cell_id for cell in missing}
+        for name in sorted(names):
+            started = time.perf_counter()
+            cell = by_task[name]
+            try:
+                baselines[name] = measure(tasks[name], scorer, loaded, 0)
+                outcome = baselines[name]
+            except Exception as error:
+                outcome = error
+            if cell.cell_id in to_write:
+                writer.write(cell, outcome, None, None, time.perf_counter() - started)
+                bar.update()
+        for ablation, cells in group_by_ablation([cell for cell in missing if not cell.is_baseline]):
+            bar.set_description(f"{ablation.target.label}: {ablation.region.label}"[:48].ljust(48))
+            scorer.advance(ablation.target.first_block)
+            _run_ablation(ablation, cells, tasks, scorer, loaded, decompositions, baselines, writer, bar)
+
+
+def _run_ablation(ablation, cells, tasks, scorer, loaded, decompositions, baselines, writer, bar) -> None:
+    pending = list(cells)
+    try:
+        with ablated(loaded, ablation, decompositions) as realised:
+            while pending:
+                cell, started = pending[0], time.perf_counter()
+                baseline = baselines.get(cell.task)
+                try:
+                    if baseline is None:
+                        raise RuntimeError("the baseline of this task failed, so there is nothing to compare with")
+                    outcome: Any = measure(tasks[cell.task], scorer, loaded, ablation.target.first_block)
+                except Exception as error:
+                    outcome = error
+                writer.write(cell, outcome, baseline, realised, time.perf_counter() - started)
+                pending.pop(0)
+                bar.update()
+    except Exception as error:
+        # the edit itself failed (a decomposition, a region): its remaining cells are error rows, the run goes on
+        if not pending:
+            raise
+        for cell in pending:
+            writer.write(cell, error, baselines.get(cell.task), None, 0.0)
+            bar.update()
+
+
+class RowWriter:
+    """Turns outcomes into rows and writes each cell's file."""
+
+    def __init__(self, planned: PlannedStudy, loaded: LoadedModel) -> None:
+        self.folder = planned.folder
+        self.tasks = planned.tasks
+        self.keep_examples = planned.study.config.runtime.examples
+        config, description = planned.study.config, planned.description
+        device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "cpu"
+        self.common: dict[str, Any] = {
+            "study_id": planned.study.study_id,
+            "model": config.model.name,
+            "revision": config.model.revision,
+            "gguf_file": config.model.gguf_file,
+            "model_digest": description.identity.get("digest") or description.identity.get("revision"),
+            "model_type": description.config.model_type,
+            "dtype": description.dtype,
+            "n_blocks": len(loaded.blocks),
+            "edit": config.runtime.edit,
+            "settings": json.dumps(numeric_settings(config, description), sort_keys=True),
+            "seed": config.seed,
+            "precision": "exact",
+            "rank": int(os.environ.get("RANK", 0)),
+            "device": device,
+            **provenance(),
+        }
+        self.block_of = {matrix.name: matrix.block for matrix in loaded.matrices}
+        self.type_of = {matrix.name: matrix.layer_type for matrix in loaded.matrices}
+
+    def _describe(self, cell: Cell, realised: RealisedAblation | None) -> dict[str, Any]:
+        target, region = cell.ablation.target, cell.ablation.region
+        blocks = sorted({self.block_of[name] for name in target.matrices})
+        types = list(dict.fromkeys(self.type_of[name] for name in target.matrices))
+        return {
+            **blank_row(),
+            **self.common,
+            "cell_id": cell.cell_id,
+            "task": cell.task,
+            "protocol": json.dumps(dict(self.tasks[cell.task].protocol), sort_keys=True, default=str),
+            "target": target.label,
+            "target_kind": target.kind,
+            "block": target.block,
+            "layer_type": target.layer_type,
+            "blocks": _ranges(blocks) or None,
+            "layer_types": ",".join(types) or None,
+            "n_matrices": len(target.matrices),
+            "region": "none" if cell.is_baseline else region.label,
+            "region_by": None if cell.is_baseline else region.by,
+            "region_kind": None if cell.is_baseline else region.kind,
+            "region_seed": region.seed,
+            **(dataclasses.asdict(realised) if realised else {}),
+        }
+
+    def write(
+        self, cell: Cell, outcome: dict[str, ExampleScores] | Exception, baseline: Mapping[str, ExampleScores] | None,
+        realised: RealisedAblation | None, seconds: float,
+    ) -> None:
+        described = {**self._describe(cell, realised), "seconds": seconds}
+        if isinstance(outcome, Exception):
+            lines = "".join(traceback.format_exception(outcome))
+            names = list(baseline) if baseline else ["all"]
+            rows = [{**described, "metric": name, "status": "error", "error": lines} for name in names]
+            write_cell(self.folder, cell.cell_id, rows, None)
+            return
+        rows = [self._row(described, name, scores, baseline) for name, scores in outcome.items()]
+        examples = self._examples(described, cell, outcome) if self.keep_examples else None
+        write_cell(self.folder, cell.cell_id, rows, examples)
+
+    def _row(self, described, name, scores: ExampleScores, baseline) -> dict[str, Any]:
+        value = estimate(scores)
+        row = {
+            **described, "metric": name, "status": "ok", "value": value.value, "stderr": value.stderr, "n": value.n,
+            "n_available": value.n, "higher_is_better": scores.higher_is_better,
+        }
+        if baseline is not None:
+            delta = paired(scores, baseline[name])
+            row |= {"baseline": estimate(baseline[name]).value, "delta": delta.delta, "delta_stderr": delta.stderr,
+                    "p_value": delta.p_value}
+        return row
+
+    def _examples(self, described, cell: Cell, outcome: Mapping[str, ExampleScores]) -> dict[str, Any]:
+        ids = np.asarray(self.tasks[cell.task].example_ids, dtype=object)
+        n = len(ids)
+        return {
+            "study_id": [described["study_id"]] * (n * len(outcome)),
+            "cell_id": [cell.cell_id] * (n * len(outcome)),
+            "task": [cell.task] * (n * len(outcome)),
+            "metric": [name for name in outcome for _ in range(n)],
+            "example_id": np.tile(ids, len(outcome)),
+            "score": np.concatenate([scores.score for scores in outcome.values()]),
+            "weight": np.concatenate([scores.weight for scores in outcome.values()]),
+        }
+
+
+def _ranges(blocks: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for block in blocks:
+        if parts and block == parts[-1][-1] + 1:
+            parts[-1].append(block)
+        else:
+            parts.append([block])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -1,0 +1,308 @@
+"""From settings to a study: the frozen list of cells (the manifest) and the ids that follow from what each depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config import Config, RegionConfig, TargetConfig
+from harness.errors import InputError
+from harness.evaluation.requests import PreparedTask
+from harness.models.families import expand_layer_types
+from harness.models.loading import ModelDescription
+from harness.models.matrices import Matrix
+from harness.spectral.regions import (
+    Region,
+    decile_region,
+    none_region,
+    parse_interval,
+    random_region,
+    rank_only,
+    select,
+    sized_region,
+)
+
+NUMBERS_VERSION = 1  # raise when a change of the code changes what a cell's number is
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The matrices that one ablation touches together; `block` and `layer_type` are None where there are several."""
+
+    kind: str
+    label: str
+    matrices: tuple[str, ...]
+    first_block: int
+    block: int | None = None
+    layer_type: str | None = None
+
+
+BASELINE = Target("baseline", "baseline", (), 0)
+NO_REGION = none_region()
+
+
+@dataclass(frozen=True)
+class Ablation:
+    target: Target
+    region: Region
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One ablation measured on one task of one model."""
+
+    cell_id: str
+    ablation: Ablation
+    task: str
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.ablation.target.kind == "baseline"
+
+
+@dataclass(frozen=True)
+class Study:
+    """study_id: a hash of the ids of all cells. Cells are in the order in which they run: the baseline, then by first
+    edited block, then by target, so that the frontier only ever moves forward."""
+
+    study_id: str
+    config: Config
+    tasks: dict[str, dict[str, Any]]
+    cells: tuple[Cell, ...]
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def expand_targets(config: TargetConfig, matrices: tuple[Matrix, ...]) -> list[Target]:
+    """The targets of a study, in the order of their first block."""
+    wanted = expand_layer_types(config.layer_types)
+    n_blocks = 1 + max(matrix.block for matrix in matrices)
+    blocks = list(range(n_blocks)) if config.blocks is None else config.blocks
+    for block in blocks:
+        if not 0 <= block < n_blocks:
+            raise InputError(f"target.blocks: {block} is not a block of this model; blocks are 0 to {n_blocks - 1}")
+    chosen = [matrix for matrix in matrices if matrix.block in set(blocks) and matrix.layer_type in wanted]
+    absent = [name for name in wanted if name not in {matrix.layer_type for matrix in matrices}]
+    if not chosen or (absent and not set(config.layer_types) & {"all", "attn", "mlp"}):
+        there = ", ".join(dict.fromkeys(matrix.layer_type for matrix in matrices))
+        raise InputError(f"target.layer_types: this model has no {', '.join(absent or wanted)}; it has {there}")
+    if config.kind == "matrix":
+        return [Target("matrix", m.name, (m.name,), m.block, m.block, m.layer_type) for m in chosen]
+    if config.kind == "type":
+        of_type: dict[str, list[Matrix]] = {}
+        for matrix in chosen:
+            of_type.setdefault(matrix.layer_type, []).append(matrix)
+        return [_joint("type", _where(config.blocks) + name, members, layer_type=name) for name, members in of_type.items()]
+    what = "" if set(config.layer_types) == {"all"} else " " + "+".join(config.layer_types)
+    if config.kind == "block":
+        of_block: dict[int, list[Matrix]] = {}
+        for matrix in chosen:
+            of_block.setdefault(matrix.block, []).append(matrix)
+        return [_joint("block", f"block {b}{what}", members, block=b) for b, members in sorted(of_block.items())]
+    return [_joint("all", (_where(config.blocks) + "all" + what).strip(), chosen)]
+
+
+def _where(blocks: list[int] | None) -> str:
+    return "" if blocks is None else f"blocks {','.join(map(str, blocks))} "
+
+
+def _joint(kind: str, label: str, members: list[Matrix], block: int | None = None, layer_type: str | None = None) -> Target:
+    return Target(kind, label, tuple(m.name for m in members), min(m.block for m in members), block, layer_type)
+
+
+def expand_regions(config: RegionConfig) -> list[Region]:
+    """The regions of a study without duplicates, controls last."""
+    regions: list[Region] = []
+    try:
+        if config.by in ("fraction", "energy"):
+            regions += [sized_region(kind, value, config.by) for kind in config.kinds for value in config.values]
+        if config.by in ("fraction", "energy", "index"):
+            regions += [parse_interval(text, config.by) for text in config.intervals]
+        if config.by == "decile":
+            regions += [decile_region(decile) for decile in config.deciles]
+    except ValueError as error:
+        raise InputError(f"region: {error}") from error
+    controlled = list(regions)
+    if "random" in config.controls:
+        regions += [random_region(region, seed) for seed in config.random_seeds for region in controlled]
+    if "none" in config.controls:
+        regions.append(NO_REGION)
+    return list(dict.fromkeys(regions))
+
+
+def _drop_equivalent_controls(regions: list[Region], rank: int, shape: tuple[int, int]) -> list[Region]:
+    """A random control per distinct count is enough, and one of the full count would repeat the full removal."""
+    kept, counts = [], set()
+    for region in regions:
+        if region.kind == "random" and rank_only(region):
+            count = (region.seed, len(select(region, None, shape)))
+            if count in counts or count[1] == rank:
+                continue
+            counts.add(count)
+        kept.append(region)
+    return kept
+
+
+def _check_not_empty(targets: list[Target], regions: list[Region], shapes: Mapping[str, tuple[int, int]]) -> None:
+    for region in regions:
+        if region.kind == "none" or not rank_only(region):
+            continue
+        for target in targets:
+            for name in target.matrices:
+                if len(select(region, None, shapes[name])) == 0:
+                    rank = min(shapes[name])
+                    raise InputError(
+                        f"region: {region.label} is empty for matrix {name}, which has {rank} singular values;"
+                        f" use at least {1 / rank:.4g} of them, or leave that matrix out of the target"
+                    )
+
+
+def region_key(region: Region) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(region).items() if value is not None}
+
+
+def numeric_settings(config: Config, description: ModelDescription) -> dict[str, Any]:
+    """The settings, beside target, region and task, on which a cell's number depends."""
+    settings: dict[str, Any] = {
+        "numbers_version": NUMBERS_VERSION,
+        "model": description.identity,
+        "dtype": description.dtype,
+        "attn_implementation": config.model.attn_implementation,
+        "edit": config.runtime.edit,
+        "seed": config.seed,
+    }
+    if description.dtype != "float32":
+        settings["batch_tokens"] = config.runtime.batch_tokens
+    return settings
+
+
+def task_digest(task: PreparedTask) -> str:
+    """Digest of what the task asks: its protocol and every token and position of its requests."""
+    digest = hashlib.blake2b(json.dumps(dict(task.protocol), sort_keys=True, default=str).encode(), digest_size=16)
+    for request in task.requests:
+        for array in (request.tokens, request.positions, request.targets):
+            digest.update(len(array).to_bytes(8, "little"))
+            digest.update(array.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def build_study(
+    config: Config, description: ModelDescription, matrices: tuple[Matrix, ...], tasks: Mapping[str, PreparedTask]
+) -> Study:
+    """Expand settings into cells. Raises InputError for targets or regions that this model does not have."""
+    targets = expand_targets(config.target, matrices)
+    shapes = {matrix.name: matrix.shape for matrix in matrices}
+    regions = expand_regions(config.region)
+    _check_not_empty(targets, regions, shapes)
+    settings = numeric_settings(config, description)
+    task_info = {name: {"digest": task_digest(task), "protocol": dict(task.protocol)} for name, task in tasks.items()}
+    ablations = [Ablation(BASELINE, NO_REGION)]
+    for target in targets:
+        distinct = {shapes[name] for name in target.matrices}
+        own = regions
+        if len(distinct) == 1:
+            (shape,) = distinct
+            own = _drop_equivalent_controls(regions, min(shape), shape)
+        ablations += [Ablation(target, region) for region in own]
+    cells = [
+        Cell(cell_id(settings, ablation, info["digest"]), ablation, name)
+        for ablation in ablations for name, info in task_info.items()
+    ]
+    study_id = _digest(sorted(cell.cell_id for cell in cells))[:12]
+    return Study(study_id, config, task_info, tuple(cells))
+
+
+def cell_id(settings: dict[str, Any], ablation: Ablation, task: str) -> str:
+    """Hash of all that the cell's number depends on."""
+    matrices = sorted(ablation.target.matrices)
+    return _digest([settings, matrices, region_key(ablation.region) if matrices else None, task])
+
+
+def study_folder(config: Config, study: Study) -> Path:
+    if config.output is not None:
+        return Path(config.output).expanduser()
+    name = Path(config.model.name).name
+    return Path("results") / f"{name}-{study.study_id[:8]}"
+
+
+def manifest_of(study: Study) -> dict[str, Any]:
+    """The manifest as JSON: settings, tasks, and the cells by index into targets and regions."""
+    targets = list(dict.fromkeys(cell.ablation.target for cell in study.cells))
+    regions = list(dict.fromkeys(cell.ablation.region for cell in study.cells))
+    tasks = list(study.tasks)
+    target_index = {target: i for i, target in enumerate(targets)}
+    region_index = {region: i for i, region in enumerate(regions)}
+    task_index = {name: i for i, name in enumerate(tasks)}
+    return {
+        "manifest_version": 1,
+        "study_id": study.study_id,
+        "config": dataclasses.asdict(study.config),
+        "tasks": study.tasks,
+        "targets": [dataclasses.asdict(target) for target in targets],
+        "regions": [dataclasses.asdict(region) for region in regions],
+        "cells": [
+            [c.cell_id, target_index[c.ablation.target], region_index[c.ablation.region], task_index[c.task]]
+            for c in study.cells
+        ],
+    }
+
+
+def freeze(folder: Path, study: Study) -> None:
+    """Write the manifest atomically, or check that the folder already holds this very study.
+
+    Raises InputError when it holds another, naming the first setting that differs.
+    """
+    path = folder / MANIFEST
+    if path.is_file():
+        there = read_manifest(folder)
+        if there["study_id"] != study.study_id:
+            raise InputError(
+                f"output: {folder} holds another study ({there['study_id']}, not {study.study_id};"
+                f" {_first_difference(there['config'], dataclasses.asdict(study.config))});"
+                " leave output unset or name another folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    with temporary.open("w") as file:
+        json.dump(manifest_of(study), file, separators=(",", ":"), default=str)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _first_difference(there: Any, here: Any) -> str:
+    old, new = dict(_flat(there)), dict(_flat(json.loads(json.dumps(here, default=str))))
+    for key in {**new, **old}:
+        if old.get(key) != new.get(key) and not key.startswith(("output", "runtime.threads")):
+            return f"{key} is {old.get(key)!r} there, {new.get(key)!r} here"
+    return "the model's weights or the data differ"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a study folder. Raises InputError where there is none or it cannot be read."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder}: not a study folder (no {MANIFEST}); give the folder that harness run wrote")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); restore it or run the study anew") from error

@@ -1,0 +1,239 @@
+"""From the model settings to a model in memory: hub name and revision, local folder, GGUF file, or the embedded default."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.config import ModelConfig
+from harness.errors import InputError
+from harness.models.families import Family, blocks_of, family_of, matrices_of
+from harness.models.matrices import Matrix
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
+_SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is known of a model before its weights are read.
+
+    source: what `from_pretrained` takes (a hub name or a folder). identity: goes into every cell id, so it changes
+    when the weights do. dtype: the resolved name, never "auto".
+    """
+
+    source: str
+    identity: dict[str, Any]
+    config: Any
+    family: Family
+    dtype: str
+    context_length: int
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be edited and scored. `blocks` are in execution order; `matrices` name their block by index."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    description: ModelDescription
+    matrices: tuple[Matrix, ...]
+    blocks: list[torch.nn.Module]
+    device: torch.device
+
+    @property
+    def context_length(self) -> int:
+        return self.description.context_length
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's size and of 64 evenly spaced 64 KiB samples (the whole file when it is small).
+
+    Reading a 16 GB checkpoint whole would take longer than planning a study; any retraining changes every sample.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if size <= _SAMPLE_BYTES * _SAMPLES:
+            digest.update(file.read())
+        else:
+            for i in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path, gguf_file: str | None) -> list[Path]:
+    if gguf_file:
+        return [folder / gguf_file]
+    for suffix in WEIGHT_SUFFIXES:
+        files = sorted(folder.glob(f"*{suffix}"))
+        if files:
+            return files
+    return []
+
+
+def _local_identity(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    files = _weight_files(folder, config.gguf_file)
+    if config.gguf_file and not files[0].is_file():
+        there = sorted(path.name for path in folder.glob("*.gguf"))
+        raise InputError(f"model.gguf_file: no file {config.gguf_file!r} in {folder}; GGUF files there: {there or 'none'}")
+    if not files:
+        raise InputError(f"model.name: the folder {folder} holds no weights (*.safetensors, or set model.gguf_file)")
+    config_file = folder / "config.json"
+    digests = [file_digest(path) for path in files] + ([file_digest(config_file)] if config_file.is_file() else [])
+    return {"digest": hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()}
+
+
+def _hub_identity(config: ModelConfig, model_config: Any) -> dict[str, Any]:
+    commit = getattr(model_config, "_commit_hash", None)
+    return {"name": config.name, "revision": commit or config.revision or "main", "gguf_file": config.gguf_file}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def context_length_of(model_config: Any) -> int:
+    """The longest sequence the architecture accepts; 2048 where positions are relative and no limit is stated."""
+    for key in ("max_position_embeddings", "n_positions", "context_length", "n_ctx"):
+        value = getattr(model_config, key, None)
+        if isinstance(value, int) and value > 0:
+            # RoBERTa's position table starts after the padding index
+            return value - 2 if model_config.model_type == "roberta" else value
+    return 2048
+
+
+def recall_identity(config: ModelConfig) -> dict[str, Any]:
+    from harness.models.recall_training import training_digest
+
+    return {"digest": training_digest(config.recall)}
+
+
+def describe(config: ModelConfig) -> ModelDescription:
+    """Read a model's configuration, not its weights. Raises InputError for what does not exist or is not known."""
+    if config.name == "recall":
+        from harness.models.recall import recall_config
+
+        model_config = recall_config(config.recall)
+        dtype = "float32" if config.dtype == "auto" else config.dtype
+        return ModelDescription("recall", recall_identity(config), model_config, family_of(model_config), dtype,
+                                model_config.context_length)
+    from transformers import AutoConfig
+
+    folder = Path(config.name).expanduser()
+    local = folder.is_dir()
+    if not local and (folder.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1):
+        raise InputError(f"model.name: {config.name!r} is not a folder; give a local folder, a Hugging Face name or 'recall'")
+    identity = _local_identity(folder, config) if local else None
+    source = str(folder) if local else config.name
+    kwargs = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        model_config = AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs
+        )
+    except (OSError, ValueError, KeyError) as error:
+        where = "local folder" if local else "Hugging Face name (offline: download it first, or give a local folder)"
+        raise InputError(f"model.name: cannot read {config.name!r} as a {where}: {_one_line(error)}") from error
+    family = family_of(model_config)
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    dtype = config.dtype
+    if dtype == "auto":
+        stated = getattr(model_config, "dtype", None) or getattr(text_config, "dtype", None)
+        dtype = str(stated).removeprefix("torch.") if stated is not None else "float32"
+        dtype = dtype if dtype in TORCH_DTYPES else "float32"
+    return ModelDescription(source, identity or _hub_identity(config, model_config), model_config, family, dtype,
+                            context_length_of(text_config))
+
+
+def load_tokenizer(config: ModelConfig, description: ModelDescription) -> Any:
+    """The model's tokenizer; None for the embedded model, whose tasks make their own tokens."""
+    if description.source == "recall":
+        return None
+    from transformers import AutoTokenizer
+
+    kwargs = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(
+            description.source, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model.name: no tokenizer for {config.name!r}: {_one_line(error)}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """For `auto`: the accelerator of this process's local rank where there is one, else the CPU."""
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:<index>") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"model.device: {name!r} asked for, but torch sees no CUDA device; use cpu or auto")
+    return device
+
+
+def _check_finite(model: torch.nn.Module, name: str) -> None:
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"model.name: {name!r} has weights that are not finite, first in {key}; use another checkpoint")
+
+
+def load(config: ModelConfig, description: ModelDescription | None = None, tokenizer: Any = None) -> LoadedModel:
+    """Load weights (safetensors, or GGUF dequantised), check that they are finite, map them to matrices.
+
+    Raises InputError where a file, a dtype or a device is not there.
+    """
+    description = description or describe(config)
+    device = pick_device(config.device)
+    dtype = TORCH_DTYPES[description.dtype]
+    if description.source == "recall":
+        from harness.models.recall import load_recall
+        from harness.models.recall_training import ensure_trained
+
+        model = load_recall(ensure_trained(config.recall)).to(dtype)
+    else:
+        model = _from_pretrained(config, description, dtype)
+    if config.device_map is None:
+        model = model.to(device)
+    else:
+        device = next(model.parameters()).device
+    model.eval().requires_grad_(False)
+    _check_finite(model, config.name)
+    tokenizer = tokenizer or load_tokenizer(config, description)
+    return LoadedModel(model, tokenizer, description, matrices_of(model), blocks_of(model), device)
+
+
+def _from_pretrained(config: ModelConfig, description: ModelDescription, dtype: torch.dtype) -> torch.nn.Module:
+    kwargs: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file else {"use_safetensors": True}
+    if config.device_map is not None:
+        kwargs["device_map"] = config.device_map
+    loader: Callable = description.family.auto_class().from_pretrained
+    try:
+        return loader(
+            description.source, revision=config.revision, dtype=dtype, attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code, **kwargs,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
+
+
+def loaded_from(model: torch.nn.Module, tokenizer: Any = None, identity: dict[str, Any] | None = None) -> LoadedModel:
+    """Wrap a model that is already in memory (fine-tuned in this process, say) so that it can be edited and scored."""
+    model_config = model.config
+    parameter = next(model.parameters())
+    description = ModelDescription("memory", identity or {}, model_config, family_of(model_config),
+                                   str(parameter.dtype).removeprefix("torch."), context_length_of(model_config))
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, description, matrices_of(model), blocks_of(model), parameter.device)
