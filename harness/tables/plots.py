@@ -13,17 +13,20 @@ from harness.tables.summary import Measured, is_control, layer_key, region_order
 
 SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-MAX_PANELS = 12
+MAX_PANELS = 9
 MAX_TICKS = 24
 MAX_BLOCK_PANELS = 4
+MAX_DOTS = 16  # matrices per region and layer type that are drawn one by one
+DPI = 120
 LOG_SPAN = 30  # largest / median delta from which the colours are logarithmic
 
 
 def region_figure(one: Measured, path: Path) -> None:
     """One metric against the removed region, a series per layer type (per block where the targets are blocks).
 
-    Error bars are standard errors. Single matrices of up to 4 blocks get a panel per block; of more blocks, dots are
-    the matrices and lines their median over blocks. Draws nothing but `one.cells`, which must not be empty.
+    Error bars are standard errors. Single matrices of up to 4 blocks get a panel per block; of more blocks, lines are
+    medians over blocks, with the matrices as dots (up to 16) or the 10 % to 90 % range as bars.
+    Draws nothing but `one.cells`, which must not be empty.
     """
     regions = region_order(one.cells)
     blocks = sorted(set(one.cells["block"].dropna()))
@@ -45,9 +48,9 @@ def region_figure(one: Measured, path: Path) -> None:
         for i, (name, _) in enumerate(series)
     }
     markers = {name: "o" if sequential else MARKERS[i] for i, (name, _) in enumerate(series)}
-    medians = False
+    notes: dict[str, None] = {}
     for panel, (title, cells) in zip(axes, panels):
-        medians |= _draw_series(panel, _series(cells), regions, is_control(one.cells), colours, markers)
+        notes |= _draw_series(panel, _series(cells), regions, is_control(one.cells), colours, markers)
         if one.baseline is not None:
             value = one.baseline["value"]
             panel.axhline(value, color="0.25", linestyle="--", linewidth=1.1, label="baseline", zorder=1)
@@ -66,8 +69,10 @@ def region_figure(one: Measured, path: Path) -> None:
         handles.update(
             {label: handle for handle, label in zip(*panel.get_legend_handles_labels()) if label not in handles}
         )
-    if handles and not sequential:
-        title = "median over blocks" if medians else None
+    if sequential:  # the colour bar names the series
+        handles = {label: handle for label, handle in handles.items() if label == "baseline"}
+    if handles:
+        title = "\n".join(notes) or None
         figure.legend(
             handles.values(), handles, loc="outside right upper", frameon=False, fontsize="small", title=title,
             title_fontsize="small",
@@ -75,9 +80,9 @@ def region_figure(one: Measured, path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_series(axes, series, regions, controls, colours, markers) -> bool:
-    """Every series on one panel, side by side within a region; True when medians had to stand for several targets."""
-    medians = False
+def _draw_series(axes, series, regions, controls, colours, markers) -> dict[str, None]:
+    """Every series on one panel, side by side within a region; returns what the legend must say of medians."""
+    notes: dict[str, None] = {}
     span = 0.7 if len(series) > 1 else 0.0
     ordinal = {region: i for i, region in enumerate(regions)}
     for i, (name, rows) in enumerate(series):
@@ -85,9 +90,16 @@ def _draw_series(axes, series, regions, controls, colours, markers) -> bool:
         style = {"color": colours[name], "marker": markers[name]}
         x = rows["region"].map(ordinal).to_numpy(float) + shift
         if rows["region"].duplicated().any():
-            medians = True
-            axes.plot(x, rows["value"], linestyle="none", markersize=3, alpha=0.35, zorder=2, **style)
-            values = rows.groupby("region")["value"].median()
+            by_region = rows.groupby("region")["value"]
+            values = by_region.median()
+            if by_region.size().max() <= MAX_DOTS:
+                notes["median over blocks"] = None
+                axes.plot(x, rows["value"], linestyle="none", markersize=3, alpha=0.35, zorder=2, **style)
+            else:
+                notes["median over blocks,\nbars: 10 % to 90 %"] = None
+                low, high = values - by_region.quantile(0.1), by_region.quantile(0.9) - values
+                at = values.index.map(ordinal).to_numpy(float) + shift
+                axes.errorbar(at, values, (low, high), fmt="none", ecolor=colours[name], elinewidth=1, alpha=0.6)
         else:
             bars = rows["stderr"].astype(float)
             axes.errorbar(x, rows["value"], bars, fmt="none", ecolor=colours[name], elinewidth=1, capsize=2)
@@ -108,7 +120,7 @@ def _draw_series(axes, series, regions, controls, colours, markers) -> bool:
     first_control = next((i for i, region in enumerate(regions) if region in controls), None)
     if first_control:
         axes.axvline(first_control - 0.5, color="0.8", linewidth=0.8)
-    return medians
+    return notes
 
 
 def _region_ticks(axes, labels: list[str], upright: bool) -> None:
@@ -148,7 +160,7 @@ def _block_bar(figure, axes, names: list[str]) -> None:
 def heat_map_figure(one: Measured, path: Path) -> list[str]:
     """Delta over blocks x layer types, a panel per region; returns the labels of the regions that were drawn.
 
-    Of more than 12 regions, those with the largest mean |delta|. All panels share one colour scale, centred at zero,
+    Of more than 9 regions, those with the largest mean |delta|. All panels share one colour scale, centred at zero,
     logarithmic when the deltas span orders of magnitude; beyond its ends (the 99th percentile) colours saturate.
     Targets must be single matrices. Grey: not measured or failed.
     """
@@ -165,22 +177,25 @@ def heat_map_figure(one: Measured, path: Path) -> list[str]:
     figure = _figure(max(4.8, width), max(3.0, height))
     axes = figure.subplots(rows, columns, squeeze=False)
     norm, extend = _centred_norm(cells["delta"].to_numpy(float))
-    colours = _colour_map("RdBu" if one.higher_is_better else "RdBu_r").copy()
-    colours.set_bad("0.8")
+    colours = _colour_map("RdBu" if one.higher_is_better else "RdBu_r").with_extremes(bad="0.8")
     row_of, column_of = {b: i for i, b in enumerate(blocks)}, {t: i for i, t in enumerate(types)}
+    of_region = dict(list(cells.groupby("region")))
     image = None
     for i, (panel, region) in enumerate(zip(axes.flat, regions)):
         grid = np.full((len(blocks), len(types)), np.nan)
-        for cell in cells[cells["region"] == region][["block", "layer_type", "delta"]].itertuples(index=False):
+        for cell in of_region[region][["block", "layer_type", "delta"]].itertuples(index=False):
             # several matrices of one type in a block (experts): the one that moves the metric most
             at = row_of[int(cell.block)], column_of[cell.layer_type]
             if np.isnan(grid[at]) or abs(cell.delta) > abs(grid[at]):
                 grid[at] = cell.delta
         image = panel.imshow(grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
         panel.set_title("\n".join(textwrap.wrap(region, max(14, 6 * len(types)))), fontsize="medium")
-        panel.set_xticks(range(len(types)), types, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
+        under = i + columns >= len(regions)
+        names = types if under else [""] * len(types)
+        panel.set_xticks(range(len(types)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
         step = math.ceil(len(blocks) / 20)
-        panel.set_yticks(range(0, len(blocks), step), blocks[::step], fontsize="small")
+        numbers = blocks[::step] if i % columns == 0 else [""] * len(blocks[::step])
+        panel.set_yticks(range(0, len(blocks), step), numbers, fontsize="small")
         if i % columns == 0:
             panel.set_ylabel("block")
         if grid.size <= 40:
@@ -262,4 +277,8 @@ def _figure(width: float, height: float):
 
 def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format="png")
+    # Saving would lay the figure out twice, which is most of the time that many panels take.
+    figure.set_dpi(DPI)
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+    figure.savefig(path, dpi=DPI, format="png", pil_kwargs={"compress_level": 3})

@@ -15,7 +15,7 @@ from harness.tables.summary import Measured, is_baseline, measured, ranked, regi
 BEST = 5  # cells shown at each end
 TERMINAL_ROWS = 24  # a study up to this size is printed whole
 MARKDOWN_ROWS, MARKDOWN_COLUMNS = 120, 24
-MAX_FIGURES = 12
+MAX_FIGURES = 8
 CSV_COLUMNS = (
     "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
     "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",

@@ -71,7 +71,9 @@ METRICS = (
     Column("energy_removed", "float64", "Share of the squared Frobenius norm removed, over all matrices."),
     Column("sigma_max_removed", "float64", "Largest singular value removed."),
     Column("sigma_min_removed", "float64", "Smallest singular value removed."),
-    Column("realised_removal", "float64", "|U_r^T W'| / |U_r^T W| with W' as it ran, after the cast: 0 = all is gone."),
+    Column(
+        "realised_removal", "float64", "1 - |U_r^T W'| / |U_r^T W| with W' as it ran, after the cast: 1 = all is gone."
+    ),
     Column("edit", "string", "`weight`: weights edited and cast; `branch`: subtracted at the output in float32."),
     Column("svd_method", "string", "Decomposition used."),
     Column("svd_reconstruction_error", "float64", "Largest |W - U S V^T| / |W| over the matrices."),

@@ -118,7 +118,7 @@ def study_rows(
                 damage = 0.02 if where is None else np.exp(-4 * where) - 0.05
                 damage = 0.0 if region["region"] == "none" else damage
                 damage *= np.exp(spread * rng.normal()) * (0.5 if higher else 8.0)
-                value = start - min(damage, 0.55) if higher else start + damage
+                value = min(start - min(damage, 0.55), 1.0) if higher else max(start + damage, 15.0)
                 rows.append(
                     metric_row(
                         f"{task}-{i}-{j}",
