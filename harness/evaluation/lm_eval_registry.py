@@ -74,15 +74,15 @@ def _manager(key: str, config: LmEvalTask) -> tuple[Any, str]:
 
     root = Path(lm_eval.tasks.__file__).parent
     own = str(Path(config.include_path).expanduser()) if config.include_path is not None else None
-    own_kind = _kind(_task_manager(own, False), config.task) if own is not None else None
-    if own_kind == "task":
-        return _task_manager(own, False), "task"
-    path = _find_yaml(config.task, root) if own_kind is None else None
-    if path is not None:
+    if own is not None and _whole(_task_manager(own, False), config.task, own_tags=True):
+        manager = _task_manager(own, False)
+        return manager, _kind(manager, config.task)
+    path = _find_yaml(config.task, root)
+    mine = own is not None and _kind(_task_manager(own, False), config.task) is not None
+    if path is not None and not mine and _whole(_task_manager(str(path.parent), False), config.task):
         manager = _task_manager(str(path.parent), False)
-        if _kind(manager, config.task) == "task":
-            return manager, "task"
-    if own_kind is not None or path is not None or _mentioned(config.task, root):
+        return manager, _kind(manager, config.task)
+    if mine or path is not None or _mentioned(config.task, root):
         manager = _task_manager(own, True)
         if kind := _kind(manager, config.task):
             return manager, kind
@@ -94,6 +94,15 @@ def _manager(key: str, config: LmEvalTask) -> tuple[Any, str]:
     raise InputError(f"{key}.task: lm-eval knows no task {config.task!r}; {hint}")
 
 
+def _whole(manager: Any, name: str, own_tags: bool = False) -> bool:
+    """Whether the index of one folder holds a name and all that is below it. A tag may have members anywhere, except
+    that those of the user's own folder hide the others."""
+    kind = _kind(manager, name)
+    if kind == "group":
+        return all(_whole(manager, child, own_tags) for child in _children(manager, name))
+    return kind == "task" or (kind == "tag" and own_tags)
+
+
 def _kind(manager: Any, name: str) -> str | None:
     if name in manager.all_subtasks:
         return "task"
@@ -102,17 +111,19 @@ def _kind(manager: Any, name: str) -> str | None:
     return "tag" if name in manager.all_tags else None
 
 
-def _members(manager: Any, group: str) -> list[str]:
-    """Names of the tasks below a group, found without loading any data."""
-    entry = manager.task_index.get(group)
-    if entry is None or _kind(manager, group) == "task":
-        return [group]
-    children = sorted(entry.tags) if entry.yaml_path is None else entry.cfg.get("task") or []
-    found: list[str] = []
-    for child in [children] if isinstance(children, str) else children:
-        child_name = (child.get("task") or child.get("group")) if isinstance(child, dict) else child
-        found += _members(manager, child_name) if isinstance(child_name, str) else []
-    return found
+def _children(manager: Any, name: str) -> list[str]:
+    """What a group or tag lists."""
+    entry = manager.task_index[name]
+    listed = sorted(entry.tags) if _kind(manager, name) == "tag" else entry.cfg.get("task") or []
+    listed = [listed] if isinstance(listed, str) else listed
+    return [child if isinstance(child, str) else child.get("task") or child.get("group") for child in listed]
+
+
+def _members(manager: Any, name: str) -> list[str]:
+    """Names of the tasks below a group or tag, found without loading any data."""
+    if _kind(manager, name) in (None, "task"):
+        return [name]
+    return [member for child in _children(manager, name) for member in _members(manager, child)]
 
 
 @functools.cache
@@ -156,6 +167,8 @@ def _all_names(root: Path) -> list[str]:
 
 def _single(key: str, config: LmEvalTask, manager: Any) -> Any:
     stock = manager.task_index[config.task].cfg
+    if stock.get("unsafe_code"):
+        raise InputError(f"{key}.task: {config.task!r} executes what the model writes; such tasks are not run")
     overrides = _local_data(key, config, stock) if config.data_files else {}
     shots = stock.get("num_fewshot") if config.num_fewshot is None else config.num_fewshot
     if not shots and "class" not in stock:
@@ -169,7 +182,9 @@ def _single(key: str, config: LmEvalTask, manager: Any) -> Any:
         except InputError:
             raise
         except Exception as error:  # data sets, templates and the code of tasks raise anything
-            hint = "" if config.data_files else f" (offline? set {key}.data_files.<split> for {_splits_of(stock)})"
+            hint = "" if config.data_files or "class" in stock else (
+                f" (offline? set {key}.data_files.<split> for {_splits_of(stock)})"
+            )
             raise InputError(f"{key}: lm-eval cannot load {config.task!r}: {reason(error)}{hint}") from error
 
 
@@ -242,17 +257,19 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's warnings and the progress bars of data sets."""
+    """Without the progress bars of data sets and the warnings that lm-eval writes for every other task."""
     import datasets
 
-    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
+    levels, bars = {logger: logger.level for logger in loggers}, datasets.are_progress_bars_disabled()
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
 

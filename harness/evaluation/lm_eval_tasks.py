@@ -81,14 +81,12 @@ def _check(name: str, task: Any, config: LmEvalTask, alone: bool) -> None:
     key, label = f"tasks.{name}", task.config.task
     if getattr(task, "MULTIMODAL", False):
         raise InputError(f"{key}.task: {label!r} shows images or sound; only tasks of text can be scored")
-    if getattr(task, "UNSAFE_CODE", False):
-        raise InputError(f"{key}.task: {label!r} executes what the model writes; such tasks are not run")
     if task.OUTPUT_TYPE not in (*SCORED, "generate_until"):
         raise InputError(f"{key}.task: {label!r} has output type {task.OUTPUT_TYPE!r}; use one of {', '.join(SCORED)}")
     if task.OUTPUT_TYPE == "generate_until" and not alone:
         raise InputError(f"{key}.task: {config.task!r} holds {label!r}, which generates text; name its tasks singly")
     stated = task.config.num_fewshot
-    if config.num_fewshot and stated == 0:
+    if config.num_fewshot and (stated == 0 or task.OUTPUT_TYPE == "loglikelihood_rolling"):
         raise InputError(f"{key}.num_fewshot: {label!r} takes no examples; set it to null or 0")
     task.set_config("num_fewshot", (stated or 0) if config.num_fewshot is None else config.num_fewshot)
     task.set_fewshot_seed(config.seed)
@@ -100,6 +98,9 @@ def _part(name: str, task_name: str, task: Any, config: LmEvalTask, context: Tas
         docs = lm_eval_metrics.documents(task, config.limit)
         if not docs:
             raise InputError(f"{key}: {task_name!r} has no documents")
+        asked = {instance.request_type for doc in docs for instance in doc}
+        if "generate_until" in asked and len(asked) > 1:
+            raise InputError(f"{key}.task: {task_name!r} both generates and scores; only one of them can be measured")
         dummies = [_dummy(instance.request_type) for instance in docs[0]]
         by_metric = lm_eval_metrics.aggregations(task, lm_eval_metrics.values(task, docs[:1], dummies))
     except InputError:
@@ -112,7 +113,7 @@ def _part(name: str, task_name: str, task: Any, config: LmEvalTask, context: Tas
         raise InputError(f"{key}.task: {task_name!r} has no metric that is a mean over its documents, only {left_out}")
     requests: list[Request] = []
     offsets = [0]
-    if task.OUTPUT_TYPE != "generate_until":
+    if asked != {"generate_until"}:
         context = _remembering_contexts(context)
         for doc in docs:
             for instance in doc:
