@@ -159,7 +159,8 @@ def hardware(device: str) -> str:
         names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                  if line.startswith("model name")]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} logical cores, load {os.getloadavg()[0]:.0f}"
+    cores = f"{torch.get_num_threads()} threads of {os.cpu_count()} logical cores"
+    return f"{model}, {cores}, load average {os.getloadavg()[0]:.0f}"
 
 
 def markdown(rows: list[dict[str, object]], device: str, repeats: int) -> str:

@@ -174,7 +174,8 @@ def test_no_convergence_falls_back_to_gesdd(monkeypatch):
 
 
 def test_the_check_notices_vectors_that_are_not_singular(monkeypatch):
-    monkeypatch.setitem(METHODS, "gesdd", lambda wide: (orthonormal(len(wide), len(wide), 5), torch.ones(len(wide))))
+    wrong = orthonormal(20, 20, 5)
+    monkeypatch.setitem(METHODS, "gesdd", lambda wide: (wrong, torch.ones(20, dtype=torch.float64), wrong.T @ wide))
     weight = matrix_with(torch.logspace(0, -2, 20, dtype=torch.float64), 20, 30)
     assert decompose(weight, "gesdd").reconstruction_error > 0.1
     assert decompose(weight, "gram").reconstruction_error < 1e-10
