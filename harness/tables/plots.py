@@ -13,7 +13,7 @@ from harness.tables.summary import Measured, is_control, layer_key, region_order
 
 SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-MAX_PANELS = 9
+MAX_PANELS = 10  # ten deciles; of the weaker regions the control goes first
 MAX_TICKS = 24
 MAX_BLOCK_PANELS = 4
 MAX_DOTS = 16  # matrices per region and layer type that are drawn one by one
@@ -160,7 +160,7 @@ def _block_bar(figure, axes, names: list[str]) -> None:
 def heat_map_figure(one: Measured, path: Path) -> list[str]:
     """Delta over blocks x layer types, a panel per region; returns the labels of the regions that were drawn.
 
-    Of more than 9 regions, those with the largest mean |delta|. All panels share one colour scale, centred at zero,
+    Of more than 10 regions, those with the largest mean |delta|. All panels share one colour scale, centred at zero,
     logarithmic when the deltas span orders of magnitude; beyond its ends (the 99th percentile) colours saturate.
     Targets must be single matrices. Grey: not measured or failed.
     """

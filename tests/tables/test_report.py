@@ -268,11 +268,11 @@ def test_heat_map(drawn, higher):
 
 
 def test_heat_map_of_many_regions_takes_the_strongest(drawn, tmp_path):
-    rows = study_rows(targets("matrix", 30), deciles())
+    rows = study_rows(targets("matrix", 30), deciles() + sized((0.1,)))
     names = heat_map_figure(measured(frame(rows))[0], tmp_path / "x.png")
     assert len(names) == plots.MAX_PANELS and "decile 1 (0.0-0.1)" in names
     figure = drawn(heat_map_figure, rows)
-    assert f"({plots.MAX_PANELS} of 10 regions)" in figure.get_suptitle()
+    assert f"({plots.MAX_PANELS} of 15 regions)" in figure.get_suptitle()
     for axes in figure.axes:
         assert not overlaps(axes.get_yticklabels(), figure)
     # equal deltas everywhere (a study of the control alone) have no scale of their own
