@@ -21,7 +21,7 @@ def _epilog() -> str:
         "",
         "examples:",
         "  harness run",
-        "  harness run model=pretrained model.name=path/to/model task=wikitext tasks.wikitext.data_files=test.jsonl",
+        "  harness run model=pretrained model.name=path/to/model task=text tasks.text.data_files=my.txt",
         "  harness run model=gpt2 target=type region=decile task=[wikitext,lambada]",
     ]
     return "\n".join(lines)
@@ -29,7 +29,7 @@ def _epilog() -> str:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="setting=value", help="Hydra overrides of the configs")
-    parser.add_argument("--config-dir", help="a folder with config groups of your own, searched beside those that come along")
+    parser.add_argument("--config-dir", help="a folder with config groups of your own, searched beside ours")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run what is missing of a study, then report", formatter_class=formatter)
     _add_settings(run)
-    run.add_argument("-m", "--multirun", action="store_true", help="one study per combination of comma-separated settings")
+    run.add_argument("-m", "--multirun", action="store_true", help="one study per combination of a=1,2 settings")
     run.add_argument("--quiet", action="store_true", help="no progress bar and no report")
 
     plan = commands.add_parser("plan", help="what a study would measure, before any weights are loaded",

@@ -16,14 +16,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 TARGET_KINDS = ("matrix", "type", "block", "all")
 REGION_BY = ("fraction", "decile", "index", "energy", "mp", "gavish_donoho")
 REGION_KINDS = ("large", "bulk", "small")
-CONTROLS = ("none", "random")
+CONTROLS = ("none", "random", "energy_matched", "lower_bulk")
+ESTIMATORS = ("gavish_donoho", "usvt", "bulk_fit")
 EDIT_MODES = ("weight", "branch")
 PRECISIONS = ("exact", "adaptive")
 
 
 @dataclass
 class RecallModelConfig:
-    """The embedded default: how the two-layer in-context-recall transformer of arXiv 2406.03068 is built and trained."""
+    """The embedded default: how the two-layer recall transformer of arXiv 2406.03068 is built and trained."""
 
     dim: int = 128
     hidden_dim: int = 512
@@ -32,12 +33,12 @@ class RecallModelConfig:
     n_triggers: int = 1
     noise: float = 0.5
     noise_token: str = "own"  # "own": a token of its own (vocabulary 66); or a character such as "!"
-    optimizer: str = "adamw"  # adamw | sgd
-    learning_rate: float = 2e-3
+    optimizer: str = "adamw"  # adamw (linear decay) | sgd (constant, as published)
+    learning_rate: float = 3e-3
     momentum: float = 0.9  # sgd only
     weight_decay: float = 1e-4
     batch_size: int = 64
-    steps: int = 600
+    steps: int = 400
     seed: int = 0
     cache_dir: str | None = None  # default: $XDG_CACHE_HOME/spectral-harness or ~/.cache/spectral-harness
 
@@ -50,7 +51,7 @@ class ModelConfig:
     dtype: str = "float32"
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     device_map: str | None = None  # e.g. auto, for models larger than one device
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None  # sdpa | eager | flash_attention_2; null: the model's own choice
     trust_remote_code: bool = False
     recall: RecallModelConfig = field(default_factory=RecallModelConfig)
 
@@ -76,7 +77,8 @@ class RegionConfig:
     mp: list[str] = field(default_factory=lambda: ["above", "inside", "below"])  # by mp
     estimator: str = "gavish_donoho"  # mp: gavish_donoho | usvt | bulk_fit
     tracy_widom: bool = False  # mp: widen the edges by the Tracy-Widom margin
-    controls: list[str] = field(default_factory=lambda: ["none"])  # none | random
+    gavish_donoho: list[str] = field(default_factory=lambda: ["above", "below"])  # by gavish_donoho
+    controls: list[str] = field(default_factory=lambda: ["none"])  # none | random | energy_matched | lower_bulk
     random_seeds: list[int] = field(default_factory=lambda: [0])
 
 
@@ -242,6 +244,11 @@ def _validate_region(region: RegionConfig) -> None:
             _fail("region.deciles", decile, "deciles are 1 (the largest tenth) to 10 (the smallest)")
     for kind in region.mp:
         _one_of("region.mp", kind, ("above", "inside", "below"))
+    for side in region.gavish_donoho:
+        _one_of("region.gavish_donoho", side, ("above", "below"))
+    _one_of("region.estimator", region.estimator, ESTIMATORS)
+    if "lower_bulk" in region.controls and region.by != "mp":
+        _fail("region.controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
     for control in region.controls:
         _one_of("region.controls", control, CONTROLS)
 
@@ -272,7 +279,9 @@ def _type_matches(value: Any, annotation: str) -> bool:
         if part == "None":
             if value is None:
                 return True
-        elif isinstance(value, kinds[part.split("[")[0]]) and not (part in ("int", "float") and isinstance(value, bool)):
+        elif isinstance(value, bool) and part != "bool":
+            continue
+        elif isinstance(value, kinds[part.split("[")[0]]):
             return True
     return False
 

@@ -99,5 +99,6 @@ def _batch(members, sequences, served, requests, offsets, width, pad_id) -> Batc
     rows, entry_row = np.unique(np.concatenate(flat), return_inverse=True)
     return Batch(
         torch.from_numpy(input_ids), torch.from_numpy(lengths), torch.from_numpy(rows),
-        torch.from_numpy(entry_row.astype(np.int64)), torch.from_numpy(np.concatenate(targets)), np.concatenate(entries),
+        torch.from_numpy(entry_row.astype(np.int64)), torch.from_numpy(np.concatenate(targets)),
+        np.concatenate(entries),
     )

@@ -1,9 +1,9 @@
 """The scoring pass: log-probabilities of chosen tokens at chosen positions, resumed at the first edited block.
 
 An edit of block b cannot change the residual stream that enters block b. The scorer therefore keeps that stream for
-every batch at one block boundary, the frontier, and a cell that first edits block b runs blocks b.. only. It is done by
-the model's own forward with the earlier blocks replaced by pass-through stubs and the stored stream injected at block b,
-so masks, position embeddings and the final norm stay the model's business, and the numbers are bit-identical.
+every batch at one block boundary, the frontier, and a cell that first edits block b runs blocks b.. only. It is done
+by the model's own forward with the earlier blocks replaced by stubs that return the stored stream, so masks, position
+embeddings and the final norm stay the model's business, and the numbers are bit-identical.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Scorer:
         >= first_block only. The frontier must have been advanced to at most `first_block`."""
         packed = self.packed[task]
         if self._frontier.block > first_block:
-            raise ValueError(f"frontier is at block {self._frontier.block}, beyond the first edited block {first_block}")
+            raise ValueError(f"the frontier at block {self._frontier.block} is beyond the edited block {first_block}")
         logprob = np.empty(packed.n_entries, dtype=np.float64)
         greedy = np.empty(packed.n_entries, dtype=bool)
         rank = np.empty(packed.n_entries, dtype=np.int64) if self.needs_rank[task] else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from harness.execution.study import Ablation
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
-from harness.spectral.ablation import Removal, edit
+from harness.spectral.ablation import edit
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import fraction_interval, select
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from harness.errors import InputError
 from harness.execution.study import read_manifest
-from harness.tables.store import SchemaVersionError, cell_states, read_metrics
+from harness.tables.schema import SchemaVersionError
+from harness.tables.store import cell_states, read_metrics
 
 
 def describe_status(folder: str | Path, failed: bool = False) -> str:
@@ -44,7 +45,8 @@ def _errors(folder: Path, broken: list[str], whole: bool) -> list[str]:
     lines = ["failed cells:"]
     for row in rows.itertuples() if whole else rows.head(10).itertuples():
         text = (row.error or "").rstrip()
-        lines.append(f"  {row.cell_id}  {row.target} | {row.region} | {row.task}: {text.splitlines()[-1] if text else '?'}")
+        last = text.splitlines()[-1] if text else "?"
+        lines.append(f"  {row.cell_id}  {row.target} | {row.region} | {row.task}: {last}")
         if whole:
             lines += [f"    {line}" for line in text.splitlines()]
     if not whole and len(rows) > 10:

@@ -1,4 +1,4 @@
-"""From settings to a study: the frozen list of cells (the manifest) and the ids that follow from what each depends on."""
+"""From settings to a study: the frozen list of cells (the manifest), with ids that hash what each depends on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from harness.models.matrices import Matrix
 from harness.spectral.regions import (
     Region,
     decile_region,
+    energy_matched_region,
+    gavish_donoho_region,
+    lower_bulk_region,
+    mp_region,
     none_region,
     parse_interval,
     random_region,
@@ -102,7 +106,8 @@ def expand_targets(config: TargetConfig, matrices: tuple[Matrix, ...]) -> list[T
         of_type: dict[str, list[Matrix]] = {}
         for matrix in chosen:
             of_type.setdefault(matrix.layer_type, []).append(matrix)
-        return [_joint("type", _where(config.blocks) + name, members, layer_type=name) for name, members in of_type.items()]
+        where = _where(config.blocks)
+        return [_joint("type", where + name, members, layer_type=name) for name, members in of_type.items()]
     what = "" if set(config.layer_types) == {"all"} else " " + "+".join(config.layer_types)
     if config.kind == "block":
         of_block: dict[int, list[Matrix]] = {}
@@ -116,7 +121,9 @@ def _where(blocks: list[int] | None) -> str:
     return "" if blocks is None else f"blocks {','.join(map(str, blocks))} "
 
 
-def _joint(kind: str, label: str, members: list[Matrix], block: int | None = None, layer_type: str | None = None) -> Target:
+def _joint(
+    kind: str, label: str, members: list[Matrix], block: int | None = None, layer_type: str | None = None
+) -> Target:
     return Target(kind, label, tuple(m.name for m in members), min(m.block for m in members), block, layer_type)
 
 
@@ -130,11 +137,18 @@ def expand_regions(config: RegionConfig) -> list[Region]:
             regions += [parse_interval(text, config.by) for text in config.intervals]
         if config.by == "decile":
             regions += [decile_region(decile) for decile in config.deciles]
+        if config.by == "mp":
+            regions += [mp_region(kind, config.estimator, config.tracy_widom) for kind in config.mp]
+        if config.by == "gavish_donoho":
+            regions += [gavish_donoho_region(side) for side in config.gavish_donoho]
     except ValueError as error:
         raise InputError(f"region: {error}") from error
     controlled = list(regions)
-    if "random" in config.controls:
-        regions += [random_region(region, seed) for seed in config.random_seeds for region in controlled]
+    for control, make in (("random", random_region), ("energy_matched", energy_matched_region)):
+        if control in config.controls:
+            regions += [make(region, seed) for seed in config.random_seeds for region in controlled]
+    if "lower_bulk" in config.controls:
+        regions += [lower_bulk_region(region) for region in controlled if region.kind in ("above", "below")]
     if "none" in config.controls:
         regions.append(NO_REGION)
     return list(dict.fromkeys(regions))

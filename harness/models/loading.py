@@ -1,4 +1,4 @@
-"""From the model settings to a model in memory: hub name and revision, local folder, GGUF file, or the embedded default."""
+"""From the model settings to a model in memory: hub name, local folder, GGUF file, or the embedded default."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def _local_identity(folder: Path, config: ModelConfig) -> dict[str, Any]:
     files = _weight_files(folder, config.gguf_file)
     if config.gguf_file and not files[0].is_file():
         there = sorted(path.name for path in folder.glob("*.gguf"))
-        raise InputError(f"model.gguf_file: no file {config.gguf_file!r} in {folder}; GGUF files there: {there or 'none'}")
+        raise InputError(
+            f"model.gguf_file: no file {config.gguf_file!r} in {folder}; GGUF files there: {', '.join(there) or 'none'}"
+        )
     if not files:
         raise InputError(f"model.name: the folder {folder} holds no weights (*.safetensors, or set model.gguf_file)")
     config_file = folder / "config.json"
@@ -132,7 +134,9 @@ def describe(config: ModelConfig) -> ModelDescription:
     folder = Path(config.name).expanduser()
     local = folder.is_dir()
     if not local and (folder.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1):
-        raise InputError(f"model.name: {config.name!r} is not a folder; give a local folder, a Hugging Face name or 'recall'")
+        raise InputError(
+            f"model.name: {config.name!r} is not a folder; give a local folder, a Hugging Face name, or recall"
+        )
     identity = _local_identity(folder, config) if local else None
     source = str(folder) if local else config.name
     kwargs = {"gguf_file": config.gguf_file} if config.gguf_file else {}
@@ -187,7 +191,10 @@ def pick_device(name: str) -> torch.device:
 def _check_finite(model: torch.nn.Module, name: str) -> None:
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise InputError(f"model.name: {name!r} has weights that are not finite, first in {key}; use another checkpoint")
+            raise InputError(
+                f"model.name: {name!r} has weights that are not finite (NaN or infinite), first in {key};"
+                " use another checkpoint"
+            )
 
 
 def load(config: ModelConfig, description: ModelDescription | None = None, tokenizer: Any = None) -> LoadedModel:
@@ -202,7 +209,8 @@ def load(config: ModelConfig, description: ModelDescription | None = None, token
         from harness.models.recall import load_recall
         from harness.models.recall_training import ensure_trained
 
-        model = load_recall(ensure_trained(config.recall)).to(dtype)
+        trained = ensure_trained(config.recall, device)
+        model = load_recall(trained, config.attn_implementation or "sdpa").to(dtype)
     else:
         model = _from_pretrained(config, description, dtype)
     if config.device_map is None:
