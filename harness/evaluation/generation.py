@@ -10,6 +10,7 @@ import torch
 
 from harness.errors import InputError
 from harness.evaluation import lm_eval_metrics, tokenization
+from harness.evaluation.division import Division
 from harness.evaluation.requests import ExampleScores, PreparedTask, TaskContext
 
 BATCH_TOKENS = 16384  # prompts and generated text of one batch, padded
@@ -38,8 +39,9 @@ def prepare(
         )
     contexts = [instance.args[0] for doc in docs for instance in doc]
 
-    def generate(loaded: Any) -> dict[str, ExampleScores]:
-        texts = continuations(loaded, contexts, stops, new_tokens, extra)
+    def generate(loaded: Any, division: Division | None = None, batch_share: float = 1.0) -> dict[str, ExampleScores]:
+        batch_tokens = int(BATCH_TOKENS * batch_share)
+        texts = continuations(loaded, contexts, stops, new_tokens, extra, division, batch_tokens)
         return lm_eval_metrics.example_scores(task, lm_eval_metrics.values(task, docs, texts), dict(by_metric))
 
     decoding = {"decoding": "greedy", "max_gen_toks": new_tokens, "until": list(stops), **extra}
@@ -58,12 +60,14 @@ def _settings(settings: dict[str, Any]) -> tuple[tuple[str, ...], int, dict[str,
 
 
 def continuations(
-    loaded: Any, contexts: Sequence[str], stops: Sequence[str], new_tokens: int, extra: Mapping[str, Any] | None = None
+    loaded: Any, contexts: Sequence[str], stops: Sequence[str], new_tokens: int,
+    extra: Mapping[str, Any] | None = None, division: Division | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
     """Greedy continuations of texts, each cut before the first of `stops` or the EOS token, as HFLM generates them.
 
     loaded: has model, tokenizer, context_length and device. A context that leaves no room for `new_tokens` loses tokens
-    on the left. Raises FloatingPointError where the model's outputs are not numbers.
+    on the left. division: the processes that generate them together, some batches each. Raises FloatingPointError where the model's outputs are not numbers.
     """
     tokenizer = loaded.tokenizer
     room = loaded.context_length - new_tokens
@@ -71,14 +75,23 @@ def continuations(
     eos = tokenizer.eos_token_id
     stops = [*stops, *([tokenizer.decode([eos])] if eos is not None else [])]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    texts = [""] * len(prompts)
+    batches = []
     while order:
-        count = max(1, BATCH_TOKENS // (len(prompts[order[0]]) + new_tokens))
-        members, order = order[:count], order[count:]
-        answers = _generate(loaded, [prompts[i] for i in members], stops, new_tokens, extra or {})
-        for i, tokens in zip(members, answers):
-            texts[i] = _cut(tokenizer.decode(tokens, skip_special_tokens=True), stops)
-    return texts
+        count = max(1, batch_tokens // (len(prompts[order[0]]) + new_tokens))
+        batches.append(order[:count])
+        order = order[count:]
+    division = division or Division()
+
+    def own_texts() -> dict[int, str]:
+        texts = {}
+        for members in (batches[b] for b in division.own(len(batches))):
+            answers = _generate(loaded, [prompts[i] for i in members], stops, new_tokens, extra or {})
+            for i, tokens in zip(members, answers):
+                texts[i] = _cut(tokenizer.decode(tokens, skip_special_tokens=True), stops)
+        return texts
+
+    texts = {i: text for part in division.together("generating", own_texts) for i, text in part.items()}
+    return [texts[i] for i in range(len(prompts))]
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ def prepare(name: str, config: RecallProbesTask, context: TaskContext) -> Prepar
         "seed": config.seed,
     }
 
-    def generate(loaded: Any) -> dict[str, ExampleScores]:
+    def generate(loaded: Any, division: Any = None, batch_share: float = 1.0) -> dict[str, ExampleScores]:
         return {
             metric: _over_all_examples(groups, group, score, weight, higher)
             for metric, (group, score, weight, higher) in probe(loaded.model, process, batch).items()

@@ -92,8 +92,8 @@ class PreparedTask:
     protocol: JSON-able settings that the numbers depend on; travels in every row.
     example_ids: one string per example, unique, in the order of the arrays that `measure` returns.
     measure: Scores of `requests` -> metric name -> ExampleScores.
-    generate: the other path, for tasks that generate text: a LoadedModel -> metric name -> ExampleScores;
-        such a task has no requests.
+    generate: the other path, for tasks that generate text: a LoadedModel, the Division of processes that measure it
+        together and the share of its usual batches to use -> metric name -> ExampleScores; no requests.
     example_of: int64 [R], the example that each request belongs to; None where request i is example i.
     """
 
@@ -103,5 +103,5 @@ class PreparedTask:
     example_ids: Sequence[str]
     measure: Callable[[Scores], dict[str, ExampleScores]] | None
     needs_rank: bool = False
-    generate: Callable[[Any], dict[str, ExampleScores]] | None = field(default=None, compare=False)
+    generate: Callable[..., dict[str, ExampleScores]] | None = field(default=None, compare=False)
     example_of: np.ndarray | None = field(default=None, compare=False)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from harness.config import RuntimeConfig
+from harness.evaluation.division import Division
 from harness.evaluation.packing import Batch, PackedRequests, pack, sharing_of
 from harness.evaluation.reading import Head, Reading, head_of, read, reading_of
 from harness.evaluation.requests import PreparedTask, Request, Scores
@@ -59,12 +60,14 @@ def pack_for(
     return pack_whole(requests, batch_tokens, pad_id)
 
 
-def scorer_of(loaded: LoadedModel, tasks: Mapping[str, PreparedTask], runtime: RuntimeConfig) -> Scorer:
+def scorer_of(
+    loaded: LoadedModel, tasks: Mapping[str, PreparedTask], runtime: RuntimeConfig, division: Division | None = None
+) -> Scorer:
     """The scorer of those tasks that have requests, as the runtime settings ask."""
     return Scorer(
         loaded, {name: task for name, task in tasks.items() if task.generate is None}, runtime.batch_tokens,
         runtime.logit_rows, runtime.reuse, runtime.share_context, runtime.stream_gib * 2**30,
-        runtime.stream_host_gib * 2**30, lazy=runtime.precision == "adaptive",
+        runtime.stream_host_gib * 2**30, lazy=runtime.precision == "adaptive", division=division,
     )
 
 
@@ -84,18 +87,20 @@ class Scorer:
     several choices once for each. stream_bytes, host_bytes: memory for the stream at the frontier, on the model's
     device and beyond that in pinned host memory; batches that fit into neither start from the first block. lazy: a
     task's stream moves to the frontier when the task is next scored, so that tasks never scored there cost nothing.
+    division: the processes that score every task together, each some of its batches; None: this one alone.
     Raises InputError where the checkpoint lacked weights of the head.
     """
 
     def __init__(
         self, loaded: LoadedModel, tasks: Mapping[str, PreparedTask], batch_tokens: int = 8192, logit_rows: int = 1024,
         reuse: bool = True, share_context: bool = True, stream_bytes: float = math.inf, host_bytes: float = 0,
-        lazy: bool = False,
+        lazy: bool = False, division: Division | None = None,
     ) -> None:
         require_head(loaded)
         self.loaded = loaded
         self.kind = loaded.description.family.kind
         self.reuse, self.lazy = reuse, lazy
+        self.division = division or Division()
         self.needs_rank = {name: task.needs_rank for name, task in tasks.items()}
         self.packed: dict[str, PackedRequests] = {
             name: pack_for(task.requests, batch_tokens, self.kind, loaded.model, share_context)
@@ -111,7 +116,8 @@ class Scorer:
         # on the device once and for all: a copy from pageable memory would wait for the pass before it
         self._batches: dict[tuple[str, int], Batch | WholeBatch] = {}
         for name, packed in self.packed.items():
-            for i, batch in enumerate(packed.batches):
+            for i in self.division.own(len(packed.batches)):
+                batch = packed.batches[i]
                 self._readings[name, i] = self._reading(batch, logit_rows)
                 self._batches[name, i] = _moved(batch, loaded.device)
 
@@ -126,22 +132,32 @@ class Scorer:
         packed, needs_rank = self.packed[task], self.needs_rank[task]
         if self.block > first_block:
             raise ValueError(f"the frontier at block {self.block} is beyond the edited block {first_block}")
-        if self.lazy:
-            self._move(task)
         logprob = np.empty(packed.n_entries, dtype=np.float64)
         greedy = np.empty(packed.n_entries, dtype=bool)
         rank = np.empty(packed.n_entries, dtype=np.int64) if needs_rank else None
+        for answers in self.division.together(f"scoring {task}", lambda: self._answers(task, needs_rank)):
+            for entries, batch_logprob, batch_greedy, batch_rank in answers:
+                logprob[entries] = batch_logprob
+                greedy[entries] = batch_greedy
+                if rank is not None:
+                    rank[entries] = batch_rank
+        return Scores(logprob, greedy, rank, packed.offsets)
+
+    def _answers(self, task: str, needs_rank: bool) -> list[tuple[np.ndarray | None, ...]]:
+        """(entries, logprob, greedy, rank or None) of each batch of this process."""
+        if self.lazy:
+            self._move(task)
         # nothing comes back from the device before every batch is under way
         pending = [
-            (self._readings[task, i].entries, *self._score_batch((task, i), needs_rank))
-            for i in range(len(packed.batches))
+            (self._readings[task, i].entries, self._score_batch((task, i), needs_rank)) for i in self._own(task)
         ]
-        for entries, batch_logprob, batch_greedy, batch_rank in pending:
-            logprob[entries] = batch_logprob.cpu().numpy()
-            greedy[entries] = batch_greedy.cpu().numpy()
-            if rank is not None:
-                rank[entries] = batch_rank.cpu().numpy()
-        return Scores(logprob, greedy, rank, packed.offsets)
+        return [
+            (entries, *(None if answer is None else answer.cpu().numpy() for answer in answers))
+            for entries, answers in pending
+        ]
+
+    def _own(self, task: str) -> range:
+        return self.division.own(len(self.packed[task].batches))
 
     def advance(self, block: int) -> None:
         """Move the frontier to the boundary before `block`; the model must hold its unedited weights up to there."""
@@ -154,10 +170,10 @@ class Scorer:
             self._move(task)
 
     def _move(self, task: str) -> None:
-        for i, batch in enumerate(self.packed[task].batches):
+        for i in self._own(task):
             kept = self._store.get((task, i))
             if kept.block < self.block and self._store.takes((task, i)):
-                self._store.put((task, i), self._run_to(self.block, batch, kept))
+                self._store.put((task, i), self._run_to(self.block, self._batches[task, i], kept))
 
     @torch.inference_mode()
     def _run_to(self, block: int, batch: Batch | WholeBatch, kept: Kept) -> Kept:

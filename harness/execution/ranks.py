@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from harness.evaluation.division import Division
+
 # A rank may wait for another that trains or loads, and at the end for the slowest one.
 LONGEST_WAIT = timedelta(days=30)
 
@@ -29,6 +31,18 @@ class Ranks:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` (anything that pickles) of every process, in the order of their ranks, in every process."""
+        if self.n == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def division(self) -> Division:
+        """These processes as those that score every cell together."""
+        return Division(self.rank, self.n, self.gather)
 
     def wait(self) -> None:
         """Return when every process has come here."""

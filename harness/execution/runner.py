@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from harness.config import Config
 from harness.errors import InputError
 from harness.evaluation.adaptive import Sampled, Sampler
+from harness.evaluation.division import Division, LostStep
 from harness.evaluation.requests import ExampleScores, PreparedTask, Scores
 from harness.evaluation.scoring import Scorer, scorer_of
 from harness.execution.ablating import ablated
@@ -39,6 +41,7 @@ from harness.tables.store import (
     quarantine,
 )
 
+SMALLER = 0.25  # of a batch, for the second try of a cell that ran out of memory
 LOOSE_FILES = 1000  # more files of single cells than this are merged when a run ends
 
 
@@ -63,12 +66,13 @@ def usable_states(folder: Path, deep: bool = False) -> dict[str, str]:
 
 
 def measure(
-    cell: Cell, task: PreparedTask, scorer: Scorer, loaded: LoadedModel, first_block: int, sampler: Sampler | None
+    cell: Cell, task: PreparedTask, scorer: Scorer, loaded: LoadedModel, first_block: int, sampler: Sampler | None,
+    batch_share: float = 1.0,
 ) -> dict[str, ExampleScores] | Sampled:
     """The example scores of one task under the model's present weights; with a sampler, of as many examples as it
-    takes. Raises NonFiniteLoss."""
+    takes. batch_share: for tasks that generate text, the share of their usual batches to use. Raises NonFiniteLoss."""
     if task.generate is not None:
-        return task.generate(loaded)
+        return task.generate(loaded, scorer.division, batch_share)
 
     def score(name: str) -> Scores:
         scores = scorer.score(name, first_block)
@@ -108,7 +112,8 @@ def run_planned(
 
     tidy: merge small files at the end where there are many: reading 100,000 takes minutes.
     failed_after: cells whose error rows are younger (seconds of the file system's clock) are not tried again.
-    An exception in one rank is raised there when the others have done their share. Raises InputError.
+    An exception in one rank is raised there when the others have done their share. Where there are fewer cells than
+    ranks, all ranks score each cell together, and the main one writes it. Raises InputError.
     """
     folder, study = planned.folder, planned.study
     say = report_to or (lambda line: print(line, file=sys.stderr, flush=True))
@@ -116,24 +121,34 @@ def run_planned(
         say = _silent
     if study.config.runtime.threads:
         torch.set_num_threads(study.config.runtime.threads)
-    missing = ranks.broadcast(_missing(folder, wanted, failed_after) if ranks.is_main else None)
+    ids = set(ranks.broadcast(_missing(folder, wanted, failed_after) if ranks.is_main else None))
+    missing = [cell for cell in wanted if cell.cell_id in ids]
+    divided = 0 < len(missing) < ranks.n
     on = f" on {ranks.n} processes" if ranks.n > 1 else ""
-    say(f"study {study.study_id}: {len(wanted)} cells, {len(wanted) - len(missing)} done, in {folder}{on}")
+    say(f"study {study.study_id}: {len(wanted)} cells, {len(wanted) - len(missing)} done, in {folder}{on}"
+        f"{', which score each cell together' if divided else ''}")
     if not missing:
         return folder
-    missing = set(missing)
-    share = _share([cell for cell in wanted if cell.cell_id in missing], planned, ranks)
-    # The main process first: it downloads or trains what all of them load.
-    loaded = _load(planned, progress) if ranks.is_main else None
-    if ranks.is_main:
-        freeze(folder, study)
-    ranks.wait()
+    share = missing if divided else _share(missing, planned, ranks)
+    division, loaded = ranks.division(), None
+
+    def prepare() -> None:
+        # the main process first: it downloads or trains what all of them load
+        nonlocal loaded
+        if ranks.is_main:
+            loaded = _load(planned, progress)
+            freeze(folder, study)
+
+    division.together("loading the model", prepare)
     problem = None
-    if share:
-        try:
-            run_cells(planned, loaded or _load(planned, progress), share, progress and ranks.is_main)
-        except Exception as error:
-            problem = error
+    try:
+        if share:
+            loaded = loaded or _load(planned, progress)
+            run_cells(planned, loaded, share, progress and ranks.is_main, division if divided else None)
+    except Exception as error:
+        if divided:
+            raise
+        problem = error
     ranks.wait()
     if problem is not None:
         raise problem
@@ -180,24 +195,36 @@ def measure_in_memory(
     used: dict[str, Any] = {}
     try:
         return measure(cell, task, scorer, loaded, cell.ablation.target.first_block, sampler), used
+    except LostStep:
+        raise
     except Exception as error:
-        if not is_out_of_memory(error) or task.generate is not None:
+        if not is_out_of_memory(error):
             return error, used
     # Out of the except clause: the traceback held the tensors of the failed pass.
     release_memory()
-    used["batch_tokens"] = max(1, config.runtime.batch_tokens // 4)
     try:
+        if task.generate is not None:
+            used["generation_batch_share"] = SMALLER
+            return measure(cell, task, scorer, loaded, 0, sampler, SMALLER), used
+        used["batch_tokens"] = max(1, int(config.runtime.batch_tokens * SMALLER))
         runtime = dataclasses.replace(config.runtime, batch_tokens=used["batch_tokens"], reuse=False)
-        small = scorer_of(loaded, {task.name: task} if sampler is None else sampler.groups([task.name]), runtime)
+        scored = {task.name: task} if sampler is None else sampler.groups([task.name])
+        small = scorer_of(loaded, scored, runtime, scorer.division)
         return measure(cell, task, small, loaded, 0, sampler), used
+    except LostStep:
+        raise
     except Exception as error:
         return error, used
 
 
-def run_cells(planned: PlannedStudy, loaded: LoadedModel, missing: list[Cell], progress: bool = True) -> None:
+def run_cells(
+    planned: PlannedStudy, loaded: LoadedModel, missing: list[Cell], progress: bool = True,
+    division: Division | None = None,
+) -> None:
     """Score the missing cells of a study on a loaded model and write a file of rows for each.
 
-    Raises InputError when rows cannot be written.
+    division: the processes that were given the same cells and score each of them together; the first writes.
+    Raises InputError when rows cannot be written, LostStep when a process of the division is gone.
     """
     from tqdm import tqdm
 
@@ -208,9 +235,10 @@ def run_cells(planned: PlannedStudy, loaded: LoadedModel, missing: list[Cell], p
     sampler = Sampler(scored, runtime, config.seed) if runtime.precision == "adaptive" else None
     if sampler is not None:
         scored = sampler.groups(scored)
-    scorer = scorer_of(loaded, scored, runtime)
+    division = division or Division()
+    scorer = scorer_of(loaded, scored, runtime, division)
     decompositions = DecompositionCache(loaded, int(runtime.decomposition_gib * 2**30), disk_cache(runtime))
-    writer = RowWriter(planned, loaded)
+    write = RowWriter(planned, loaded).write if division.rank == 0 else _write_nothing
     with tqdm(total=len(missing), unit="cell", disable=not progress, smoothing=0.1) as bar:
         bar.set_description("baseline")
         baselines: dict[str, Any] = {}
@@ -222,7 +250,7 @@ def run_cells(planned: PlannedStudy, loaded: LoadedModel, missing: list[Cell], p
             if not isinstance(outcome, Exception):
                 baselines[name] = outcome
             if cell.cell_id in to_write:
-                writer.write(cell, outcome, None, None, time.perf_counter() - started, used)
+                write(cell, outcome, None, None, time.perf_counter() - started, used)
                 bar.update()
         for ablation, cells in group_by_ablation([cell for cell in missing if not cell.is_baseline]):
             bar.set_description(f"{ablation.target.label}: {ablation.region.label}"[:48].ljust(48))
@@ -234,14 +262,21 @@ def run_cells(planned: PlannedStudy, loaded: LoadedModel, missing: list[Cell], p
                 scorer = None  # and with it its stream; the numbers are the same without one
             if scorer is None:
                 release_memory()
-                scorer = scorer_of(loaded, scored, dataclasses.replace(runtime, reuse=False))
-            _run_ablation(ablation, cells, planned, scorer, loaded, decompositions, baselines, writer, bar, sampler)
+                scorer = scorer_of(loaded, scored, dataclasses.replace(runtime, reuse=False), division)
+            _run_ablation(ablation, cells, planned, scorer, loaded, decompositions, baselines, write, bar, sampler)
 
 
-def _run_ablation(ablation, cells, planned, scorer, loaded, decompositions, baselines, writer, bar, sampler) -> None:
-    pending = list(cells)
+def _write_nothing(*outcome: Any) -> None:
+    pass
+
+
+def _run_ablation(ablation, cells, planned, scorer, loaded, decompositions, baselines, write, bar, sampler) -> None:
+    pending, division, edit_mode = list(cells), scorer.division, planned.study.config.runtime.edit
     try:
-        with ablated(loaded, ablation, decompositions, planned.study.config.runtime.edit) as realised:
+        with ExitStack() as undo:
+            realised = division.together(
+                "editing", lambda: undo.enter_context(ablated(loaded, ablation, decompositions, edit_mode))
+            )[division.rank]
             while pending:
                 cell, started, used = pending[0], time.perf_counter(), {}
                 baseline = baselines.get(cell.task)
@@ -250,15 +285,15 @@ def _run_ablation(ablation, cells, planned, scorer, loaded, decompositions, base
                 else:
                     task = planned.tasks[cell.task]
                     outcome, used = measure_in_memory(cell, task, scorer, loaded, planned.study.config, sampler)
-                writer.write(cell, outcome, baseline, realised, time.perf_counter() - started, used)
+                write(cell, outcome, baseline, realised, time.perf_counter() - started, used)
                 pending.pop(0)
                 bar.update()
-    except InputError:
+    except (InputError, LostStep):
         raise
     except Exception as error:
         # the edit itself failed (a decomposition, a region): its remaining cells are error rows, the run goes on
         if not pending:
             raise
         for cell in pending:
-            writer.write(cell, error, baselines.get(cell.task), None, 0.0)
+            write(cell, error, baselines.get(cell.task), None, 0.0)
             bar.update()

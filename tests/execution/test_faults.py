@@ -3,6 +3,7 @@
 experiments/faults/faults.py runs every test marked `fault`, here and in tests/slurm, and writes the table.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from harness.errors import InputError
+from harness.evaluation import recall_probes
 from harness.execution import rows, runner
 from harness.execution.memory import is_out_of_memory
 from harness.execution.runner import run
@@ -291,6 +293,32 @@ def test_out_of_memory_once(tmp_path, trouble):
     np.testing.assert_array_equal(ours.loc[~retried, numbers], theirs.loc[~retried, numbers])
 
 
+@pytest.mark.fault("a cell that generates text without memory for its batch")
+def test_out_of_memory_while_generating(tmp_path, monkeypatch):
+    overrides, shares = [*SMALL, "+tasks.probes={kind: recall_probes, n_sequences: 8}"], []
+    clean, real = run_here(overrides, tmp_path / "clean"), recall_probes.prepare
+
+    def prepare(*arguments):
+        task = real(*arguments)
+
+        def generate(loaded, division=None, batch_share=1.0):
+            shares.append(batch_share)
+            if len(shares) == 5:
+                raise OUT_OF_MEMORY[0]
+            return task.generate(loaded, division, batch_share)
+
+        return dataclasses.replace(task, generate=generate)
+
+    monkeypatch.setattr(recall_probes, "prepare", prepare)
+    folder = run_here(overrides, tmp_path / "study")
+    assert set(cell_states(folder).values()) == {"ok"}
+    assert shares[3:7] == [1.0, 1.0, 0.25, 1.0] and sum(share < 1 for share in shares) == 1
+    ours, theirs = read_metrics(folder), read_metrics(clean)
+    used = ours["settings"].map(lambda text: json.loads(text).get("generation_batch_share"))
+    assert ours[used.notna()]["cell_id"].nunique() == 1 and set(used.dropna()) == {0.25}
+    np.testing.assert_array_equal(ours["value"], theirs["value"])
+
+
 @pytest.mark.fault("a cell without memory for any batch")
 def test_out_of_memory_twice(clean_small, tmp_path, trouble, monkeypatch):
     trouble(CELL, memory_for(0, OUT_OF_MEMORY[0]))
@@ -307,9 +335,9 @@ def test_out_of_memory_at_the_frontier(clean_small, tmp_path, monkeypatch):
     folder = tmp_path / "study"
     real, without = runner.scorer_of, []
 
-    def scorer_of(loaded, tasks, runtime):
+    def scorer_of(loaded, tasks, runtime, division=None):
         without.append(not runtime.reuse)
-        scorer = real(loaded, tasks, runtime)
+        scorer = real(loaded, tasks, runtime, division)
         if not runtime.reuse:
             monkeypatch.setattr(scorer, "advance", lambda block: None)
         return scorer

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness.errors import InputError
@@ -13,12 +14,14 @@ from harness.execution.ranks import join
 from harness.execution.runner import run
 from harness.tables.store import read_metrics
 from tests.execution.studies import (
+    MODEL,
     N_SMALL,
     SMALL,
     assert_same_tables,
     config_of,
     environment,
     n_rows,
+    run_here,
     settings,
 )
 
@@ -68,6 +71,114 @@ runner.run(config_of({SMALL!r}, Path({str(folder)!r})), progress=False)
     assert set(read_metrics(folder)["rank"]) == {0}
     run(config_of(SMALL, folder), progress=False)
     assert_same_tables(folder, clean_small)
+
+
+# One ablation and its baselines on three ranks: fewer cells than ranks, many batches.
+FEW = [*MODEL, "tasks.recall.n_sequences=24", "target.layer_types=[up_proj]", "target.blocks=[1]", "region=decile",
+       "region.deciles=[1]", "region.controls=[]", "runtime.threads=1", "runtime.batch_tokens=128"]
+THREE = [*TORCHRUN[:2], "--nproc_per_node=3", *TORCHRUN[3:]]
+
+
+def launched_program(program: str, overrides: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Three ranks that run `program` and then the study."""
+    path = folder.parent / "program.py"
+    path.write_text(f"""
+import os
+from pathlib import Path
+import torch
+from harness.evaluation.scoring import Scorer
+from harness.execution import runner
+from tests.execution.studies import config_of
+RANK, FOLDER = os.environ["RANK"], Path({str(folder)!r})
+real, calls = Scorer._score_batch, []
+{program}
+try:
+    runner.run(config_of({overrides!r}, FOLDER), progress=False)
+finally:
+    (FOLDER.parent / f"batches{{RANK}}").write_text(str(len(calls)))
+""")
+    return subprocess.run([*THREE, str(path)], env=environment(), capture_output=True, text=True, timeout=400)
+
+
+COUNT = """
+def count(self, *arguments):
+    calls.append(1)
+    return real(self, *arguments)
+Scorer._score_batch = count
+"""
+
+
+def test_fewer_cells_than_ranks_are_scored_by_all_together(tmp_path):
+    folder = tmp_path / "study"
+    done = launched_program(COUNT, FEW, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "on 3 processes, which score each cell together" in done.stderr
+    assert_same_tables(folder, run_here(FEW, tmp_path / "clean"))
+    batches = [int((tmp_path / f"batches{rank}").read_text()) for rank in range(3)]
+    assert min(batches) >= 8 and max(batches) - min(batches) <= 2 * 2
+
+
+TROUBLE = """
+def trouble(self, key, needs_rank):
+    calls.append(1)
+    if RANK == "1" and {when}:
+        {act}
+    return real(self, key, needs_rank)
+Scorer._score_batch = trouble
+"""
+
+
+@pytest.mark.fault("one rank of three that score a cell together runs out of memory")
+def test_one_of_several_ranks_without_memory(tmp_path):
+    """All try the smaller batch together; the row says so."""
+    clean, folder = run_here(FEW, tmp_path / "clean"), tmp_path / "study"
+    program = TROUBLE.format(when="len(calls) == 6", act='raise torch.OutOfMemoryError("CUDA out of memory")')
+    done = launched_program(program, FEW, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ours, theirs = read_metrics(folder), read_metrics(clean)
+    assert set(ours["status"]) == {"ok"}
+    used = ours["settings"].map(lambda text: json.loads(text).get("batch_tokens")).dropna()
+    assert 0 < len(used) < len(ours) and set(used) == {32}
+    np.testing.assert_allclose(ours["value"], theirs["value"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.fault("one rank of three that score a cell together cannot edit")
+def test_one_of_several_ranks_that_cannot_edit(tmp_path):
+    clean, folder = run_here(FEW, tmp_path / "clean"), tmp_path / "study"
+    program = """
+if RANK == "2":
+    def ablated(*arguments): raise ValueError("a torn cache file")
+    runner.ablated = ablated
+"""
+    done = launched_program(program, FEW, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    table = read_metrics(folder)
+    failed = table[table["status"] == "error"]
+    assert set(failed["target"]) == {"1.up_proj"} and set(table["target"]) == {"baseline", "1.up_proj"}
+    assert failed["error"].str.contains("a torn cache file").all() and failed["error"].str.contains("in process 2").all()
+    run_here(FEW, folder)
+    assert_same_tables(folder, clean)
+
+
+@pytest.mark.fault("SIGKILL of one of three ranks that score a cell together")
+def test_killed_rank_of_a_divided_cell(tmp_path):
+    clean, folder = run_here(FEW, tmp_path / "clean"), tmp_path / "study"
+    done = launched_program(TROUBLE.format(when="len(calls) == 6", act="os.kill(os.getpid(), 9)"), FEW, folder)
+    assert done.returncode != 0
+    assert n_rows(folder) == 1  # the baseline
+    run_here(FEW, folder)
+    assert_same_tables(folder, clean)
+
+
+def test_a_model_that_cannot_be_loaded_ends_every_rank(tmp_path):
+    folder = tmp_path / "study"
+    program = """
+def load(*arguments): raise ValueError("a damaged checkpoint")
+runner._load = load
+"""
+    done = launched_program(program, FEW, folder)
+    assert done.returncode != 0 and "ValueError: a damaged checkpoint" in done.stderr
+    assert [(tmp_path / f"batches{rank}").read_text() for rank in range(3)] == ["0"] * 3  # none was killed waiting
 
 
 def test_a_model_over_all_devices_is_for_one_process(tmp_path, monkeypatch):
