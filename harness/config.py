@@ -104,7 +104,7 @@ class AdaptiveConfig:
 class RuntimeConfig:
     """How it is computed: must not change the numbers beyond rounding, but batch_tokens does in low precision."""
 
-    batch_tokens: int = 8192  # padded tokens per forward pass
+    batch_tokens: int | None = 8192  # padded tokens per forward pass; null: `run` finds the largest that fits, once
     logit_rows: int = 1024  # rows of logits held at once
     edit: str = "weight"  # weight: one rounding to the model's dtype; branch: float32 subtraction at the output
     reuse: bool = True  # resume at the first edited block instead of running every block again
@@ -114,6 +114,7 @@ class RuntimeConfig:
     decomposition_gib: float = 4.0  # memory for cached decompositions
     cache_gib: float = 10.0  # disk space for decompositions, shared by all studies; 0: none are stored
     cache_dir: str | None = None  # null: spectral-harness/decompositions in $XDG_CACHE_HOME or ~/.cache
+    compile: bool = False  # torch.compile every block: minutes at the start, faster kernels after
     threads: int | None = None  # CPU threads; null: as torch decides
     examples: bool = True  # write the per-example table
     precision: str = "exact"  # exact: every example; adaptive: as many as it takes
@@ -202,6 +203,19 @@ def _validate_region(region: RegionConfig) -> None:
         one_of("region.controls", control, CONTROLS)
 
 
+def _validate_compile(config: Config) -> None:
+    if config.runtime.compile and config.runtime.edit == "branch":
+        fail("runtime.compile", True, "branches are hooks, which compiled blocks leave out; use runtime.edit=weight")
+    if config.runtime.compile and config.model.device_map is not None:
+        fail("runtime.compile", True, "it needs the whole model on one device; leave model.device_map unset")
+
+
+def require_batch_tokens(runtime: RuntimeConfig, command: str) -> None:
+    """Raises InputError where the batch is to be found by a run."""
+    if runtime.batch_tokens is None:
+        fail("runtime.batch_tokens", None, f"harness run finds it on its device; harness {command} needs a number")
+
+
 def _validate_cluster(cluster: ClusterConfig) -> None:
     for key in ("shards", "cpus_per_task", "time_minutes", "array_parallelism", "signal_seconds"):
         at_least(f"cluster.{key}", getattr(cluster, key), 1)
@@ -244,6 +258,7 @@ def validate(config: Config) -> Config:
     at_least("runtime.logit_rows", config.runtime.logit_rows, 1)
     for key in ("stream_gib", "stream_host_gib", "decomposition_gib", "cache_gib"):
         at_least(f"runtime.{key}", getattr(config.runtime, key), 0)
+    _validate_compile(config)
     at_least("runtime.threads", config.runtime.threads, 1)
     _validate_adaptive(config.runtime)
     _validate_cluster(config.cluster)

@@ -67,7 +67,8 @@ def continuations(
     """Greedy continuations of texts, each cut before the first of `stops` or the EOS token, as HFLM generates them.
 
     loaded: has model, tokenizer, context_length and device. A context that leaves no room for `new_tokens` loses tokens
-    on the left. division: the processes that generate them together, some batches each. Raises FloatingPointError where the model's outputs are not numbers.
+    on the left. division: the processes that generate them together, some batches each. Raises FloatingPointError where
+    the model's outputs are not numbers.
     """
     tokenizer = loaded.tokenizer
     room = loaded.context_length - new_tokens

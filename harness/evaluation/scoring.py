@@ -159,6 +159,12 @@ class Scorer:
     def _own(self, task: str) -> range:
         return self.division.own(len(self.packed[task].batches))
 
+    def rehearse(self, task: str) -> None:
+        """Score those batches of a task that need the most memory, by their tokens and by their pairs of tokens."""
+        shapes = {i: self._batches[task, i].input_ids.shape for i in self._own(task)}
+        for size in (lambda i: shapes[i].numel(), lambda i: shapes[i].numel() * shapes[i][1]):
+            self._score_batch((task, max(shapes, key=size)), self.needs_rank[task])
+
     def advance(self, block: int) -> None:
         """Move the frontier to the boundary before `block`; the model must hold its unedited weights up to there."""
         if not self.reuse or block == self.block:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from harness.config import Config
+from harness.config import Config, RuntimeConfig
 from harness.evaluation.packing import Batch, PackedRequests
 from harness.evaluation.requests import PreparedTask
 from harness.evaluation.scoring import pack_for
@@ -82,10 +82,11 @@ def study_costs(
     cost, kind = model_cost(model), description.family.kind
     n_encoder = len({matrix.block for matrix in matrices if matrix.stack == "encoder"})
     passes, fed = {}, {}
+    batch_tokens = config.runtime.batch_tokens or RuntimeConfig.batch_tokens
     for name, task in tasks.items():
         if task.generate is None:
             packed = pack_for(
-                task.requests, config.runtime.batch_tokens, kind, model, config.runtime.share_context
+                task.requests, batch_tokens, kind, model, config.runtime.share_context
             )
             passes[name] = _from_each_block(packed, cost, n_encoder)
             fed[name] = sum(batch.input_ids.numel() for batch in packed.batches)

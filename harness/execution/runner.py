@@ -21,6 +21,7 @@ from harness.evaluation.division import Division, LostStep
 from harness.evaluation.requests import ExampleScores, PreparedTask, Scores
 from harness.evaluation.scoring import Scorer, scorer_of
 from harness.execution.ablating import ablated
+from harness.execution.batch_size import frozen_batch, largest_batch, with_batch
 from harness.execution.costs import study_costs
 from harness.execution.decompositions import DecompositionCache, disk_cache
 from harness.execution.manifest import MANIFEST, freeze
@@ -97,26 +98,49 @@ def run(config: Config, progress: bool = True, report_to: Callable[[str], None] 
         raise InputError(
             "model.device_map: one process holds such a model, over all devices; start one process, or leave it unset"
         )
-    planned = plan(config)
+    planned, loaded = plan(config), None
+    if config.runtime.batch_tokens is None:
+        planned, loaded = _with_largest_batch(planned, ranks, progress, report_to or _to_stderr)
     if ranks.is_main and (planned.folder / MANIFEST).is_file():
         freeze(planned.folder, planned.study)
-    return run_planned(planned, planned.study.cells, ranks, progress, report_to, tidy=True)
+    return run_planned(planned, planned.study.cells, ranks, progress, report_to, tidy=True, loaded=loaded)
+
+
+def _with_largest_batch(
+    planned: PlannedStudy, ranks: Ranks, progress: bool, say: Callable[[str], None]
+) -> tuple[PlannedStudy, LoadedModel | None]:
+    """The study with the batch of its manifest, or with the largest that fits; and the model, where that loaded it."""
+    loaded = None
+
+    def find() -> int | None:
+        nonlocal loaded
+        if not ranks.is_main:
+            return None
+        found = frozen_batch(planned)
+        if found is None:
+            loaded = _load(planned, progress)
+            found = largest_batch(loaded, planned.tasks, planned.study.config.runtime)
+            say(f"runtime.batch_tokens: {found}, the largest that fits")
+        return found
+
+    return with_batch(planned, ranks.division().together("finding the largest batch", find)[0]), loaded
 
 
 def run_planned(
     planned: PlannedStudy, wanted: Sequence[Cell], ranks: Ranks, progress: bool = True,
     report_to: Callable[[str], None] | None = None, failed_after: float = math.inf,
-    tidy: bool = False,
+    tidy: bool = False, loaded: LoadedModel | None = None,
 ) -> Path:
     """Run what is missing of the `wanted` cells, split over the ranks; returns the study's folder.
 
     tidy: merge small files at the end where there are many: reading 100,000 takes minutes.
+    loaded: the study's model, where the main process has it already.
     failed_after: cells whose error rows are younger (seconds of the file system's clock) are not tried again.
     An exception in one rank is raised there when the others have done their share. Where there are fewer cells than
     ranks, all ranks score each cell together, and the main one writes it. Raises InputError.
     """
     folder, study = planned.folder, planned.study
-    say = report_to or (lambda line: print(line, file=sys.stderr, flush=True))
+    say = report_to or _to_stderr
     if not ranks.is_main:
         say = _silent
     if study.config.runtime.threads:
@@ -130,13 +154,13 @@ def run_planned(
     if not missing:
         return folder
     share = missing if divided else _share(missing, planned, ranks)
-    division, loaded = ranks.division(), None
+    division = ranks.division()
 
     def prepare() -> None:
         # the main process first: it downloads or trains what all of them load
         nonlocal loaded
         if ranks.is_main:
-            loaded = _load(planned, progress)
+            loaded = loaded or _load(planned, progress)
             freeze(folder, study)
 
     division.together("loading the model", prepare)
@@ -161,6 +185,10 @@ def run_planned(
     return folder
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _silent(line: str) -> None:
     pass
 
@@ -168,6 +196,10 @@ def _silent(line: str) -> None:
 def _load(planned: PlannedStudy, progress: bool) -> LoadedModel:
     loaded = load(planned.study.config.model, planned.description, planned.tokenizer, progress)
     require_head(loaded)
+    if planned.study.config.runtime.compile:
+        for block in loaded.blocks:
+            # one graph for all blocks, whose weights are inputs: edits in place need no second one
+            block.forward = torch.compile(block.forward, dynamic=True)
     return loaded
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.config import Config
+from harness.config import Config, require_batch_tokens
 from harness.errors import InputError
 from harness.evaluation.requests import PreparedTask
 from harness.execution.choosing import blank_measure, chosen_by_gradient, compare_with_grid, predict
@@ -33,6 +33,7 @@ SELECTION, REPORT = "selection", "report"
 def search(config: Config, progress: bool = True, report_to: Callable[[str], None] | None = None) -> Path:
     """Run what is missing of a search and write its tables; returns its folder. Raises InputError for bad input."""
     say = report_to or (lambda line: print(line, file=sys.stderr, flush=True))
+    require_batch_tokens(config.runtime, "search")
     searched, beside = split_tasks(config)
     folder = Path(config.output).expanduser() if config.output else Path("results") / search_name(config)
     selection = _planned(config, searched, SELECTION, folder / SELECTION)

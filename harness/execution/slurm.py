@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import ClusterConfig, Config
+from harness.config import ClusterConfig, Config, require_batch_tokens
 from harness.errors import InputError
 from harness.execution.submission import (
     Submission,
@@ -101,6 +101,7 @@ def submit(config: Config, say: Callable[[str], None]) -> Path:
     Cells of shards that are queued or running are left to them; failed cells are tried again if
     cluster.retry_failed. Raises InputError, also for what Slurm refuses.
     """
+    require_batch_tokens(config.runtime, "submit")
     for program in ("sbatch", "srun", "squeue", "scontrol"):
         if shutil.which(program) is None:
             raise InputError(f"{program}: not found, is this a Slurm cluster? on one machine use harness run")

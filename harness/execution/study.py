@@ -199,6 +199,8 @@ def numeric_settings(config: Config, description: ModelDescription) -> dict[str,
     if description.dtype != "float32":
         settings |= {"batch_tokens": config.runtime.batch_tokens, "share_context": config.runtime.share_context}
     runtime = config.runtime
+    if runtime.compile:
+        settings["compile"] = True
     if runtime.precision == "adaptive":
         # the batches decide when one looks at a cell
         settings |= {"adaptive": dataclasses.asdict(runtime.adaptive), "batch_tokens": runtime.batch_tokens}

@@ -1,5 +1,5 @@
-"""One pass over several processes (threads here; tests/execution/test_ranks.py has real ones): the numbers of one alone,
-every batch run once, and all of them at the same step or none."""
+"""One pass over several processes (threads here; tests/execution/test_ranks.py has real ones): the numbers of one
+alone, every batch run once, and all of them at the same step or none."""
 
 from __future__ import annotations
 
