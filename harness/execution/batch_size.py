@@ -19,20 +19,23 @@ from harness.models.loading import LoadedModel
 
 SMALLEST = 256
 LARGEST = 1 << 20
+# What is tried, over what is then used: memory gets fragmented over hours.
+MARGIN = 1.25
 # Out of memory a CPU process is killed rather than told, and larger batches are slower there (docs/speed.md).
 LARGEST_ON_CPU = RuntimeConfig.batch_tokens
 
 
 def largest_batch(loaded: LoadedModel, tasks: Mapping[str, PreparedTask], runtime: RuntimeConfig) -> int:
     """Padded tokens per pass: the largest power of two, within SMALLEST and LARGEST, at which the widest batch of every
-    task with requests can be scored beside what a study keeps in memory; no larger than what makes one batch of each.
+    task with requests can be scored beside what a study keeps in memory, with a margin; no larger than what makes one
+    batch of each.
 
     Raises InputError where SMALLEST does not fit.
     """
     found, budget = None, SMALLEST
     while budget <= (LARGEST_ON_CPU if loaded.device.type == "cpu" else LARGEST):
         try:
-            n_batches = _rehearse(loaded, tasks, dataclasses.replace(runtime, batch_tokens=budget))
+            n_batches = _rehearse(loaded, tasks, dataclasses.replace(runtime, batch_tokens=int(budget * MARGIN)))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -55,7 +55,7 @@ def test_the_largest_power_of_two_that_fits(tmp_path):
     loaded, tasks, runtime = loaded_study(FOUND, tmp_path / "study")
     tried = limit_forward(loaded, 1500)
     assert largest_batch(loaded, tasks, runtime) == 1024
-    assert max(tried) == 2048 and all(size in (256, 512, 1024, 2048) for size in tried)
+    assert set(tried) == {320, 640, 1280, 2560}  # a quarter more than is then used
 
 
 def test_no_larger_than_one_batch_of_each_task(tmp_path):
@@ -97,8 +97,8 @@ def test_what_a_study_keeps_counts(tmp_path, monkeypatch):
 def test_memory_that_is_really_short(tmp_path):
     """A process of which the system limits the address space: its study completes, with the batch that fits."""
     folder, program = tmp_path / "study", tmp_path / "program.py"
-    wide = [*FOUND, "model.recall.hidden_dim=32768", "model.recall.steps=1", "model.recall.batch_size=1",
-            "tasks.recall.n_sequences=400"]
+    wide = [*FOUND, "model.recall.hidden_dim=16384", "model.recall.steps=1", "model.recall.batch_size=1",
+            "tasks.recall.n_sequences=300", "target.blocks=[1]", "region.controls=[]"]
     program.write_text(f"""
 import resource
 from pathlib import Path
@@ -107,13 +107,14 @@ from tests.execution.studies import config_of
 real = runner.largest_batch
 def limited(*arguments):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 350 * 2**20,) * 2)
     return real(*arguments)
 runner.largest_batch = limited
 runner.run(config_of({wide!r}, Path({str(folder)!r})), progress=False)
 """)
-    done = subprocess.run([sys.executable, str(program)], env=environment(), capture_output=True, text=True,
-                          timeout=400)
+    # arrow's own allocator would reserve a gigabyte of addresses at its first file
+    env = {**environment(), "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    done = subprocess.run([sys.executable, str(program)], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert SMALLEST <= batch_of(folder) < LARGEST_ON_CPU
     assert f"runtime.batch_tokens: {batch_of(folder)}, the largest that fits" in done.stderr
