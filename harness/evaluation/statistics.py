@@ -78,17 +78,14 @@ def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p-values adjusted for the family-wise error rate, float64 [m], in the order given (Holm 1979). NaN stays NaN and
     counts as not tested. Raises ValueError outside 0..1."""
-    return _adjusted(p_values, lambda ascending: np.maximum.accumulate(
-        ascending * np.arange(len(ascending), 0, -1)
-    ))
-
-
-def benjamini_hochberg(p_values: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for the false discovery rate, float64 [m], in the order given (Benjamini and Hochberg 1995).
-    NaN stays NaN and counts as not tested. Raises ValueError outside 0..1."""
-    return _adjusted(p_values, lambda ascending: np.minimum.accumulate(
-        (ascending * len(ascending) / np.arange(1, len(ascending) + 1))[::-1]
-    )[::-1])
+    p = np.asarray(p_values, dtype=np.float64)
+    tested = np.flatnonzero(~np.isnan(p))
+    if p.ndim != 1 or np.any((p[tested] < 0) | (p[tested] > 1)):
+        raise ValueError("p-values must be a vector of numbers in 0..1")
+    order = tested[np.argsort(p[tested], kind="stable")]
+    adjusted = np.full(len(p), np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1.0)
+    return adjusted
 
 
 def _arrays(scores: ExampleScores) -> tuple[np.ndarray, np.ndarray]:
@@ -128,15 +125,3 @@ def _p_value(delta: float, stderr: float | None, n: int) -> float | None:
     from scipy.stats import t
 
     return float(2 * t.sf(abs(delta / stderr), n - 1))
-
-
-def _adjusted(p_values: Sequence[float], step) -> np.ndarray:
-    p = np.asarray(p_values, dtype=np.float64)
-    tested = np.flatnonzero(~np.isnan(p))
-    if p.ndim != 1 or np.any((p[tested] < 0) | (p[tested] > 1)):
-        raise ValueError("p-values must be a vector of numbers in 0..1")
-    order = tested[np.argsort(p[tested], kind="stable")]
-    adjusted = np.full(len(p), np.nan)
-    if len(order):
-        adjusted[order] = np.minimum(step(p[order]), 1.0)
-    return adjusted

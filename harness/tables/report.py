@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from harness.tables.reader import corrupt_parts, read_metrics
 from harness.tables.summary import Measured, is_baseline, measured, ranked, region_order, target_order
 
 BEST = 5  # cells shown at each end
+WIDE = 72  # columns of a terminal from which the adjusted p-values have room
 TERMINAL_ROWS = 24  # a study up to this size is printed whole
 MARKDOWN_ROWS, MARKDOWN_COLUMNS = 120, 24
 MAX_FIGURES = 8
@@ -20,7 +22,7 @@ LARGE, FIGURES_OF_LARGE = 50_000, 4  # rows from which a report takes its time, 
 CSV_COLUMNS = (
     "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
     "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
-    "ci_low", "ci_high", "n_available", "precision", "higher_is_better", "n_removed", "energy_removed",
+    "q_value", "ci_low", "ci_high", "n_available", "precision", "higher_is_better", "n_removed", "energy_removed",
     "realised_removal", "seconds",
 )  # fmt: skip
 
@@ -46,7 +48,7 @@ def report(
     out.mkdir(exist_ok=True)
     for old in out.glob("*.png"):
         old.unlink()
-    _write_csv(metrics, out / "metrics.csv")
+    _write_csv(metrics, found, out / "metrics.csv")
     most = MAX_FIGURES if len(metrics) < LARGE else FIGURES_OF_LARGE
     drawn, left_out = _draw(found, out, most) if figures else ({}, [])
     text = _markdown(metrics, found, problems, drawn, left_out)
@@ -130,8 +132,8 @@ def _number(value: float) -> str:
 
 
 def _text_table(cells, width: int) -> list[str]:
-    adaptive = is_adaptive(cells)
-    head = ("target", "region", "value", "delta", "p", *(("n",) if adaptive else ()))
+    adaptive, wide = is_adaptive(cells), width >= WIDE
+    head = ("target", "region", "value", "delta", "p", *(("q",) if wide else ()), *(("n",) if adaptive else ()))
     body = [
         (
             row.target,
@@ -139,6 +141,7 @@ def _text_table(cells, width: int) -> list[str]:
             plus_minus(row.value, row.stderr),
             _delta_text(row.delta, row.delta_stderr),
             p_text(row.p_value),
+            *((p_text(row.q_value),) if wide else ()),
             *((_used(row),) if adaptive else ()),
         )
         for row in cells.itertuples()
@@ -170,14 +173,15 @@ def _markdown(metrics, found: list[Measured], problems, drawn, left_out) -> str:
     lines += [f"> {line}" for line in problems] + ([""] if problems else [])
     lines += [
         "`±` is the standard error; that of a delta is paired over the same examples. "
-        "p-values are two-sided and not corrected for the number of cells. "
+        "p is two-sided and of one cell alone; q is p adjusted for the number of ablations of that task and metric "
+        "(Benjamini-Hochberg): of the cells with q below 0.05, about one in twenty or fewer moved by chance. "
         "All rows, other metrics included, are in [metrics.csv](metrics.csv) and in `../metrics/`.",
         "",
     ]
     if is_adaptive(metrics):
         lines += [
             "Adaptive precision: `n` of the examples were used, until the delta was decided; metrics.csv holds the "
-            "interval (`ci_low`, `ci_high`) of the delta over all of them. These p-values hold whenever one stops.",
+            "interval (`ci_low`, `ci_high`) of the delta over all of them. These p hold whenever one stops.",
             "",
         ]
     for one in found:
@@ -208,13 +212,14 @@ def _markdown(metrics, found: list[Measured], problems, drawn, left_out) -> str:
 
 def _markdown_cells(cells) -> list[str]:
     adaptive = is_adaptive(cells)
-    lines = ["| target | region | value | delta | p |", "|---|---|--:|--:|--:|"]
+    lines = ["| target | region | value | delta | p | q |", "|---|---|--:|--:|--:|--:|"]
     if adaptive:
         lines = [lines[0] + " n |", lines[1] + "--:|"]
     for row in cells.itertuples():
         value = plus_minus(row.value, row.stderr)
         delta = _delta_text(row.delta, row.delta_stderr)
-        line = f"| {_cell(row.target)} | {_cell(row.region)} | {value} | {delta} | {p_text(row.p_value)} |"
+        chances = f"{p_text(row.p_value)} | {p_text(row.q_value)}"
+        line = f"| {_cell(row.target)} | {_cell(row.region)} | {value} | {delta} | {chances} |"
         lines.append(f"{line} {_used(row)} |" if adaptive else line)
     return lines
 
@@ -237,10 +242,13 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _write_csv(metrics, path: Path) -> None:
+def _write_csv(metrics, found: list[Measured], path: Path) -> None:
+    import pandas
     import pyarrow as pa
     import pyarrow.csv
 
+    q_values = [one.cells["q_value"] for one in found]
+    metrics = metrics.assign(q_value=pandas.concat(q_values) if q_values else math.nan)
     table = pa.Table.from_pandas(metrics[list(CSV_COLUMNS)], preserve_index=False)
     temporary = path.with_name(f".{path.name}.tmp")
     pyarrow.csv.write_csv(table, temporary)

@@ -41,7 +41,7 @@ METRICS = (
     Column("baseline", "float64", "The same metric of the unablated model on the same examples."),
     Column("delta", "float64", "`value - baseline`."),
     Column("delta_stderr", "float64", "Standard error of `delta`, paired over examples."),
-    Column("p_value", "float64", "Two-sided p-value of `delta` = 0, paired; not corrected for the number of cells."),
+    Column("p_value", "float64", "Two-sided p-value of `delta` = 0, paired, of this cell alone; reports adjust it."),
     Column("higher_is_better", "bool", "Whether a larger value is a better one."),
     Column("ci_low", "float64", "Adaptive: lower end of the interval of the `delta` over all `n_available` examples."),
     Column("ci_high", "float64", "Its upper end. The confidence is in `settings`; exact: null, as there is no doubt."),

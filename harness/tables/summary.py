@@ -14,8 +14,9 @@ CONTROLS = ("none", "random", "energy_matched", "lower_bulk")
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one task. cells: the ok rows of ablations. baseline: the ok row of the unablated model, or None.
-    control: the ok row of "decompose every matrix, remove nothing", or None."""
+    """One metric of one task. cells: the ok rows of ablations, with a column q_value: their p-values adjusted for the
+    false discovery rate among all of them (Benjamini and Hochberg 1995), NaN where there is none. baseline: the ok row
+    of the unablated model, or None. control: the ok row of "decompose every matrix, remove nothing", or None."""
 
     task: str
     metric: str
@@ -51,10 +52,19 @@ def measured(metrics) -> list[Measured]:
                     higher_is_better=bool(better.iloc[0]) if len(better) else True,
                     baseline=of_metric[mask].iloc[0] if mask.any() else None,
                     control=of_metric[control].iloc[0] if control.any() else None,
-                    cells=of_metric[~mask & ~control],
+                    cells=_with_q_value(of_metric[~mask & ~control]),
                 )
             )
     return found
+
+
+def _with_q_value(cells):
+    p, q = cells["p_value"], cells["p_value"].astype(float)
+    if p.notna().any():
+        from scipy.stats import false_discovery_control
+
+        q[p.notna()] = false_discovery_control(p[p.notna()].astype(float))
+    return cells.assign(q_value=q)
 
 
 def layer_key(layer_type: str) -> tuple[int, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from harness.tables import plots
@@ -121,12 +123,17 @@ def test_report_files(tmp_path):
         content = (path.parent / name).read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", content[16:24])) > 300
     table = [
-        line.split(" | ") for line in text.splitlines() if line.startswith("| 2.up_proj |") and line.count("|") == 7
+        line.split(" | ") for line in text.splitlines() if re.match(r"\| 2.up_proj \| [0-9]", line)
     ]
     cells = {row["region"]: row for row in rows if row["target"] == "2.up_proj" and row["metric"] == "accuracy"}
     assert table[0][1] == plus_minus(cells["large 0.1"]["value"], cells["large 0.1"]["stderr"])
     csv = pd.read_csv(path.parent / "metrics.csv")
     assert len(csv) == len(rows) and csv.value.sum() == pytest.approx(sum(row["value"] for row in rows), rel=1e-12)
+    # adjusted among the ablations of one metric, the control "remove nothing" and the baseline left out
+    for metric, of_metric in csv[csv.target_kind == "matrix"].groupby("metric"):
+        expected = scipy.stats.false_discovery_control(of_metric.p_value)
+        np.testing.assert_allclose(of_metric.q_value, expected, rtol=1e-12, err_msg=metric)
+    assert csv[csv.target_kind != "matrix"].q_value.isna().all() and (csv.q_value > csv.p_value).any()
     # a second report replaces the first, figures that are no longer drawn included
     run_report(tmp_path, figures=False)
     assert not list(path.parent.glob("*.png")) and not [p for p in path.parent.iterdir() if p.name.startswith(".")]
