@@ -1,6 +1,7 @@
-"""Figures of a finished search: python experiments/laser/figures.py SEARCH_FOLDER OUT_PREFIX
+"""Figures and tables of a finished search: python experiments/laser/figures.py SEARCH_FOLDER OUT_PREFIX
 
 OUT_PREFIX-grid.png: change of each metric over blocks and kept rank, per layer type, the winner marked.
+OUT_PREFIX-grid.csv, -verdict.csv, -comparison.csv, -composition.csv: the grid and the search's tables.
 OUT_PREFIX-gradient.png: first-order prediction against measured change, where the search compared the two.
 """
 
@@ -82,9 +83,21 @@ def draw_gradient(grid: pandas.DataFrame, predictions: pandas.DataFrame, path: P
     figure.savefig(path, dpi=110)
 
 
+def write_tables(grid: pandas.DataFrame, search: Path, prefix: str) -> None:
+    columns = ["task", "metric", "target", "region", "n", "baseline", "value", "delta", "delta_stderr", "p_value",
+               "energy_removed"]
+    grid = grid.sort_values(["task", "metric", "target", "region"])
+    grid.to_csv(f"{prefix}-grid.csv", columns=columns, index=False, float_format="%.6g")
+    for name in ("verdict", "comparison", "composition"):
+        if (search / f"{name}.parquet").exists():
+            table = pandas.read_parquet(search / f"{name}.parquet")
+            table.to_csv(f"{prefix}-{name}.csv", index=False, float_format="%.6g")
+
+
 def main(folder: str, prefix: str) -> None:
     search = Path(folder)
     grid = grid_of(search)
+    write_tables(grid, search, prefix)
     draw_grid(grid, pandas.read_parquet(search / "verdict.parquet"), Path(f"{prefix}-grid.png"))
     if (search / "predictions.parquet").exists():
         draw_gradient(grid, pandas.read_parquet(search / "predictions.parquet"), Path(f"{prefix}-gradient.png"))

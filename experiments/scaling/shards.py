@@ -1,9 +1,10 @@
 """What splitting costs: one process against N shards of the same study, each a process of its own.
 
-    python experiments/scaling/shards.py [--shards 1 4] [--sequences 200]
+    python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600]
 
-Processor seconds, one shard after the other, so that the numbers hold on a machine that others use too. On N free
-machines the wall time is that of the dearest shard. ideal: one process divided by N. ratio: the dearest over the ideal.
+Shards run at once where there are as many processors, otherwise one after the other. dearest, cheapest, total: processor
+seconds, which hold on a machine that others use too. wall: from the start of the first to the end of the last, of shards
+that ran at once; wall_ratio: over the wall time of one process divided by N, for which the machine must be quiet.
 """
 
 from __future__ import annotations
@@ -11,49 +12,64 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+COLUMNS = ("shards", "dearest", "cheapest", "total", "ratio", "more_per_shard", "wall", "wall_ratio")
 
 
-def processor_seconds(*arguments: str) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "harness", *arguments], check=True, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def started(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "harness", *arguments], stdout=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def processor_seconds(process: subprocess.Popen) -> float:
+    """Waits for the process. Raises RuntimeError where it failed."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{process.args} ended with {process.returncode}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shards", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--sequences", type=int, default=200, help="of the recall task: how long a cell takes")
+    parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4], help="1 must come first")
+    parser.add_argument("--sequences", type=int, default=1600, help="of the recall task: how long a cell takes")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/scaling-shards"))
     parser.add_argument("--out", type=Path, default=HERE / "shards.csv")
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
+    # without the cache on disk, from which later contestants would profit
     settings = ["model.recall.steps=20", f"model.recall.cache_dir={arguments.folder}", "region=decile",
-                f"tasks.recall.n_sequences={arguments.sequences}", "runtime.threads=1"]
+                f"tasks.recall.n_sequences={arguments.sequences}", "runtime.threads=1", "runtime.cache_gib=0"]
     with arguments.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["shards", "dearest", "cheapest", "total", "ideal", "ratio", "more_per_shard"])
-        one = None
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
         for n in arguments.shards:
             study = arguments.folder / f"of-{n}"
-            processor_seconds("plan", "--freeze", *settings, f"output={study}")
-            seconds = [processor_seconds("work", str(study), "--quiet", "--shard", str(i), "--of", str(n))
-                       for i in range(n)]
-            one = sum(seconds) if n == 1 else one
-            row = [n, max(seconds), min(seconds), sum(seconds)]
-            if one is not None:
-                row += [one / n, max(seconds) * n / one, (sum(seconds) - one) / (n - 1) if n > 1 else 0.0]
-            writer.writerow([f"{value:.4g}" for value in row])
+            processor_seconds(started("plan", "--freeze", *settings, f"output={study}"))
+            commands = [("work", str(study), "--quiet", "--shard", str(i), "--of", str(n)) for i in range(n)]
+            at_once, wall = n <= (os.cpu_count() or 1), time.monotonic()
+            if at_once:
+                seconds = [processor_seconds(process) for process in [started(*command) for command in commands]]
+            else:
+                seconds = [processor_seconds(started(*command)) for command in commands]
+            wall = time.monotonic() - wall
+            if n == 1:
+                one, one_wall = seconds[0], wall
+            row = {
+                "dearest": max(seconds), "cheapest": min(seconds), "total": sum(seconds),
+                "ratio": max(seconds) * n / one, "more_per_shard": (sum(seconds) - one) / max(1, n - 1),
+                **({"wall": wall, "wall_ratio": wall * n / one_wall} if at_once else {}),
+            }
+            writer.writerow({"shards": n} | {key: f"{value:.4g}" for key, value in row.items()})
             file.flush()
-            print(*row, flush=True)
+            print(n, row, flush=True)
 
 
 if __name__ == "__main__":
