@@ -136,8 +136,8 @@ def run_planned(
     tidy: merge small files at the end where there are many: reading 100,000 takes minutes.
     loaded: the study's model, where the main process has it already.
     failed_after: cells whose error rows are younger (seconds of the file system's clock) are not tried again.
-    An exception in one rank is raised there when the others have done their share. Where there are fewer cells than
-    ranks, all ranks score each cell together, and the main one writes it. Raises InputError.
+    An exception in one rank is raised there when the others have done their share. Where there are fewer exact cells
+    than ranks, all ranks score each cell together, and the main one writes it. Raises InputError.
     """
     folder, study = planned.folder, planned.study
     say = report_to or _to_stderr
@@ -147,7 +147,8 @@ def run_planned(
         torch.set_num_threads(study.config.runtime.threads)
     ids = set(ranks.broadcast(_missing(folder, wanted, failed_after) if ranks.is_main else None))
     missing = [cell for cell in wanted if cell.cell_id in ids]
-    divided = 0 < len(missing) < ranks.n
+    # an adaptive cell looks at its numbers batch by batch: there is nothing to divide
+    divided = 0 < len(missing) < ranks.n and study.config.runtime.precision == "exact"
     on = f" on {ranks.n} processes" if ranks.n > 1 else ""
     say(f"study {study.study_id}: {len(wanted)} cells, {len(wanted) - len(missing)} done, in {folder}{on}"
         f"{', which score each cell together' if divided else ''}")

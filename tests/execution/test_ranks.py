@@ -118,6 +118,14 @@ def test_fewer_cells_than_ranks_are_scored_by_all_together(tmp_path):
     assert min(batches) >= 8 and max(batches) - min(batches) <= 2 * 2
 
 
+def test_adaptive_cells_are_not_divided(tmp_path):
+    folder, adaptive = tmp_path / "study", [*FEW, "runtime.precision=adaptive"]
+    done = launched_program(COUNT, adaptive, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "on 3 processes\n" in done.stderr
+    assert_same_tables(folder, run_here(adaptive, tmp_path / "clean"))
+
+
 TROUBLE = """
 def trouble(self, key, needs_rank):
     calls.append(1)
