@@ -53,6 +53,11 @@ def _known_keys(prefix: str, root: type) -> list[str]:
     return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
 
 
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def explain(error: Exception, root: type = Config) -> str:
     """One line for what Hydra or OmegaConf refused; root is the dataclass of the settings."""
     chain: list[str] = []
@@ -66,9 +71,15 @@ def explain(error: Exception, root: type = Config) -> str:
         full = re.search(r"full_key: (\S+)", text)
         key = full.group(1) if full else not_there.group(1)
         known = _known_keys(key.rpartition(".")[0], root)
-        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{key}: unknown key; {hint}known here: {', '.join(known) or 'see the YAML file of that group'}"
+        near = _nearest(key.rpartition(".")[2], known)
+        return f"{key}: unknown key; {near}known here: {', '.join(known) or 'see the YAML file of that group'}"
+    no_file = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
+    if no_file:
+        group, name = no_file.groups()
+        options = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)  # none for one of a list
+        ours = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+        known = options.group(1).split() if options else ours
+        return f"{group}: there is no {name!r}; {_nearest(name, known)}there are {', '.join(known)}"
     full = re.search(r"full_key: (\S+)", text)
     if full:
         reason = next(line for line in reversed(chain) if "full_key" in line).splitlines()[0]

@@ -169,6 +169,8 @@ def test_every_experiment_is_run_by_a_test():
 
 
 REFUSALS = {
+    "no such config": (["task=wikitex"], ["task: there is no 'wikitex'; did you mean 'wikitext'?", "lambada"]),
+    "no such config in a list": (["task=[ioi,lambda]"], ["task: there is no 'lambda'; did you mean 'lambada'?"]),
     "unknown key": (["runtime.batch_token=5"], ["runtime.batch_token", "batch_tokens"]),
     "unknown group": (["regoin=fraction"], ["regoin"]),
     "unknown name in a group": (["region=fractions"], ["fractions", "fraction"]),
