@@ -86,7 +86,8 @@ def draw_gradient(grid: pandas.DataFrame, predictions: pandas.DataFrame, path: P
 def write_tables(grid: pandas.DataFrame, search: Path, prefix: str) -> None:
     columns = ["task", "metric", "target", "region", "n", "baseline", "value", "delta", "delta_stderr", "p_value",
                "energy_removed"]
-    grid = grid.sort_values(["task", "metric", "target", "region"])
+    verdict = pandas.read_parquet(search / "verdict.parquet")
+    grid = grid.merge(verdict[["task", "metric"]]).sort_values(["task", "metric", "target", "region"])
     grid.to_csv(f"{prefix}-grid.csv", columns=columns, index=False, float_format="%.6g")
     for name in ("verdict", "comparison", "composition"):
         if (search / f"{name}.parquet").exists():
