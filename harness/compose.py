@@ -11,9 +11,25 @@ from typing import Any
 from harness.config import Config, validate
 from harness.errors import InputError
 from harness.spectra_config import SpectraConfig, validate_spectra
+from harness.unread import refuse_unread, refuse_unread_of_model, require_folder
+
+
+def _checked(config: Config) -> Config:
+    validate(config)
+    refuse_unread(config)
+    require_folder(config.output)
+    return config
+
+
+def _checked_spectra(config: SpectraConfig) -> SpectraConfig:
+    validate_spectra(config)
+    refuse_unread_of_model(config.model)
+    require_folder(config.output)
+    return config
+
 
 # conf/<name>.yaml -> its dataclass and the check of its values
-ROOTS = {"config": (Config, validate), "spectra": (SpectraConfig, validate_spectra)}
+ROOTS = {"config": (Config, _checked), "spectra": (SpectraConfig, _checked_spectra)}
 
 
 def config_folder() -> Path:
@@ -73,7 +89,7 @@ def explain(error: Exception, root: type = Config) -> str:
         known = _known_keys(key.rpartition(".")[0], root)
         near = _nearest(key.rpartition(".")[2], known)
         return f"{key}: unknown key; {near}known here: {', '.join(known) or 'see the YAML file of that group'}"
-    no_file = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
+    no_file = re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text)
     if no_file:
         group, name = no_file.groups()
         options = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)  # none for one of a list
@@ -103,9 +119,25 @@ def compose_config(overrides: list[str], config_dir: str | None = None, name: st
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return config_from_omega(compose(name, overrides=overrides), name)
+            composed = compose(name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, ROOTS[name][0])) from error
+    except (ValueError, TypeError) as error:  # of Hydra, for a group that is set to a number or to null
+        raise InputError(_no_name(overrides) or " ".join(str(error).split())) from error
+    return config_from_omega(composed, name)
+
+
+def _no_name(overrides: list[str]) -> str | None:
+    """One line for the first override without a key, or of a group without a name of that group."""
+    there = groups()
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if not key:
+            return f"{override!r}: not a setting; give key=value"
+        names = [name.strip() for name in value.strip("[]").split(",")]
+        if key in there and any(re.fullmatch(r"[-+.\d]+|null|true|false", name) for name in names):
+            return f"{key}: {value!r} is wrong; there are {', '.join(there[key])}"
+    return None
 
 
 def config_from_omega(composed: Any, name: str = "config") -> Any:

@@ -160,7 +160,7 @@ class Config:
 
 
 def validate_model(model: ModelConfig) -> None:
-    if model.name == "???":
+    if model.name in ("", "???"):
         raise InputError("model.name: must be set, for example model.name=openai-community/gpt2 or a local folder")
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", model.device):
         fail("model.device", model.device, "use auto, cpu, cuda or cuda:<index>")
@@ -169,6 +169,7 @@ def validate_model(model: ModelConfig) -> None:
     for key in ("dim", "hidden_dim", "n_triggers", "batch_size", "steps"):
         at_least(f"model.recall.{key}", getattr(recall, key), 1)
     at_least("model.recall.context_length", recall.context_length, 8)
+    at_least("model.recall.seed", recall.seed, 0)
     one_of("model.recall.feed_forward", recall.feed_forward, ("mlp", "linear", "none"))
     one_of("model.recall.optimizer", recall.optimizer, ("adamw", "sgd"))
     if recall.checkpoint is not None and not 0 <= recall.checkpoint <= recall.steps:
@@ -187,8 +188,7 @@ def _validate_region(region: RegionConfig) -> None:
                 fail("region.values", value, "a fraction must be above 0 and at most 1")
     if region.intervals and region.by not in ("fraction", "energy", "index"):
         fail("region.intervals", region.intervals, f"region.by={region.by} takes none; use fraction, energy or index")
-    if region.by == "index" and not region.intervals:
-        fail("region.intervals", [], 'region.by=index needs at least one, for example ["0:16"]')
+    _require_regions(region)
     for decile in region.deciles:
         if not 1 <= decile <= 10:
             fail("region.deciles", decile, "deciles are 1 (the largest tenth) to 10 (the smallest)")
@@ -201,6 +201,24 @@ def _validate_region(region: RegionConfig) -> None:
         fail("region.controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
     for control in region.controls:
         one_of("region.controls", control, CONTROLS)
+    if {"random", "energy_matched"} & set(region.controls) and not region.random_seeds:
+        fail("region.random_seeds", [], "the controls random and energy_matched need at least one, for example [0]")
+    for seed in region.random_seeds:
+        at_least("region.random_seeds", seed, 0)
+
+
+def _require_regions(region: RegionConfig) -> None:
+    """An empty list that region.by reads would leave a study of controls."""
+    if region.by == "index" and not region.intervals:
+        fail("region.intervals", [], 'region.by=index needs at least one, for example ["0:16"]')
+    if region.by in ("fraction", "energy") and not region.intervals:
+        for key, example in (("kinds", "[small]"), ("values", "[0.1]")):
+            if not getattr(region, key):
+                fail(f"region.{key}", [], f"name at least one, for example {example}, or set region.intervals")
+    for key, example in (("decile", "[10]"), ("mp", "[above]"), ("gavish_donoho", "[below]")):
+        name = "deciles" if key == "decile" else key
+        if region.by == key and not getattr(region, name):
+            fail(f"region.{name}", [], f"region.by={key} needs at least one, for example {example}")
 
 
 def _validate_compile(config: Config) -> None:
@@ -252,6 +270,9 @@ def validate(config: Config) -> Config:
     one_of("target.kind", config.target.kind, TARGET_KINDS)
     if not config.target.layer_types:
         fail("target.layer_types", [], "name at least one, for example [mlp]")
+    if config.target.blocks == []:
+        fail("target.blocks", [], "name at least one, for example [0]; null: every block")
+    at_least("seed", config.seed, 0)
     _validate_region(config.region)
     one_of("runtime.edit", config.runtime.edit, EDIT_MODES)
     at_least("runtime.batch_tokens", config.runtime.batch_tokens, 1)

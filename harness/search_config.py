@@ -38,3 +38,5 @@ def validate_search(search: SearchConfig) -> None:
         fail("search.report_limit", search.report_limit, "it must be at least 2 or null")
     if not search.control_seeds:
         fail("search.control_seeds", [], "name at least one, for example [0]")
+    for seed in search.control_seeds:
+        at_least("search.control_seeds", seed, 0)

@@ -38,6 +38,9 @@ def validate_spectra(config: SpectraConfig) -> SpectraConfig:
     at_least("threads", config.threads, 1)
     if not config.layer_types:
         fail("layer_types", [], "name at least one, for example [mlp]")
+    if config.blocks == []:
+        fail("blocks", [], "name at least one, for example [0]; null: every block")
+    at_least("seed", config.seed, 0)
     if len(set(config.revisions)) < len(config.revisions):
         fail("revisions", config.revisions, "each may be named once")
     if config.revisions and config.model.revision is not None:

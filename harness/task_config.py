@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def _type_matches(value: Any, annotation: str) -> bool:
 def task_from_dict(name: str, values: Any) -> Any:
     """The dataclass of a task from its settings; an unknown kind or key, or a value of the wrong type, is an error."""
     if not isinstance(values, dict):
-        raise InputError(f"tasks.{name}: settings expected, found {values!r}; add a task with task=[...]")
+        raise InputError(f"tasks.{name}: {values!r} is wrong; it must be a task's settings, for example +tasks.{name}.kind=text")
     kind = values.get("kind")
     if kind not in TASK_KINDS:
         raise InputError(f"tasks.{name}.kind: {kind!r} is not a kind of task; use one of {', '.join(TASK_KINDS)}")
@@ -229,6 +229,7 @@ def task_from_dict(name: str, values: Any) -> Any:
 def _validate_task(name: str, task: Any) -> None:
     key = f"tasks.{name}"
     at_least(f"{key}.limit", getattr(task, "limit", None), 1)
+    at_least(f"{key}.seed", getattr(task, "seed", None), 0)
     if isinstance(task, TextTask):
         at_least(f"{key}.window", task.window, 2)
         at_least(f"{key}.stride", task.stride, 1)
@@ -258,7 +259,7 @@ def _validate_task(name: str, task: Any) -> None:
 
 def validated_tasks(tasks: dict[str, Any]) -> dict[str, Any]:
     """The tasks as their dataclasses, whose settings can be. Raises InputError."""
-    made = {name: task if not isinstance(task, dict) else task_from_dict(name, task) for name, task in tasks.items()}
+    made = {name: task if is_dataclass(task) else task_from_dict(name, task) for name, task in tasks.items()}
     for name, task in made.items():
         _validate_task(name, task)
     return made

@@ -182,6 +182,34 @@ REFUSALS = {
     "fraction of 0": (["region=fraction", "region.values=[0]"], ["region.values"]),
     "fraction that is no number": (["region=fraction", "region.values=[ten]"], ["region.values", "ten"]),
     "empty region": (["region=fraction", "region.values=[0.001]"], ["region", "empty", "singular values"]),
+    "no kinds": (["region=energy", "region.kinds=[]"], ["region.kinds: []", "[small]"]),
+    "no values": (["region=fraction", "region.values=[]"], ["region.values: []", "region.intervals"]),
+    "no deciles": (["region=decile", "region.deciles=[]"], ["region.deciles: []", "[10]"]),
+    "no side of the bulk": (["region=mp", "region.mp=[]"], ["region.mp: []", "[above]"]),
+    "no side of the threshold": (["region=gavish_donoho", "region.gavish_donoho=[]"], ["region.gavish_donoho: []"]),
+    "no seeds": (["region.controls=[random]", "region.random_seeds=[]"], ["region.random_seeds: []", "[0]"]),
+    "no blocks": (["target.blocks=[]"], ["target.blocks: []", "null"]),
+    "values of deciles": (["region=decile", "region.values=[0.3]"], ["region.values: [0.3]", "fraction or energy"]),
+    "deciles of the bulk": (["region=mp", "region.deciles=[1]"], ["region.deciles: [1]", "region.by=decile"]),
+    "noise of fractions": (["region=fraction", "region.estimator=bulk_fit"], ["region.estimator", "region.by=mp"]),
+    "margin of fractions": (["region=fraction", "region.tracy_widom=true"], ["region.tracy_widom", "region.by=mp"]),
+    "seeds of no control": (["region=fraction", "region.random_seeds=[1,2]"], ["region.random_seeds: [1, 2]", "[none]"]),
+    "negative seed": (["seed=-1"], ["seed: -1", "at least 0"]),
+    "negative seed of a control": (["region.random_seeds=[0,-2]"], ["region.random_seeds: -2", "at least 0"]),
+    "negative seed of a task": (["tasks.recall.seed=-1"], ["tasks.recall.seed: -1", "at least 0"]),
+    "revision of the embedded model": (["model.revision=main"], ["model.revision: 'main'", "model.name=recall"]),
+    "GGUF file of the embedded model": (["model.gguf_file=x.gguf"], ["model.gguf_file: 'x.gguf'", "model.name=recall"]),
+    "training of a model that is there": (["model.name=gpt2"], ["model.recall.dim: 32", "'gpt2'"]),
+    "task that is a number": (["+tasks.mine=5"], ["tasks.mine: 5", "+tasks.mine.kind"]),
+    "output that is a file": (["output={file}"], ["output", "notes.txt is a file"]),
+    "output below a file": (["output={file}/study"], ["output", "notes.txt is a file"]),
+    "output that cannot be made": (["output=/proc/study"], ["output", "/proc/study"]),
+    "setting without a key": (["=5"], ["'=5'", "key=value"]),
+    "group that is a number": (["region=5"], ["region: '5'", "fraction"]),
+    "group that is null": (["target=null"], ["target: 'null'", "matrix"]),
+    "group without a name": (["region="], ["region: there is no ''", "fraction"]),
+    "list of tasks with a number": (["task=[recall,5]"], ["task: '[recall,5]'", "recall"]),
+    "model without a name": (["model=gpt2", "model.name="], ["model.name"]),
     "decile 11": (["region=decile", "region.deciles=[11]"], ["region.deciles", "11"]),
     "interval beyond the grammar": (["region=index", "region.intervals=['3-5']"], ["region", "3-5"]),
     "unknown control": (["region.controls=[noen]"], ["region.controls", "noen", "none"]),
@@ -204,12 +232,16 @@ REFUSALS = {
 def test_bad_input_is_one_line_and_leaves_nothing(name, recall, checkpoint, tmp_path, capsys):
     overrides, mentioned = REFUSALS[name]
     folder = checkpoint("gpt2")[1].removeprefix("model.name=") if "{checkpoint}" in str(overrides) else ""
-    tiny = recall[:-2] + recall[-1:] if any(item.startswith("task=") for item in overrides) else recall
+    dropped = "tasks.recall." if any(item.startswith("task=") for item in overrides) else "-"
+    dropped = ("model.recall.", dropped) if any(item.startswith("model=") for item in overrides) else dropped
+    (file := tmp_path / "notes.txt").write_text("mine")
     output = tmp_path / "study"
-    line = refused(capsys, "run", *tiny, *(item.format(checkpoint=folder) for item in overrides), f"output={output}")
+    settings = [*(item for item in recall if not item.startswith(dropped)), f"output={output}",
+                *(item.format(checkpoint=folder, file=file) for item in overrides)]
+    line = refused(capsys, "run", *settings)
     for word in mentioned:
         assert word in line
-    assert not output.exists()
+    assert not output.exists() and file.read_text() == "mine"
 
 
 def test_window_longer_than_the_context(checkpoint, tmp_path, capsys):
@@ -265,6 +297,14 @@ def test_folder_of_another_schema_version(recall, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_folder_without_a_study(command, tmp_path, capsys):
     assert "manifest.json" in refused(capsys, command, str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["status", "report", "work", "compact"])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"study_id": "x", "cells": 3}'])
+def test_manifest_that_is_none(command, text, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text(text)
+    line = refused(capsys, command, str(tmp_path))
+    assert "manifest.json: not a manifest" in line and "config" in line
 
 
 def test_kill_9_in_mid_study_then_rerun_equals_an_uninterrupted_run(recall, tmp_path):

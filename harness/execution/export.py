@@ -52,7 +52,7 @@ class Exported:
 def export(config: Config, factored: bool = False) -> Exported:
     """Save the model with the one ablation that the settings mean, into config.output.
 
-    Raises InputError where they mean none or several, and where the folder is not empty.
+    Raises InputError where they mean several, and where the folder is not empty.
     """
     description = describe(config.model)
     ablation = the_ablation(config, description)
@@ -87,7 +87,7 @@ def export_cell(study: str | Path, cell: str, output: str | None, factored: bool
 
 
 def the_ablation(config: Config, description: ModelDescription) -> Ablation:
-    """The one ablation that the settings mean, controls left out. Raises InputError where there are none or several."""
+    """The one ablation that the settings mean, controls left out. Raises InputError where there are several."""
     targets = expand_targets(config.target, matrices_of(skeleton(description.config, description.family)))
     regions = [region for region in expand_regions(config.region) if region.by != "control"]
     ablations = [Ablation(target, region) for target in targets for region in regions]
@@ -95,7 +95,7 @@ def the_ablation(config: Config, description: ModelDescription) -> Ablation:
         labels = [f"{one.target.label}: {one.region.label}" for one in ablations]
         listed = ", ".join(labels[:6]) + (f", ... {labels[-1]}" if len(labels) > 6 else "")
         raise InputError(
-            f"export: one ablation can be saved, and these settings mean {len(labels)} ({listed or 'only controls'});"
+            f"export: one ablation can be saved, and these settings mean {len(labels)} ({listed});"
             " narrow target.* and region.*, or give --study FOLDER --cell ID"
         )
     return ablations[0]

@@ -16,6 +16,7 @@ from harness.spectral.regions import Region
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+KEYS = ("manifest_version", "study_id", "working_directory", "config", "tasks", "targets", "regions", "cells")
 
 
 def manifest_of(study: Study) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def manifest_of(study: Study) -> dict[str, Any]:
 def freeze(folder: Path, study: Study) -> None:
     """Write the manifest atomically, or check that the folder already holds this very study.
 
-    Raises InputError when it holds another, naming the first setting that differs.
+    Raises InputError when it holds another, naming the first setting that differs, and where it cannot be written.
     """
     path = folder / MANIFEST
     if path.is_file():
@@ -56,13 +57,17 @@ def freeze(folder: Path, study: Study) -> None:
                 " leave output unset or name another folder"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(manifest_of(study), separators=(",", ":"), default=str)
     temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    with temporary.open("w") as file:
-        file.write(json.dumps(manifest_of(study), separators=(",", ":"), default=str))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise InputError(f"output: cannot write to {folder}: {error.strerror}; name another folder") from error
 
 
 def study_of(manifest: dict[str, Any]) -> Study:
@@ -126,6 +131,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: not a study folder (no {MANIFEST}); give the folder that harness run wrote")
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error}); restore it or run the study anew") from error
+    lacking = [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]
+    if lacking:
+        raise InputError(f"{path}: not a manifest, without {', '.join(lacking)}; restore it or run the study anew")
+    return manifest

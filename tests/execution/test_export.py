@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_is_one_line(study, checkpoint, tmp_path, capsys
     baseline = table.loc[table["target"] == "baseline", "cell_id"].iloc[0]
     text = refusal(capsys, *base, new, "target.layer_types=[o_proj]", "region.kinds=[small]")
     assert "mean 3 (0.o_proj: small 0.1, 1.o_proj: small 0.1, 2.o_proj: small 0.1)" in text
-    assert "mean 0 (only controls)" in refusal(capsys, *base, new, *one, "region.kinds=[]")
+    assert "region.kinds: []" in refusal(capsys, *base, new, *one, "region.kinds=[]")
     assert "output: not set" in refusal(capsys, *base, *one)
     assert "not an empty folder" in refusal(capsys, *base, *one, f"output={source}")
     few = ["region.values=[0.15]", new]
