@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 
 from harness import __version__
@@ -13,27 +14,46 @@ from harness.errors import InputError
 DESCRIPTION = "Remove chosen spectral regions from chosen weight matrices of a transformer and measure what that does."
 
 
-def _epilog() -> str:
+EXAMPLES = {
+    "run": (
+        "harness run",
+        "harness run model=pretrained model.name=path/to/model task=text tasks.text.data_files=my.txt",
+        "harness run model=gpt2 target=type region=decile task=[wikitext,lambada]",
+    ),
+    "plan": (
+        "harness plan model=gpt2 target=type region=decile task=wikitext",
+        "harness plan --freeze model=gpt2 task=wikitext output=results/gpt2    # then harness work results/gpt2",
+    ),
+    "submit": ("harness submit cluster=slurm_gpu model=gpt2 target=matrix task=wikitext cluster.shards=8",),
+    "search": (
+        "harness search model=gpt2 target=mlp_matrix region=laser task=[ioi,wikitext] tasks.ioi.data_files=ioi.jsonl",
+        "harness search experiment=laser model.name=path/to/model tasks.ioi.data_files=ioi.jsonl \\",
+        "      tasks.factual.data_files=facts.jsonl",
+    ),
+    "export": (
+        "harness export target=all region=fraction region.kinds=[small] region.values=[0.75] output=ablated",
+        "harness export --study results/gpt2 --cell 3f9a output=ablated",
+    ),
+    "spectra": (
+        "harness spectra init=both task=recall",
+        "harness spectra model=pretrained model.name=path/to/model init=both",
+        "harness spectra model=pythia-410m revisions=[step0,step1000,step143000] task=wikitext tasks.wikitext.limit=32",
+    ),
+}  # fmt: skip
+
+
+def _epilog(command: str) -> str:
+    examples = ["examples:", *(f"  {line}" for line in EXAMPLES[command])]
+    if command == "spectra":
+        return "\n".join(["settings are Hydra overrides of conf/spectra.yaml: model, task, and key=value", "", *examples])
     from harness.compose import groups
 
     lines = ["settings are Hydra overrides: group=name chooses a YAML file, key=value sets one value", "", "groups:"]
     lines += [f"  {group}={{{','.join(names)}}}" for group, names in groups().items()]
-    lines += [
-        "",
-        "examples:",
-        "  harness run",
-        "  harness run model=pretrained model.name=path/to/model task=text tasks.text.data_files=my.txt",
-        "  harness run model=gpt2 target=type region=decile task=[wikitext,lambada]",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *examples])
 
 
-SPECTRA_EPILOG = """settings are Hydra overrides of conf/spectra.yaml: model, task, and key=value
-
-examples:
-  harness spectra init=both task=recall
-  harness spectra model=pretrained model.name=path/to/model init=both
-  harness spectra model=pythia-410m revisions=[step0,step1000,step143000] task=wikitext tasks.wikitext.limit=32"""
+STUDY_FOLDER = "of a study: results/<model>-<id>, its output=..., or selection/ and report/ of a search"
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--quiet", action="store_true", help="no progress bar while waiting")
 
     work = commands.add_parser("work", help="run what is missing of a frozen study, from its manifest alone")
-    work.add_argument("folder")
+    work.add_argument("folder", help="of a frozen study: what harness plan --freeze or harness run wrote")
     work.add_argument("--shard", type=int, help="only this shard, counted from 0 (SLURM_ARRAY_TASK_ID)")
     work.add_argument("--of", type=int, default=1, help="shards in all, the same for every worker")
     work.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -76,10 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
     compact = commands.add_parser("compact", help="merge the small files of done cells, also while a study runs")
-    compact.add_argument("folder")
+    compact.add_argument("folder", help=STUDY_FOLDER)
 
     status = commands.add_parser("status", help="done, running, pending, failed and missing cells of a study")
-    status.add_argument("folder")
+    status.add_argument("folder", help=STUDY_FOLDER)
     status.add_argument("--failed", action="store_true", help="print the traceback of every failed cell")
 
     export = commands.add_parser("export", help="save an ablated model: one ablation, of settings or of a cell",
@@ -90,17 +110,35 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--cell", metavar="CELL_ID", help="a cell of that study instead of settings")
 
     report = commands.add_parser("report", help="tables and figures of a study or of spectra, from parquet only")
-    report.add_argument("folder")
+    report.add_argument("folder", help=f"{STUDY_FOLDER}; or of spectra: results/spectra-<model>-<id>")
 
     spectra = commands.add_parser("spectra", help="singular values and vectors of every matrix, beside random matrices",
-                                  formatter_class=formatter, epilog=SPECTRA_EPILOG)
+                                  formatter_class=formatter)
     _add_settings(spectra)
     spectra.add_argument("--quiet", action="store_true", help="no progress bar and no report")
 
     return parser
 
 
+def _refuse_search_settings(arguments: argparse.Namespace) -> None:
+    """Those that were typed; the YAML of an experiment may serve both commands."""
+    for override in arguments.overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.split(".")[0] == "search":
+            raise InputError(f"{key}: harness {arguments.command} does not read it; leave it out, or use harness search")
+
+
+def _require_device(device: str) -> None:
+    """Raises InputError where this machine does not have it; a job that is submitted may find it elsewhere."""
+    if device == "auto":
+        return
+    from harness.models.loading import pick_device
+
+    pick_device(device)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    _refuse_search_settings(arguments)
     if arguments.multirun:
         return _multirun(arguments, run_config)
     from harness.compose import compose_config
@@ -112,6 +150,7 @@ def run_config(config, quiet: bool = False) -> int:
     from harness.execution.ranks import is_main_process
     from harness.execution.runner import run
 
+    _require_device(config.model.device)
     if quiet:
         _hush()
     folder = run(config, progress=not quiet, report_to=(lambda line: None) if quiet else None)
@@ -142,9 +181,12 @@ def _write_report(folder) -> None:
 def _multirun(arguments: argparse.Namespace, of_config: Callable[..., int]) -> int:
     """Outer axes (models, seeds) through Hydra's own sweeper and launcher; each job is a study of its own."""
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    from harness.compose import config_folder, config_from_omega, register_schema
+    from harness.compose import check_sweep, config_folder, config_from_omega, explain, register_schema
 
+    check_sweep(arguments.overrides, arguments.config_dir)
     register_schema()
 
     @hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")
@@ -156,8 +198,15 @@ def _multirun(arguments: argparse.Namespace, of_config: Callable[..., int]) -> i
             raise SystemExit(2) from error
 
     where = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
-    sys.argv = ["harness", "--multirun", *where, *arguments.overrides]
-    job()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to the terminal
+    with tempfile.TemporaryDirectory() as scratch:  # for the multirun.yaml that it writes
+        if not any(override.lstrip("+").startswith("hydra.sweep.dir=") for override in arguments.overrides):
+            where.append(f"hydra.sweep.dir='{scratch}'")
+        sys.argv = ["harness", "--multirun", *where, *arguments.overrides]
+        try:
+            job()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(explain(error)) from error
     return 0
 
 
@@ -185,6 +234,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    _refuse_search_settings(arguments)
     if arguments.multirun:
         return _multirun(arguments, submit_config)
     from harness.compose import compose_config
@@ -221,6 +271,7 @@ def _search(arguments: argparse.Namespace) -> int:
     if arguments.quiet:
         _hush()
     config = compose_config(arguments.overrides, arguments.config_dir)
+    _require_device(config.model.device)
     search(config, not arguments.quiet, (lambda line: None) if arguments.quiet else None)
     return 0
 
@@ -263,7 +314,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     _hush()
     if arguments.study is None and arguments.cell is None:
-        print(export(compose_config(arguments.overrides, arguments.config_dir), arguments.factored))
+        _refuse_search_settings(arguments)
+        config = compose_config(arguments.overrides, arguments.config_dir)
+        _require_device(config.model.device)
+        print(export(config, arguments.factored))
         return 0
     if arguments.study is None or arguments.cell is None:
         raise InputError("--study and --cell: give both, a study's folder and the id of one of its cells")
@@ -282,7 +336,9 @@ def _spectra(arguments: argparse.Namespace) -> int:
     from harness.execution.ranks import is_main_process
     from harness.execution.spectra import run_spectra
 
-    folder = run_spectra(compose_config(arguments.overrides, arguments.config_dir, "spectra"), not arguments.quiet)
+    config = compose_config(arguments.overrides, arguments.config_dir, "spectra")
+    _require_device(config.model.device)
+    folder = run_spectra(config, not arguments.quiet)
     return 0 if arguments.quiet or not is_main_process() else _spectra_report(folder)
 
 
@@ -308,8 +364,8 @@ def _complain(error: Exception) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    if argv[:1] in (["run"], ["plan"], ["submit"], ["export"], ["search"]) and {"-h", "--help"} & set(argv):
-        parser._subparsers._group_actions[0].choices[argv[0]].epilog = _epilog()
+    if argv and argv[0] in EXAMPLES and {"-h", "--help"} & set(argv):
+        parser._subparsers._group_actions[0].choices[argv[0]].epilog = _epilog(argv[0])
     arguments, rest = parser.parse_known_args(argv)
     # argparse gives up on settings that stand behind an option
     unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(arguments, "overrides")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,25 @@ def explain(error: Exception, root: type = Config) -> str:
         reason = next(line for line in reversed(chain) if "full_key" in line).splitlines()[0]
         return f"{full.group(1)}: {reason}"
     return " ".join(chain[0].split())
+
+
+def check_sweep(overrides: list[str], config_dir: str | None = None) -> None:
+    """Compose every combination of a sweep before its first study runs. Raises InputError with one line."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    # what these stand for is known in the job only
+    overrides = [override for override in overrides if "${hydra" not in override]
+    if any(override.startswith("hydra/sweeper=") for override in overrides):
+        return  # another sweeper has a grammar of its own
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        axes = [[f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+                if one.is_discrete_sweep() else [one.input_line] for one in parsed]
+    except HydraException as error:
+        raise InputError(explain(error)) from error
+    for combination in itertools.product(*axes):
+        compose_config(list(combination), config_dir)
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None, name: str = "config") -> Any:

@@ -164,6 +164,7 @@ def validate_model(model: ModelConfig) -> None:
         raise InputError("model.name: must be set, for example model.name=openai-community/gpt2 or a local folder")
     if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", model.device):
         fail("model.device", model.device, "use auto, cpu, cuda or cuda:<index>")
+    _validate_attention(model)
     one_of("model.dtype", model.dtype, DTYPES)
     recall = model.recall
     for key in ("dim", "hidden_dim", "n_triggers", "batch_size", "steps"):
@@ -176,6 +177,17 @@ def validate_model(model: ModelConfig) -> None:
         fail("model.recall.checkpoint", recall.checkpoint, f"it must be within 0..{recall.steps}, model.recall.steps")
     if not 0 <= recall.noise < 1:
         fail("model.recall.noise", recall.noise, "it must be within 0..1, and below 1")
+
+
+def _validate_attention(model: ModelConfig) -> None:
+    name, key = model.attn_implementation, "model.attn_implementation"
+    if name is None or "/" in name:  # with a slash: a kernel on the hub
+        return
+    if model.name == "recall":
+        return one_of(key, name, ("sdpa", "eager"))
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    one_of(key, name, ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())))
 
 
 def _validate_region(region: RegionConfig) -> None:

@@ -210,6 +210,12 @@ REFUSALS = {
     "group without a name": (["region="], ["region: there is no ''", "fraction"]),
     "list of tasks with a number": (["task=[recall,5]"], ["task: '[recall,5]'", "recall"]),
     "model without a name": (["model=gpt2", "model.name="], ["model.name"]),
+    "attention of the embedded model": (["model.attn_implementation=flex"], ["model.attn_implementation: 'flex'", "sdpa"]),
+    "unknown attention": (
+        ["model=gpt2", "model.name={checkpoint}", "model.attn_implementation=foo"],
+        ["model.attn_implementation: 'foo'", "eager", "sdpa", "flash_attention_2"],
+    ),
+    "settings of a search": (["search.compose=greedy"], ["search.compose", "harness run", "harness search"]),
     "decile 11": (["region=decile", "region.deciles=[11]"], ["region.deciles", "11"]),
     "interval beyond the grammar": (["region=index", "region.intervals=['3-5']"], ["region", "3-5"]),
     "unknown control": (["region.controls=[noen]"], ["region.controls", "noen", "none"]),
@@ -361,12 +367,27 @@ def test_run_reports_with_a_table_and_figures(recall, tmp_path, capsys):
 
 def test_multirun_makes_one_study_per_combination(recall, tmp_path):
     command = [sys.executable, "-m", "harness", "run", "-m", "--quiet", "model.recall.seed=0,1", "target.kind=all",
-               "region=fraction", *recall, f"hydra.sweep.dir={tmp_path / 'sweep'}",
-               "output=" + str(tmp_path) + "/seed${model.recall.seed}"]  # fmt: skip
+               "region=fraction", *recall, "output=" + str(tmp_path) + "/seed${hydra:job.num}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     ids = {json.loads((tmp_path / f"seed{seed}" / "manifest.json").read_text())["study_id"] for seed in (0, 1)}
     assert len(ids) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"seed0", "seed1"}
+
+
+@pytest.mark.parametrize(("overrides", "mentioned"), [
+    (["target=foo,bar"], ["target: there is no 'foo'", "matrix"]),
+    (["seed=0,abc"], ["seed: ", "'abc'"]),
+    (["region=fraction", "region.values=[0.5],[4]"], ["region.values: 4.0", "at most 1"]),
+    (["hydra.swep.dir=x"], ["hydra.swep"]),
+])
+def test_multirun_that_cannot_run_is_one_line_and_leaves_nothing(overrides, mentioned, recall, tmp_path, capsys,
+                                                                  monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "run", "-m", *recall, *overrides, "output=" + str(tmp_path) + "/seed${seed}")
+    for word in mentioned:
+        assert word in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_cell_whose_loss_is_not_finite_is_an_error_row(checkpoint, tmp_path, capsys):

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask
 from harness.evaluation.scoring import scorer_of
 from harness.evaluation.statistics import estimate, paired
 from harness.execution.ablating import ablated
-from harness.execution.choosing import blank_measure, grid_ablations
+from harness.execution.choosing import blank_measure
 from harness.execution.decompositions import DecompositionCache, disk_cache
 from harness.execution.planned import PlannedStudy
 from harness.execution.study import Ablation
@@ -32,11 +31,9 @@ def compose_greedily(selection: PlannedStudy, report: PlannedStudy, metrics: Seq
 
     Rows: task, metric, step (the block, or "report"), target, region, accepted, and on the accepting half (of the
     report part: all its examples) baseline, value, delta against the unablated model, p_value.
-    Raises InputError for targets that span several blocks.
+    No target of the grid may span several blocks.
     """
     config = selection.study.config
-    if any(ablation.target.block is None for ablation in grid_ablations(selection)):
-        raise InputError("search.compose: greedy goes block by block; use target=matrix or target=block")
     loaded = load(config.model, selection.description, selection.tokenizer)
     decompose = DecompositionCache(loaded, int(config.runtime.decomposition_gib * 2**30), disk_cache(config.runtime))
     rows = []

@@ -129,6 +129,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a study folder. Raises InputError where there is none or it cannot be read."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
+        parts = [str(part.parent) for part in sorted(Path(folder).glob(f"*/{MANIFEST}"))]
+        if parts:
+            raise InputError(f"{folder}: not a study folder itself, but holds some; give {' or '.join(parts[:4])}")
         raise InputError(f"{folder}: not a study folder (no {MANIFEST}); give the folder that harness run wrote")
     try:
         manifest = json.loads(path.read_text())

@@ -35,6 +35,8 @@ def search(config: Config, progress: bool = True, report_to: Callable[[str], Non
     say = report_to or (lambda line: print(line, file=sys.stderr, flush=True))
     require_batch_tokens(config.runtime, "search")
     searched, beside = split_tasks(config)
+    if config.search.compose == "greedy" and config.target.kind not in ("matrix", "block"):
+        raise InputError("search.compose: greedy goes block by block; use target=matrix or target=block")
     folder = Path(config.output).expanduser() if config.output else Path("results") / search_name(config)
     selection = _planned(config, searched, SELECTION, folder / SELECTION)
     _check_metrics(selection)

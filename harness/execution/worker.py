@@ -33,10 +33,14 @@ def work(
     from harness.execution.ranks import join
     from harness.execution.runner import run_planned
     from harness.execution.shards import split
+    from harness.models.loading import pick_device
 
+    if of < 1:
+        raise InputError(f"--of: {of} is wrong; it must be at least 1")
     if shard is not None and not 0 <= shard < of:
         raise InputError(f"--shard: {shard} of {of} shards is not there; shards are 0 to {of - 1}")
     planned = plan_frozen(folder)
+    pick_device(planned.study.config.model.device)
     cells = planned.study.cells
     if shard is not None:
         costs = study_costs(planned.study.config, planned.description, planned.matrices, planned.tasks)
