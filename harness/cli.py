@@ -27,8 +27,8 @@ EXAMPLES = {
     "submit": ("harness submit cluster=slurm_gpu model=gpt2 target=matrix task=wikitext cluster.shards=8",),
     "search": (
         "harness search model=gpt2 target=mlp_matrix region=laser task=[ioi,wikitext] tasks.ioi.data_files=ioi.jsonl",
-        "harness search experiment=laser model.name=path/to/model tasks.ioi.data_files=ioi.jsonl \\",
-        "      tasks.factual.data_files=facts.jsonl",
+        "harness search model=gpt2 target=mlp_matrix region=laser task=blimp tasks.blimp.data_files=blimp"
+        " search.compose=greedy",
     ),
     "export": (
         "harness export target=all region=fraction region.kinds=[small] region.values=[0.75] output=ablated",
@@ -45,7 +45,8 @@ EXAMPLES = {
 def _epilog(command: str) -> str:
     examples = ["examples:", *(f"  {line}" for line in EXAMPLES[command])]
     if command == "spectra":
-        return "\n".join(["settings are Hydra overrides of conf/spectra.yaml: model, task, and key=value", "", *examples])
+        what = "settings are Hydra overrides of conf/spectra.yaml: model, task, and key=value"
+        return "\n".join([what, "", *examples])
     from harness.compose import groups
 
     lines = ["settings are Hydra overrides: group=name chooses a YAML file, key=value sets one value", "", "groups:"]
@@ -53,7 +54,7 @@ def _epilog(command: str) -> str:
     return "\n".join([*lines, "", *examples])
 
 
-STUDY_FOLDER = "of a study: results/<model>-<id>, its output=..., or selection/ and report/ of a search"
+STUDY_FOLDER = "of a study: results/<model>-<id> or its output=...; of a search: its selection or its report folder"
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -125,16 +126,20 @@ def _refuse_search_settings(arguments: argparse.Namespace) -> None:
     for override in arguments.overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.split(".")[0] == "search":
-            raise InputError(f"{key}: harness {arguments.command} does not read it; leave it out, or use harness search")
+            raise InputError(f"{key}: harness {arguments.command} does not read it; harness search does")
 
 
 def _require_device(device: str) -> None:
     """Raises InputError where this machine does not have it; a job that is submitted may find it elsewhere."""
     if device == "auto":
         return
+    import torch
+
     from harness.models.loading import pick_device
 
-    pick_device(device)
+    picked = pick_device(device)
+    if picked.type == "cuda" and picked.index is not None and picked.index >= (n := torch.cuda.device_count()):
+        raise InputError(f"model.device: {device!r} is not there; CUDA devices here are cuda:0 to cuda:{n - 1}")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -6,19 +6,24 @@ import dataclasses
 import difflib
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.config import Config, validate
 from harness.errors import InputError
 from harness.spectra_config import SpectraConfig, validate_spectra
+from harness.task_config import TASK_KINDS
 from harness.unread import refuse_unread, refuse_unread_of_model, require_folder
+
+STUDY, SPECTRA = "manifest.json", "spectra.json"  # as harness.execution.manifest and harness.tables.spectra_report say
 
 
 def _checked(config: Config) -> Config:
     validate(config)
     refuse_unread(config)
     require_folder(config.output)
+    _require_other_than(config.output, SPECTRA, "spectra")
     return config
 
 
@@ -26,7 +31,14 @@ def _checked_spectra(config: SpectraConfig) -> SpectraConfig:
     validate_spectra(config)
     refuse_unread_of_model(config.model)
     require_folder(config.output)
+    _require_other_than(config.output, STUDY, "a study")
     return config
+
+
+def _require_other_than(output: str | None, manifest: str, what: str) -> None:
+    """A report of a folder that holds a study and spectra would show one of them only."""
+    if output is not None and (Path(output).expanduser() / manifest).is_file():
+        raise InputError(f"output: {output} holds {what} ({manifest}); name another folder")
 
 
 # conf/<name>.yaml -> its dataclass and the check of its values
@@ -75,7 +87,29 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]!r}? " if near else ""
 
 
-def explain(error: Exception, root: type = Config) -> str:
+def _task_key(key: str, overrides: Sequence[str], config_dir: str | None) -> str:
+    """One line for a key below `tasks` that is not there."""
+    _, name, *inside = key.split(".")
+    files = [folder / "task" / f"{name}.yaml" for folder in (Path(config_dir or config_folder()), config_folder())]
+    there = [file for file in files if file.is_file()]
+    if not inside:
+        if there:
+            return f"{key}: not a task of these settings; choose it with task={name}, or task=[...,{name}]"
+        near = _nearest(name, groups()["task"])
+        return f"{key}: no such task in these settings; {near}choose one with task=..., or add +{key}.kind=..."
+    given = [override.partition("=")[2] for override in overrides if override.startswith(f"+tasks.{name}.kind=")]
+    kinds = given or [line.split()[1] for file in there for line in file.read_text().splitlines()
+                      if line.startswith("kind: ")]
+    kind = TASK_KINDS.get(kinds[0]) if kinds else None
+    known = [field.name for field in dataclasses.fields(kind)] if kind else []
+    if inside[0] in known:
+        return f"{key}: not set so far; add it with +{key}=..."
+    return f"{key}: unknown key; {_nearest(inside[0], known)}known here: {', '.join(known) or 'see docs/tasks.md'}"
+
+
+def explain(
+    error: Exception, root: type = Config, overrides: Sequence[str] = (), config_dir: str | None = None
+) -> str:
     """One line for what Hydra or OmegaConf refused; root is the dataclass of the settings."""
     chain: list[str] = []
     cause: BaseException | None = error
@@ -87,6 +121,8 @@ def explain(error: Exception, root: type = Config) -> str:
     if not_there:
         full = re.search(r"full_key: (\S+)", text)
         key = full.group(1) if full else not_there.group(1)
+        if key.startswith("tasks."):
+            return _task_key(key, overrides, config_dir)
         known = _known_keys(key.rpartition(".")[0], root)
         near = _nearest(key.rpartition(".")[2], known)
         return f"{key}: unknown key; {near}known here: {', '.join(known) or 'see the YAML file of that group'}"
@@ -141,7 +177,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None, name: st
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             composed = compose(name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(error, ROOTS[name][0])) from error
+        raise InputError(explain(error, ROOTS[name][0], overrides, config_dir)) from error
     except (ValueError, TypeError) as error:  # of Hydra, for a group that is set to a number or to null
         raise InputError(_no_name(overrides) or " ".join(str(error).split())) from error
     return config_from_omega(composed, name)

@@ -211,7 +211,7 @@ def _type_matches(value: Any, annotation: str) -> bool:
 def task_from_dict(name: str, values: Any) -> Any:
     """The dataclass of a task from its settings; an unknown kind or key, or a value of the wrong type, is an error."""
     if not isinstance(values, dict):
-        raise InputError(f"tasks.{name}: {values!r} is wrong; it must be a task's settings, for example +tasks.{name}.kind=text")
+        fail(f"tasks.{name}", values, f"it must be a task's settings, for example +tasks.{name}.kind=text")
     kind = values.get("kind")
     if kind not in TASK_KINDS:
         raise InputError(f"tasks.{name}.kind: {kind!r} is not a kind of task; use one of {', '.join(TASK_KINDS)}")

@@ -1,5 +1,5 @@
-"""What is refused where settings are composed, and only there: settings that nothing would read (a study that was frozen
-with one has the same cells without it, and is still read), and an output that cannot be written."""
+"""What is refused where settings are composed, and only there: settings that nothing would read (a study that was
+frozen with one has the same cells without it, and is still read), and an output that cannot be written."""
 
 from __future__ import annotations
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.cli import main
+from harness.cli import EXAMPLES, main
+from harness.compose import compose_config
+from harness.execution.manifest import MANIFEST
+from harness.tables.spectra_report import MANIFEST as SPECTRA
 from harness.tables.store import cell_states
 from tests.checkpoints import save_checkpoint, text_file
 
@@ -193,7 +196,7 @@ REFUSALS = {
     "deciles of the bulk": (["region=mp", "region.deciles=[1]"], ["region.deciles: [1]", "region.by=decile"]),
     "noise of fractions": (["region=fraction", "region.estimator=bulk_fit"], ["region.estimator", "region.by=mp"]),
     "margin of fractions": (["region=fraction", "region.tracy_widom=true"], ["region.tracy_widom", "region.by=mp"]),
-    "seeds of no control": (["region=fraction", "region.random_seeds=[1,2]"], ["region.random_seeds: [1, 2]", "[none]"]),
+    "seeds of no control": (["region=fraction", "region.random_seeds=[1,2]"], ["region.random_seeds: [1, 2]", "none"]),
     "negative seed": (["seed=-1"], ["seed: -1", "at least 0"]),
     "negative seed of a control": (["region.random_seeds=[0,-2]"], ["region.random_seeds: -2", "at least 0"]),
     "negative seed of a task": (["tasks.recall.seed=-1"], ["tasks.recall.seed: -1", "at least 0"]),
@@ -210,12 +213,24 @@ REFUSALS = {
     "group without a name": (["region="], ["region: there is no ''", "fraction"]),
     "list of tasks with a number": (["task=[recall,5]"], ["task: '[recall,5]'", "recall"]),
     "model without a name": (["model=gpt2", "model.name="], ["model.name"]),
-    "attention of the embedded model": (["model.attn_implementation=flex"], ["model.attn_implementation: 'flex'", "sdpa"]),
+    "attention of the embedded model": (["model.attn_implementation=flex"], ["attn_implementation: 'flex'", "sdpa"]),
     "unknown attention": (
         ["model=gpt2", "model.name={checkpoint}", "model.attn_implementation=foo"],
         ["model.attn_implementation: 'foo'", "eager", "sdpa", "flash_attention_2"],
     ),
     "settings of a search": (["search.compose=greedy"], ["search.compose", "harness run", "harness search"]),
+    "positions beyond the rank": (
+        ["region=index", "region.intervals=['200:']"], ["index 200:", "32 singular values", "positions are 0 to 31"]
+    ),
+    "unknown key of a chosen task": (["tasks.recall.n_sequence=3"], ["tasks.recall.n_sequence", "'n_sequences'"]),
+    "unknown key of a task of one's own": (
+        ["+tasks.mine.kind=text", "tasks.mine.windw=3"], ["tasks.mine.windw", "did you mean 'window'"]
+    ),
+    "key that the YAML of a task leaves out": (
+        ["task=gsm8k", "tasks.gsm8k.data_files.test=x"], ["+tasks.gsm8k.data_files.test=..."]
+    ),
+    "task that was not chosen": (["tasks.text.limit=1"], ["tasks.text", "task=text"]),
+    "misspelt task": (["tasks.txt.limit=1"], ["tasks.txt", "did you mean 'text'", "task="]),
     "decile 11": (["region=decile", "region.deciles=[11]"], ["region.deciles", "11"]),
     "interval beyond the grammar": (["region=index", "region.intervals=['3-5']"], ["region", "3-5"]),
     "unknown control": (["region.controls=[noen]"], ["region.controls", "noen", "none"]),
@@ -279,6 +294,22 @@ def test_unknown_architecture_is_refused_by_name_before_weights_load(checkpoint,
     assert "bloom" in line and "llama" in line and "gpt_neox" in line
 
 
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_examples_of_the_help_compose(command, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.txt", "ioi.jsonl", "blimp"):
+        Path(name).touch()
+    for line in EXAMPLES[command]:
+        words = line.partition("  #")[0].split()
+        assert line in shown and words[:2] == ["harness", command]
+        if "--study" not in words:
+            settings = [word for word in words[2:] if word != "--freeze"]
+            compose_config(settings, name="spectra" if command == "spectra" else "config")
+
+
 def test_quiet_is_quiet(recall, tmp_path, capfd):
     settings = ["region=index", "target=all", *recall, "model.recall.seed=77"]
     assert main(["run", "--quiet", *settings, f"output={tmp_path / 'study'}"]) == 0
@@ -303,6 +334,47 @@ def test_folder_of_another_schema_version(recall, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_folder_without_a_study(command, tmp_path, capsys):
     assert "manifest.json" in refused(capsys, command, str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["status", "report", "work", "compact"])
+def test_folder_of_a_search_names_its_studies(command, tmp_path, capsys):
+    for part in ("report", "selection"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "manifest.json").write_text("{}")
+    line = refused(capsys, command, str(tmp_path))
+    assert f"give {tmp_path / 'report'} or {tmp_path / 'selection'}" in line
+
+
+def test_a_study_and_spectra_do_not_share_a_folder(recall, tmp_path, capsys):
+    for command, other, name in (("run", "spectra", SPECTRA), ("spectra", "a study", MANIFEST)):
+        (folder := tmp_path / command).mkdir()
+        (folder / name).write_text("{}")
+        settings = [item for item in recall if command == "run" or not item.startswith("tasks.")]
+        assert f"output: {folder} holds {other}" in refused(capsys, command, *settings, f"output={folder}")
+        assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_no_shards(tmp_path, capsys):
+    assert "--of: 0" in refused(capsys, "work", str(tmp_path), "--shard", "0", "--of", "0")
+
+
+@pytest.mark.parametrize(("n", "device", "words"), [(0, "cuda", "no CUDA device"), (2, "cuda:2", "cuda:0 to cuda:1")])
+@pytest.mark.parametrize("command", ["run", "search", "export", "spectra"])
+def test_device_that_this_machine_lacks(command, n, device, words, recall, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: n > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: n)
+    settings = [item for item in recall if command != "spectra" or not item.startswith("tasks.")]
+    line = refused(capsys, command, *settings, f"model.device={device}", f"output={tmp_path / 'new'}")
+    assert "model.device" in line and words in line and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("setting", [
+    "blocks=[]", "seed=-1", "model.revision=main", "model.attn_implementation=foo", "output=/proc/x",
+])
+def test_bad_settings_of_spectra_are_one_line(setting, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capsys, "spectra", setting).startswith(f"harness: {setting.split('=')[0]}: ")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["status", "report", "work", "compact"])

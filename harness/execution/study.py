@@ -176,7 +176,9 @@ def _check_not_empty(targets: list[Target], regions: list[Region], shapes: Mappi
         for shape, name in example.items():
             if len(select(region, None, shape)) == 0:
                 rank = min(shape)
-                right = f"positions are 0 to {rank - 1}" if region.by == "index" else f"use at least {1 / rank:.4g} of them"
+                right = f"use at least {1 / rank:.4g} of them"
+                if region.by == "index":
+                    right = f"positions are 0 to {rank - 1}"
                 raise InputError(
                     f"region: {region.label} is empty for matrix {name}, which has {rank} singular values;"
                     f" {right}, or leave that matrix out of the target"

@@ -237,6 +237,7 @@ def test_bad_searches_are_one_line(assets, prompts, tmp_path, capsys):
     with pytest.raises(InputError, match="search.compose: greedy goes block by block"):
         search(compose_config([*settings, "target=type", "search.compose=greedy", f"output={tmp_path / 't'}"]),
                progress=False, report_to=lambda line: None)
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize(("name", "tasks"), [
