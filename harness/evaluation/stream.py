@@ -64,10 +64,6 @@ class StreamStore:
         for key in list(self._kept):
             self.drop(key)
 
-    @property
-    def kept_bytes(self) -> int:
-        return sum(_size(kept) for _, kept in self._kept.values())
-
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._pinned)
         return copy.copy_(tensor, non_blocking=True)

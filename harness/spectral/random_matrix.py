@@ -24,18 +24,6 @@ def aspect_of(shape: tuple[int, int]) -> float:
     return min(shape) / max(shape)
 
 
-def mp_density(values: Tensor, aspect: float) -> Tensor:
-    """Marchenko-Pastur density of singular values in units of noise sqrt(n); float64, shape of `values`.
-
-    sqrt((y^2 - y-^2) (y+^2 - y^2)) / (pi aspect y) on [y-, y+], zero elsewhere.
-    """
-    y, low, high = _unit_support(values, aspect)
-    inside = (y > low) & (y < high)
-    safe = torch.where(inside, y, torch.ones_like(y))
-    root = ((safe**2 - low**2) * (high**2 - safe**2)).clamp(min=0).sqrt()
-    return torch.where(inside, root / (math.pi * aspect * safe), torch.zeros_like(y))
-
-
 def mp_cdf(values: Tensor, aspect: float) -> Tensor:
     """Share of singular values (units of noise sqrt(n)) below each of `values`; float64, closed form.
 

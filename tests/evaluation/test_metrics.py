@@ -1,7 +1,10 @@
 """The evaluate.Metric subclasses, offline, against numpy, scipy and torch."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,3 +75,16 @@ def test_the_core_does_not_load_evaluate():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def test_the_lines_of_the_docs_run(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", page)
+    exec(code, {})
+    alone, paired = map(ast.literal_eval, capsys.readouterr().out.splitlines())
+    assert alone["token_perplexity"] == pytest.approx(np.exp(648.8 / 189)) and alone["n"] == 3
+    assert paired["delta"] == pytest.approx(np.exp(659.6 / 189) - np.exp(648.8 / 189)) and paired["stderr"] > 0
+    for name in dir(metrics):
+        one = getattr(metrics, name)
+        if isinstance(one, type) and issubclass(one, metrics._InMemory) and one is not metrics._InMemory:
+            assert f"`{name}`" in page

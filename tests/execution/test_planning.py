@@ -16,6 +16,7 @@ from harness.spectral.ablation import edit
 from harness.spectral.decomposition import decompose
 from harness.spectral.regions import select
 from harness.task_config import TextTask
+from tests.evaluation.test_stream import kept_bytes
 from tests.models.tiny import tiny_model
 
 
@@ -104,7 +105,7 @@ def test_bytes_of_the_stream_are_those_that_the_scorer_keeps(folder, tmp_path) -
     loaded = load(planned.study.config.model, planned.description, planned.tokenizer)
     scorer = scorer_of(loaded, planned.tasks, planned.study.config.runtime)
     scorer.advance(2)
-    assert study_cost(planned).stream_bytes == scorer._store.kept_bytes
+    assert study_cost(planned).stream_bytes == kept_bytes(scorer._store)
 
 
 def test_seconds_follow_the_rates(folder, tmp_path) -> None:

@@ -12,7 +12,6 @@ from harness.spectral.random_matrix import (
     estimate_noise,
     hard_threshold,
     mp_cdf,
-    mp_density,
     mp_distance,
     mp_edges,
     mp_median,
@@ -28,6 +27,7 @@ from harness.spectral.regions import (
     rank_only,
     select,
 )
+from harness.tables.spectra_plots import marchenko_pastur_density
 
 SHAPES = {"square": (384, 384), "swiglu": (288, 800), "four_to_one": (192, 768)}
 
@@ -53,13 +53,14 @@ def noise_values():
 
 
 @pytest.mark.parametrize("aspect", [1.0, 0.36, 0.25, 0.01])
-def test_cdf_is_the_integral_of_the_density(aspect):
+def test_cdf_is_the_integral_of_the_density_that_figures_show(aspect):
     integrate = pytest.importorskip("scipy.integrate")
     low, high = 1 - math.sqrt(aspect), 1 + math.sqrt(aspect)
+    noise, shape, unit = 0.3, (round(100 * aspect), 100), 3.0  # unit: noise sqrt(n), of which y is a multiple
 
     def density(angle):  # y = middle - half-width cos(angle) takes the square-root edges out of the integrand
-        y = torch.tensor(1 - math.sqrt(aspect) * math.cos(angle), dtype=torch.float64)
-        return float(mp_density(y, aspect)) * math.sqrt(aspect) * math.sin(angle)
+        y = 1 - math.sqrt(aspect) * math.cos(angle)
+        return unit * float(marchenko_pastur_density(unit * y, noise, shape)) * math.sqrt(aspect) * math.sin(angle)
 
     assert integrate.quad(density, 0, math.pi)[0] == pytest.approx(1, abs=1e-9)
     for angle in (0.01, 0.4, 1.2, 2.0, 3.0):
@@ -67,7 +68,7 @@ def test_cdf_is_the_integral_of_the_density(aspect):
         assert float(mp_cdf(y, aspect)) == pytest.approx(integrate.quad(density, 0, angle)[0], abs=1e-10)
     outside = torch.tensor([low - 0.1, high + 0.1], dtype=torch.float64)
     assert mp_cdf(outside, aspect).tolist() == pytest.approx([0, 1], abs=1e-12)
-    assert mp_density(outside, aspect).tolist() == [0, 0]
+    assert marchenko_pastur_density(unit * outside.numpy(), noise, shape).tolist() == [0, 0]
     shares = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
     assert torch.allclose(mp_cdf(mp_quantile(shares, aspect), aspect), shares, rtol=0, atol=1e-12)
 

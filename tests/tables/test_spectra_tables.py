@@ -12,7 +12,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from harness.spectral.random_matrix import mp_density
 from harness.tables import spectra_plots, spectra_schema, spectra_store
 from harness.tables.schema import SchemaVersionError
 from harness.tables.spectra_report import label, spectra_report, summarise
@@ -138,14 +137,6 @@ def test_schema_imports_without_torch_and_pyarrow():
            "print([m for m in ('torch', 'pyarrow', 'pandas', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 16)])
-def test_density_is_that_of_spectral(shape):
-    noise, values = 0.3, np.linspace(0.001, 4, 200)
-    unit = noise * math.sqrt(max(shape))
-    expected = mp_density(values / unit, min(shape) / max(shape)).numpy() / unit
-    assert np.allclose(spectra_plots.marchenko_pastur_density(values, noise, shape), expected, rtol=1e-12, atol=0)
 
 
 def test_summary_adds_up(tmp_path):
