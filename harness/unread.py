@@ -11,12 +11,15 @@ from typing import Any
 
 from harness.checks import fail
 from harness.config import Config, ModelConfig, RecallModelConfig, RegionConfig
+from harness.search_config import SearchConfig
 
 # of region: the values of `by` that read it
 READ_BY = {
     "kinds": ("fraction", "energy"), "values": ("fraction", "energy"), "deciles": ("decile",), "mp": ("mp",),
     "estimator": ("mp",), "tracy_widom": ("mp",), "gavish_donoho": ("gavish_donoho",),
 }
+# of search: the values of `choice` that read it
+READ_BY_CHOICE = {"keep": ("gradient",), "gradient_examples": ("gradient", "compare")}
 # of model: what the embedded model has no use for
 NOT_OF_RECALL = ("revision", "gguf_file", "device_map", "trust_remote_code")
 
@@ -26,7 +29,8 @@ def _default(field: Field) -> Any:
 
 
 def refuse_unread(config: Config) -> None:
-    """Raises InputError for the first setting of region or model that differs from its default and is not read."""
+    """Raises InputError for the first setting of model, region or search that differs from its default and is not
+    read."""
     refuse_unread_of_model(config.model)
     region = config.region
     given = {f.name: getattr(region, f.name) for f in fields(RegionConfig) if getattr(region, f.name) != _default(f)}
@@ -36,6 +40,10 @@ def refuse_unread(config: Config) -> None:
     if "random_seeds" in given and not {"random", "energy_matched"} & set(region.controls):
         fail("region.random_seeds", given["random_seeds"],
              f"only the controls random and energy_matched read it; region.controls is [{', '.join(region.controls)}]")
+    for key, read_by in READ_BY_CHOICE.items():
+        value = getattr(config.search, key)
+        if config.search.choice not in read_by and value != getattr(SearchConfig(), key):
+            fail(f"search.{key}", value, f"only search.choice={' or '.join(read_by)} reads it")
 
 
 def refuse_unread_of_model(model: ModelConfig) -> None:

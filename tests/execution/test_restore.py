@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -119,3 +122,22 @@ def test_cells_that_resume_equal_cells_that_run_every_block(model_type: str, tmp
         table = run(config, monkeypatch).sort_values(["target", "region", "metric"], ignore_index=True)
         tables.append(table[["target", "region", "metric", "value", "stderr", "delta"]])
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_the_lines_of_the_docs_run(capsys) -> None:
+    """docs/editing.md on a model in memory, against a truncation by LAPACK's SVD."""
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "editing.md").read_text())
+    model, tokens = tiny_model("llama"), torch.arange(2, 18)[None]
+    before, other = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    exec(code, found := {"model": model, "tokens": tokens})
+    weight = other.model.layers[1].mlp.down_proj.weight
+    u, sigma, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    kept = len(sigma) - len(sigma) // 2
+    with torch.no_grad():
+        plain = other(input_ids=tokens).logits
+        weight.copy_((u[:, :kept] * sigma[:kept]) @ v[:kept])
+        expected = other(input_ids=tokens).logits
+    assert torch.allclose(found["logits"], expected, atol=1e-6, rtol=0)
+    assert (plain - expected).abs().max() > 1e-4
+    assert capsys.readouterr().out == f"{len(sigma) // 2} of {len(sigma)} singular values removed\n"
+    assert all(torch.equal(after, before[name]) for name, after in model.state_dict().items())

@@ -217,6 +217,8 @@ def test_bad_searches_are_one_line(assets, prompts, tmp_path, capsys):
     for extra, words in (
         (["search.choice=best"], "search.choice: 'best' is wrong; use one of exhaustive, gradient, compare"),
         (["search.keep=0"], "search.keep"),
+        (["search.keep=0.2"], "search.keep: 0.2 is wrong; only search.choice=gradient reads it"),
+        (["search.gradient_examples=7"], "search.gradient_examples: 7 is wrong; only search.choice=gradient or"),
         (["search.gradient_examples=0"], "search.gradient_examples"),
         (["search.report_limit=1"], "search.report_limit"),
         (["search.control_seeds=[]"], "search.control_seeds"),
