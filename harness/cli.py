@@ -226,9 +226,12 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         print(OmegaConf.to_yaml(dataclasses.asdict(config)), end="")
         return 0
+    from harness.config import require_batch_tokens
     from harness.execution.planned import plan
     from harness.execution.planning import describe_plan
 
+    if arguments.freeze:
+        require_batch_tokens(config.runtime, "plan --freeze")
     planned = plan(config)
     print(describe_plan(planned))
     if arguments.freeze:

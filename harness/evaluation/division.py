@@ -59,6 +59,12 @@ class Division:
                 raise problem if rank == self.rank else error
         return [value for _, value, _ in everyone]
 
+    def agree(self, label: str, compute: Callable[[], T]) -> T:
+        """What `compute` gives here, which stays here, once it has succeeded in every process; as `together` else."""
+        own: list[T] = []
+        self.together(label, lambda: own.append(compute()))
+        return own[0]
+
 
 def _portable(error: Exception, rank: int) -> Exception:
     """The exception as another process can raise it, with a note that says where it came from."""

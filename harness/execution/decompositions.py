@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness.cache import user_cache
 from harness.config import RuntimeConfig
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
@@ -43,8 +44,7 @@ def disk_cache(runtime: RuntimeConfig) -> DiskCache | None:
     """The cache that the settings ask for; None where runtime.cache_gib is 0."""
     if not runtime.cache_gib:
         return None
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectral-harness" / "decompositions"
-    folder = root if runtime.cache_dir is None else Path(runtime.cache_dir).expanduser()
+    folder = user_cache("decompositions") if runtime.cache_dir is None else Path(runtime.cache_dir).expanduser()
     return DiskCache(folder, int(runtime.cache_gib * 2**30))
 
 

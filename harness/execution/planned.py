@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import Config
+from harness.config import Config, require_batch_tokens
 from harness.errors import InputError
 from harness.evaluation.requests import PreparedTask, TaskContext
 from harness.execution.branching import check_branchable
@@ -58,6 +58,7 @@ def plan_frozen(folder: str | Path) -> PlannedStudy:
     if Path(manifest["working_directory"]).is_dir():
         os.chdir(manifest["working_directory"])
     study = study_of(manifest)
+    require_batch_tokens(study.config.runtime, "work")
     description, matrices, tokenizer, tasks = _prepare(study.config)
     for name, task in tasks.items():
         if task_digest(task) != study.tasks[name]["digest"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,7 +69,17 @@ def join() -> Ranks:
         return Ranks()
     from accelerate import PartialState
 
+    if not PartialState._shared_state:
+        # threads of gloo that outlive the interpreter abort the process
+        atexit.register(_leave)
     state = PartialState(cpu=True, backend="gloo", timeout=LONGEST_WAIT)
     if state.num_processes != n:
         raise RuntimeError(f"the launcher says {n} processes (WORLD_SIZE), accelerate finds {state.num_processes}")
     return Ranks(state.process_index, n)
+
+
+def _leave() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -83,7 +83,11 @@ class RowWriter:
         self, cell: Cell, outcome: dict[str, ExampleScores] | Exception, baseline: Mapping[str, ExampleScores] | None,
         realised: RealisedAblation | None, seconds: float, used: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a cell's file. used: settings that differ from the study's. Raises InputError where it cannot."""
+        """Write a cell's file. used: settings that differ from the study's.
+
+        A metric that is beyond float64 is an error row of its own beside the others; what cannot be made into rows is
+        an error of this cell alone. Raises InputError where the file cannot be written.
+        """
         described = {**self._describe(cell, realised), "seconds": seconds}
         if used:
             described["settings"] = json.dumps({**json.loads(described["settings"]), **used}, sort_keys=True)
@@ -94,6 +98,10 @@ class RowWriter:
                 f"{self.folder}: cannot write rows ({error.strerror or error}); what is done is kept: make room and run"
                 " the same command again"
             ) from error
+        except Exception as error:
+            if isinstance(outcome, Exception):
+                raise
+            self._write(cell, error, baseline, described)
 
     def _write(
         self, cell: Cell, outcome: dict[str, ExampleScores] | Exception, baseline: Mapping[str, ExampleScores] | None,
@@ -115,18 +123,26 @@ class RowWriter:
 
     def _row(self, described, name, scores: ExampleScores, baseline) -> dict[str, Any]:
         value = estimate(scores)
+        if not math.isfinite(value.value):
+            return _not_finite(described, name, value.value)
         row = {
             **described, "metric": name, "status": "ok", "value": value.value, "stderr": value.stderr, "n": value.n,
             "n_available": value.n, "higher_is_better": scores.higher_is_better,
         }
-        if baseline is not None:
+        unedited = None if baseline is None else estimate(baseline[name]).value
+        if unedited is not None and math.isfinite(unedited):
             delta = paired(scores, baseline[name])
-            row |= {"baseline": estimate(baseline[name]).value, "delta": delta.delta, "delta_stderr": delta.stderr,
+            row |= {"baseline": unedited, "delta": delta.delta, "delta_stderr": delta.stderr,
                     "p_value": delta.p_value}
         return row
 
     def _sampled_row(self, described, name: str, sampled: Sampled) -> dict[str, Any]:
         found = dataclasses.asdict(sampled.metrics[name])
+        if not math.isfinite(found["value"]):
+            return _not_finite(described, name, found["value"])
+        if not math.isfinite(found["baseline"]):
+            found |= dict.fromkeys(("baseline", "delta", "delta_stderr", "p_value"))
+            found |= dict.fromkeys(("low", "high"), math.nan)
         ends = {f"ci_{end}": found.pop(end) for end in ("low", "high")}
         return {
             **described, **found, "metric": name, "status": "ok", "precision": "adaptive",
@@ -150,6 +166,10 @@ class RowWriter:
             "score": np.concatenate([scores.score for scores in outcome.values()]),
             "weight": np.concatenate([scores.weight for scores in outcome.values()]),
         }
+
+
+def _not_finite(described: Mapping[str, Any], metric: str, value: float) -> dict[str, Any]:
+    return {**described, "metric": metric, "status": "error", "error": f"{metric} is {value}: not a finite number"}
 
 
 def _ranges(blocks: list[int]) -> str:

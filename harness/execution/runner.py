@@ -110,20 +110,20 @@ def _with_largest_batch(
     planned: PlannedStudy, ranks: Ranks, progress: bool, say: Callable[[str], None]
 ) -> tuple[PlannedStudy, LoadedModel | None]:
     """The study with the batch of its manifest, or with the largest that fits; and the model, where that loaded it."""
-    loaded = None
 
-    def find() -> int | None:
-        nonlocal loaded
+    def find() -> tuple[int, LoadedModel | None] | None:
         if not ranks.is_main:
             return None
-        found = frozen_batch(planned)
-        if found is None:
-            loaded = _load(planned, progress)
-            found = largest_batch(loaded, planned.tasks, planned.study.config.runtime)
-            say(f"runtime.batch_tokens: {found}, the largest that fits")
-        return found
+        known = frozen_batch(planned)
+        if known is not None:
+            return known, None
+        loaded = _load(planned, progress)
+        found = largest_batch(loaded, planned.tasks, planned.study.config.runtime)
+        say(f"runtime.batch_tokens: {found}, the largest that fits")
+        return found, loaded
 
-    return with_batch(planned, ranks.division().together("finding the largest batch", find)[0]), loaded
+    found, loaded = ranks.division().agree("finding the largest batch", find) or (None, None)
+    return with_batch(planned, ranks.broadcast(found)), loaded
 
 
 def run_planned(
@@ -157,14 +157,15 @@ def run_planned(
     share = missing if divided else _share(missing, planned, ranks)
     division = ranks.division()
 
-    def prepare() -> None:
+    def prepare() -> LoadedModel | None:
         # the main process first: it downloads or trains what all of them load
-        nonlocal loaded
-        if ranks.is_main:
-            loaded = loaded or _load(planned, progress)
-            freeze(folder, study)
+        if not ranks.is_main:
+            return None
+        model = loaded or _load(planned, progress)
+        freeze(folder, study)
+        return model
 
-    division.together("loading the model", prepare)
+    loaded = division.agree("loading the model", prepare)
     problem = None
     try:
         if share:
@@ -174,6 +175,8 @@ def run_planned(
         if divided:
             raise
         problem = error
+    # a barrier alone would wait for ever for a process that is at another step
+    division.together("the end", lambda: None)
     ranks.wait()
     if problem is not None:
         raise problem
@@ -242,7 +245,9 @@ def measure_in_memory(
         used["batch_tokens"] = max(1, int(config.runtime.batch_tokens * SMALLER))
         runtime = dataclasses.replace(config.runtime, batch_tokens=used["batch_tokens"], reuse=False)
         scored = {task.name: task} if sampler is None else sampler.groups([task.name])
-        small = scorer_of(loaded, scored, runtime, scorer.division)
+        small = scorer.division.agree(
+            "a smaller batch", lambda: scorer_of(loaded, scored, runtime, scorer.division)
+        )
         return measure(cell, task, small, loaded, 0, sampler), used
     except LostStep:
         raise
@@ -271,7 +276,11 @@ def run_cells(
     division = division or Division()
     scorer = scorer_of(loaded, scored, runtime, division)
     decompositions = DecompositionCache(loaded, int(runtime.decomposition_gib * 2**30), disk_cache(runtime))
-    write = RowWriter(planned, loaded).write if division.rank == 0 else _write_nothing
+    writer = RowWriter(planned, loaded)
+
+    def write(*outcome: Any) -> None:
+        division.agree("writing", lambda: writer.write(*outcome) if division.rank == 0 else None)
+
     with tqdm(total=len(missing), unit="cell", disable=not progress, smoothing=0.1) as bar:
         bar.set_description("baseline")
         baselines: dict[str, Any] = {}
@@ -299,17 +308,13 @@ def run_cells(
             _run_ablation(ablation, cells, planned, scorer, loaded, decompositions, baselines, write, bar, sampler)
 
 
-def _write_nothing(*outcome: Any) -> None:
-    pass
-
-
 def _run_ablation(ablation, cells, planned, scorer, loaded, decompositions, baselines, write, bar, sampler) -> None:
     pending, division, edit_mode = list(cells), scorer.division, planned.study.config.runtime.edit
     try:
         with ExitStack() as undo:
-            realised = division.together(
+            realised = division.agree(
                 "editing", lambda: undo.enter_context(ablated(loaded, ablation, decompositions, edit_mode))
-            )[division.rank]
+            )
             while pending:
                 cell, started, used = pending[0], time.perf_counter(), {}
                 baseline = baselines.get(cell.task)

@@ -71,7 +71,7 @@ def search(config: Config, progress: bool = True, report_to: Callable[[str], Non
             made_of = f"{selection.study.study_id}-{report.study.study_id}"
             _once(folder / "composition", made_of, ranks,
                   lambda: compose_greedily(selection, report, config.search.metrics))
-        say(markdown([{k: row[k] for k in ("task", "metric", "target", "region", "delta", "p_holm", "verdict")}
+        say(markdown([{k: row.get(k) for k in ("task", "metric", "target", "region", "delta", "p_holm", "verdict")}
                       for row in rows]).rstrip())
     ranks.wait()
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ import torch
 from harness.config import ModelConfig
 from harness.errors import InputError
 from harness.models.families import Family, blocks_of, family_of, matrices_of
+from harness.models.identity import hub_identity, local_identity
 from harness.models.matrices import Matrix
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
-_SAMPLE_BYTES, _SAMPLES = 1 << 16, 64
 
 
 @dataclass(frozen=True)
@@ -60,57 +58,6 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         return self.description.context_length
-
-
-def file_digest(path: Path) -> str:
-    """Digest of a file's size and of 64 evenly spaced 64 KiB samples (the whole file when it is small).
-
-    Reading a 16 GB checkpoint whole would take longer than planning a study; any retraining changes every sample.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    size = path.stat().st_size
-    digest.update(size.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        if size <= _SAMPLE_BYTES * _SAMPLES:
-            digest.update(file.read())
-        else:
-            for i in range(_SAMPLES):
-                file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _weight_files(folder: Path, gguf_file: str | None) -> list[Path]:
-    if gguf_file:
-        return [folder / gguf_file]
-    for suffix in WEIGHT_SUFFIXES:
-        files = sorted(folder.glob(f"*{suffix}"))
-        if files:
-            return files
-    return []
-
-
-def _local_identity(folder: Path, config: ModelConfig) -> dict[str, Any]:
-    files = _weight_files(folder, config.gguf_file)
-    if config.gguf_file and not files[0].is_file():
-        there = sorted(path.name for path in folder.glob("*.gguf"))
-        raise InputError(
-            f"model.gguf_file: no file {config.gguf_file!r} in {folder}; GGUF files there: {', '.join(there) or 'none'}"
-        )
-    if not files:
-        raise InputError(f"model.name: the folder {folder} holds no weights (*.safetensors, or set model.gguf_file)")
-    config_file = folder / "config.json"
-    digests = [file_digest(path) for path in files] + ([file_digest(config_file)] if config_file.is_file() else [])
-    return {"digest": hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()}
-
-
-def _hub_identity(config: ModelConfig) -> dict[str, Any]:
-    """The commit that a hub name and revision stand for now: a branch may hold other weights tomorrow."""
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    file = cached_file(config.name, config.gguf_file or "config.json", revision=config.revision)
-    commit = extract_commit_hash(file, None)
-    return {"name": config.name, "revision": commit or config.revision or "main", "gguf_file": config.gguf_file}
 
 
 def _one_line(error: BaseException) -> str:
@@ -156,7 +103,7 @@ def describe(config: ModelConfig, classifier: bool = False) -> ModelDescription:
     source = str(folder) if local else config.name
     kwargs = {"gguf_file": config.gguf_file} if config.gguf_file else {}
     try:
-        identity = _local_identity(folder, config) if local else _hub_identity(config)
+        identity = local_identity(folder, config) if local else hub_identity(config)
         model_config = AutoConfig.from_pretrained(
             source, revision=identity.get("revision"), trust_remote_code=config.trust_remote_code, **kwargs
         )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from harness.cache import user_cache
 from harness.config import RecallModelConfig
 from harness.errors import InputError
 from harness.models.recall import RecallForCausalLM, load_recall, quiet, recall_config
@@ -141,7 +142,7 @@ def cache_folder(config: RecallModelConfig) -> Path:
     if config.cache_dir is not None:
         root = Path(config.cache_dir).expanduser()
     else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectral-harness"
+        root = user_cache()
     return root / "recall" / training_digest(config)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.cli import main
 from harness.compose import compose_config
 from harness.errors import InputError
 from harness.execution import batch_size, runner
@@ -158,6 +159,12 @@ def test_two_ranks_take_the_batch_of_the_first(tmp_path):
 def test_commands_that_need_a_number_say_so(command, tmp_path):
     with pytest.raises(InputError, match=f"runtime.batch_tokens: None is wrong; .* harness {command.__name__} needs"):
         command(config_of(FOUND, tmp_path / "study"), print)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_study_is_frozen_with_its_batch(tmp_path, capsys):
+    assert main(["plan", "--freeze", *settings(FOUND, tmp_path / "study")]) == 2
+    assert "runtime.batch_tokens: None is wrong; harness run finds it" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from harness.compose import compose_config
 from harness.errors import InputError
 from harness.evaluation import recall_probes
 from harness.execution import rows, runner
@@ -24,6 +26,7 @@ from harness.execution.memory import is_out_of_memory
 from harness.execution.runner import run
 from harness.execution.status import describe_status
 from harness.tables.store import cell_states, read_metrics
+from tests.checkpoints import save_checkpoint, text_file
 from tests.execution.studies import (
     LONG,
     N_LONG,
@@ -250,6 +253,29 @@ def test_cell_that_raises(clean_small, tmp_path, trouble, monkeypatch):
 def test_cell_that_yields_nan(clean_small, tmp_path, trouble, monkeypatch):
     trouble(CELL, lambda input_ids: float("nan"))
     check_failed_then_rerun(run_here(SMALL, tmp_path / "study"), clean_small, SMALL, monkeypatch, "is not finite")
+
+
+@pytest.mark.parametrize("precision", ["exact", "adaptive"])
+def test_a_metric_beyond_float64_is_a_row_of_its_own(tmp_path, precision):
+    """Logits so large that a perplexity overflows: an error row for it alone, of the baseline too; the rest goes on."""
+    folder = save_checkpoint(tmp_path / "loud")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 3000.0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    text = text_file(tmp_path / "text.txt")
+    overrides = ["model=pretrained", f"model.name={folder}", f"tasks.text.data_files={text}", "tasks.text.window=32",
+                 "task=text", "target.layer_types=[up_proj]", "target.blocks=[1]", "region=decile",
+                 "region.deciles=[1]", f"runtime.precision={precision}", f"output={tmp_path / 'study'}"]
+    study = run(compose_config(overrides), progress=False, report_to=lambda line: None)
+    table = read_metrics(study)
+    assert set(table["target"]) == {"baseline", "control", "1.up_proj"}
+    nll, perplexity = (table[table["metric"] == name] for name in ("nll", "token_perplexity"))
+    assert (nll["status"] == "ok").all() and (nll["value"] > 709).all()
+    assert (perplexity["status"] == "error").all() and perplexity["value"].isna().all()
+    assert (perplexity["error"] == "token_perplexity is inf: not a finite number").all()
+    edited = nll[nll["target"] == "1.up_proj"]
+    assert np.isfinite(edited["delta"]).all()
+    assert set(cell_states(study).values()) == {"error"}
 
 
 # A batch is 4 sequences of 32 tokens; a quarter of it is one.

@@ -178,6 +178,36 @@ def test_killed_rank_of_a_divided_cell(tmp_path):
     assert_same_tables(folder, clean)
 
 
+def test_a_rank_that_skips_a_step_is_noticed_by_all(tmp_path):
+    """Also where it waits at the end already, while the others wait for its part of a cell."""
+    program = """
+if RANK == "1":
+    runner._run_ablation = lambda *arguments: None
+"""
+    done = launched_program(program, FEW, tmp_path / "study")
+    assert done.returncode != 0 and "LostStep" in done.stderr
+    assert n_rows(tmp_path / "study") == 1  # the baseline
+
+
+@pytest.mark.fault("no room for the row of a cell that three ranks scored together")
+def test_a_row_that_cannot_be_written_ends_all_ranks(tmp_path):
+    folder = tmp_path / "study"
+    program = """
+from harness.execution import rows
+write_cell, written = rows.write_cell, []
+def full(*arguments):
+    written.append(1)
+    if len(written) == 2: raise OSError(28, "No space left on device")
+    write_cell(*arguments)
+rows.write_cell = full
+"""
+    done = launched_program(program, FEW, folder)
+    assert done.returncode != 0 and "cannot write rows (No space left on device)" in done.stderr
+    assert "LostStep" not in done.stderr and n_rows(folder) == 1
+    run_here(FEW, folder)
+    assert_same_tables(folder, run_here(FEW, tmp_path / "clean"))
+
+
 def test_a_model_that_cannot_be_loaded_ends_every_rank(tmp_path):
     folder = tmp_path / "study"
     program = """

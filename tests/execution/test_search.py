@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import numpy as np
 import pandas
@@ -12,6 +13,7 @@ from scipy.stats import spearmanr, ttest_rel
 from harness.cli import main
 from harness.compose import compose_config
 from harness.errors import InputError
+from harness.execution import runner
 from harness.execution.ablating import ablated
 from harness.execution.planned import plan
 from harness.execution.search import search, split_tasks, with_cells
@@ -19,6 +21,7 @@ from harness.models.loading import load
 from harness.spectral.decomposition import decompose
 from harness.tables.store import read_examples, read_metrics
 
+search_module = sys.modules[search.__module__]
 NAMES = ["Lily", "Tom", "Ben", "Sue", "Max", "Mia", "Tim", "Anna"]
 
 
@@ -105,6 +108,52 @@ def test_the_verdict_is_what_scipy_says_of_the_reported_examples(done):
         assert (row.verdict == "no") == (not improved)
         assert (row.verdict == "yes") == (improved and row.beats_controls)
     assert (output / "verdict.md").read_text().count("\n") == 2 + len(verdict)
+
+
+def failing_where(monkeypatch, fails):
+    """Cells for which `fails(cell)` holds raise instead of being measured."""
+    real = runner.measure
+
+    def measure(cell, *arguments):
+        if fails(cell):
+            raise ValueError("a bug in this cell")
+        return real(cell, *arguments)
+
+    monkeypatch.setattr(runner, "measure", measure)
+
+
+@pytest.mark.parametrize(("fails", "draws", "verdicts"), [
+    (lambda cell: cell.ablation.region.kind == "random" and cell.ablation.region.seed == 1, 1, {"yes", "no"}),
+    (lambda cell: cell.ablation.region.kind == "random", 0, {"failed"}),
+])
+def test_controls_that_fail_do_not_take_the_verdict_with_them(assets, prompts, tmp_path, monkeypatch, fails, draws,
+                                                              verdicts):
+    failing_where(monkeypatch, fails)
+    folder = search(compose_config(_settings(assets, prompts, tmp_path / "s")), progress=False, report_to=print)
+    verdict = pandas.read_parquet(folder / "verdict.parquet")
+    assert set(verdict.random_draws) == {draws} and set(verdict.energy_matched_draws) == {2}
+    assert set(verdict.verdict) <= {*verdicts, "no more than its controls"} - ({"yes"} if draws == 0 else set())
+    assert ("failed" in set(verdict.verdict)) == (draws == 0)
+    monkeypatch.undo()
+    again = search(compose_config(_settings(assets, prompts, tmp_path / "s")), progress=False, report_to=print)
+    complete = pandas.read_parquet(again / "verdict.parquet")
+    assert set(complete.random_draws) == {2} and "failed" not in set(complete.verdict)
+    assert (complete.delta == verdict.delta).all()
+
+
+def test_a_best_cell_that_fails_on_the_report_part_is_said_to_have_failed(assets, prompts, tmp_path, monkeypatch):
+    real, reporting = search_module.winners, []
+    monkeypatch.setattr(search_module, "winners", lambda *arguments: reporting.append(1) or real(*arguments))
+    failing_where(monkeypatch, lambda cell: reporting and cell.task == "ioi" and cell.ablation.region.kind == "small")
+    folder = search(compose_config(_settings(assets, prompts, tmp_path / "s")), progress=False, report_to=print)
+    verdict = pandas.read_parquet(folder / "verdict.parquet")
+    assert list(verdict.verdict) == ["failed", "failed"] and verdict.selection_delta.notna().all()
+
+
+def test_a_grid_of_which_nothing_could_be_measured(assets, prompts, tmp_path, monkeypatch):
+    failing_where(monkeypatch, lambda cell: cell.ablation.region.kind == "small")
+    with pytest.raises(InputError, match="tasks.ioi: no cell of the grid could be measured; harness status .*--failed"):
+        search(compose_config(_settings(assets, prompts, tmp_path / "s")), progress=False, report_to=print)
 
 
 def test_predictions_cover_the_grid_and_the_comparison_is_spearmans(done):
