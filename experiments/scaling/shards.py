@@ -2,9 +2,10 @@
 
     python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600]
 
-Shards run at once where there are as many processors, otherwise one after the other. dearest, cheapest, total: processor
-seconds, which hold on a machine that others use too. wall: from the start of the first to the end of the last, of shards
-that ran at once; wall_ratio: over the wall time of one process divided by N, for which the machine must be quiet.
+Shards run at once where there are as many processors, otherwise one after the other. dearest, cheapest, total:
+processor seconds, which hold on a machine that others use too. wall: from the start of the first to the end of the
+last, of shards that ran at once; wall_ratio: over the wall time of one process divided by N, for which the machine must
+be quiet.
 """
 
 from __future__ import annotations
