@@ -221,8 +221,10 @@ runner._load = load
 
 def test_a_model_over_all_devices_is_for_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.execution.runner.join", lambda: join().__class__(0, 2))
+    config = config_of(SMALL, tmp_path / "study")
+    config.model.device_map = "auto"  # the command line refuses it for the embedded model
     with pytest.raises(InputError, match="model.device_map: one process"):
-        run(config_of(SMALL, tmp_path / "study", "model.device_map=auto"), progress=False)
+        run(config, progress=False)
     assert not (tmp_path / "study").exists()
 
 
