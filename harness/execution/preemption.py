@@ -42,12 +42,17 @@ def requeue_on(name: str = "USR2", before: Callable[[], None] | None = None) -> 
 
 
 def _requeue(job: str, name: str) -> bool:
-    print(f"signal {name}: requeueing job {job}; rows that are done are kept", file=sys.stderr, flush=True)
+    _say(f"signal {name}: requeueing job {job}; rows that are done are kept")
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
         problem = done.stderr.strip() if done.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        print(f"job {job} could not be requeued ({problem}): submit again to go on", file=sys.stderr, flush=True)
+        _say(f"job {job} could not be requeued ({problem}): submit again to go on")
     return not problem
+
+
+def _say(line: str) -> None:
+    # print raises RuntimeError in a handler that interrupts another print, and the job would not be requeued
+    os.write(2, f"{line}\n".encode())

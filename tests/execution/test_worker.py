@@ -88,9 +88,9 @@ def test_a_shard_that_never_gets_on_gives_up(frozen, monkeypatch):
 
 
 SIGNALLED = """
-import time
+import os, time
 from harness.execution.preemption import requeue_on
-requeue_on("USR2", lambda: print("before", flush=True))
+requeue_on("USR2", lambda: os.write(1, b"before\\n"))
 print("ready", flush=True)
 try:
     time.sleep(60)
@@ -115,6 +115,32 @@ def test_signal(tmp_path, answer):
     assert out == "before\n" and (tmp_path / "asked").read_text() == "requeue 77\n"
     assert "signal USR2: requeueing job 77" in err
     assert ("job 77 could not be requeued (no such job): submit again" in err) == bool(answer)
+
+
+PRINTING = """
+import sys
+from harness.execution.preemption import requeue_on
+requeue_on("USR2")
+print("ready", flush=True)
+while True:
+    print("x" * 100, file=sys.stderr)
+"""
+
+
+def test_a_signal_in_the_middle_of_a_print(tmp_path):
+    """As of a progress bar: nobody reads the pipe, so that the process is inside its print when the signal comes."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/bash\necho $@ > {tmp_path}/asked; kill $PPID\n")
+    scontrol.chmod(0o755)
+    env = {**environment(), "SLURM_JOB_ID": "77", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen([sys.executable, "-c", PRINTING], env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)  # it fills the pipe in far less
+    process.send_signal(signal.SIGUSR2)
+    _, err = process.communicate(timeout=60)
+    assert "signal USR2: requeueing job 77" in err and "RuntimeError" not in err
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
 
 
 def test_outside_of_slurm_a_signal_is_left_alone(monkeypatch):
