@@ -55,7 +55,7 @@ def report(
     temporary = out / ".report.md.tmp"
     temporary.write_text(text)
     os.replace(temporary, out / "report.md")
-    write(terminal_summary(metrics, problems))
+    write(terminal_summary(metrics, problems, found=found))
     write(f"\n{out / 'report.md'}, metrics.csv and {count(sum(map(len, drawn.values())), 'figure')}")
     return out / "report.md"
 
@@ -63,11 +63,16 @@ def report(
 # ---------------------------------------------------------------- text
 
 
-def terminal_summary(metrics, problems: Sequence[str] = (), width: int | None = None) -> str:
-    """The summary as plain text, at most `width` columns wide (the terminal's): primary metrics only."""
+def terminal_summary(
+    metrics, problems: Sequence[str] = (), width: int | None = None, found: Sequence[Measured] | None = None
+) -> str:
+    """The summary as plain text, at most `width` columns wide (the terminal's): primary metrics only.
+
+    found: `measured` of the metrics, where it is known already.
+    """
     width = width or shutil.get_terminal_size((100, 24)).columns
     lines = [_headline(metrics)]
-    for one in measured(metrics):
+    for one in measured(metrics) if found is None else found:
         if not one.primary:
             continue
         lines += ["", f"{one.task}: {one.metric} ({_better(one)})"]
