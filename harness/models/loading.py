@@ -136,7 +136,10 @@ def load_tokenizer(config: ModelConfig, description: ModelDescription) -> Any:
 
 
 def pick_device(name: str) -> torch.device:
-    """For `auto`: the accelerator of this process's local rank where there is one, else the CPU."""
+    """For `auto`: the accelerator of this process's local rank where there is one, else the CPU.
+
+    Raises InputError for a device that this machine does not have.
+    """
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -147,6 +150,8 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:<index>") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"model.device: {name!r} asked for, but torch sees no CUDA device; use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= (n := torch.cuda.device_count()):
+        raise InputError(f"model.device: {name!r} is not there; CUDA devices here are cuda:0 to cuda:{n - 1}")
     return device
 
 
