@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 
 from harness import __version__
-from harness.errors import InputError
+from harness.errors import InputError, complain
 
 DESCRIPTION = "Remove chosen spectral regions from chosen weight matrices of a transformer and measure what that does."
 
@@ -131,15 +130,10 @@ def _refuse_search_settings(arguments: argparse.Namespace) -> None:
 
 def _require_device(device: str) -> None:
     """Raises InputError where this machine does not have it; a job that is submitted may find it elsewhere."""
-    if device == "auto":
-        return
-    import torch
+    if device != "auto":
+        from harness.models.loading import pick_device
 
-    from harness.models.loading import pick_device
-
-    picked = pick_device(device)
-    if picked.type == "cuda" and picked.index is not None and picked.index >= (n := torch.cuda.device_count()):
-        raise InputError(f"model.device: {device!r} is not there; CUDA devices here are cuda:0 to cuda:{n - 1}")
+        pick_device(device)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -184,34 +178,9 @@ def _write_report(folder) -> None:
 
 
 def _multirun(arguments: argparse.Namespace, of_config: Callable[..., int]) -> int:
-    """Outer axes (models, seeds) through Hydra's own sweeper and launcher; each job is a study of its own."""
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from harness.sweep import sweep
 
-    from harness.compose import check_sweep, config_folder, config_from_omega, explain, register_schema
-
-    check_sweep(arguments.overrides, arguments.config_dir)
-    register_schema()
-
-    @hydra.main(config_path=str(config_folder()), config_name="config", version_base="1.3")
-    def job(composed) -> int:
-        try:
-            return of_config(config_from_omega(composed), quiet=arguments.quiet)
-        except InputError as error:
-            _complain(error)
-            raise SystemExit(2) from error
-
-    where = ["--config-dir", arguments.config_dir] if arguments.config_dir else []
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to the terminal
-    with tempfile.TemporaryDirectory() as scratch:  # for the multirun.yaml that it writes
-        if not any(override.lstrip("+").startswith("hydra.sweep.dir=") for override in arguments.overrides):
-            where.append(f"hydra.sweep.dir='{scratch}'")
-        sys.argv = ["harness", "--multirun", *where, *arguments.overrides]
-        try:
-            job()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise InputError(explain(error)) from error
+    sweep(arguments.overrides, arguments.config_dir, lambda config: of_config(config, quiet=arguments.quiet))
     return 0
 
 
@@ -252,9 +221,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 def submit_config(config, quiet: bool = False) -> int:
     from harness.execution.manifest import read_manifest
+    from harness.execution.runner import to_stderr
     from harness.execution.slurm import submit, wait
 
-    folder = submit(config, lambda line: print(line, file=sys.stderr, flush=True))
+    folder = submit(config, to_stderr)
     if not config.cluster.wait:
         return 0
     cells = [cell[0] for cell in read_manifest(folder)["cells"]]
@@ -365,10 +335,6 @@ COMMANDS = {"run": _run, "plan": _plan, "submit": _submit, "work": _work, "compa
             "search": _search, "export": _export, "report": _report, "spectra": _spectra}
 
 
-def _complain(error: Exception) -> None:
-    print(f"harness: {' '.join(str(error).split())}", file=sys.stderr)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
@@ -384,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[arguments.command](arguments)
     except InputError as error:
-        _complain(error)
+        complain(error)
         return 2
     except BrokenPipeError:
         # the reader of our output (head, say) has seen enough

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +15,15 @@ from harness.spectra_config import SpectraConfig, validate_spectra
 from harness.task_config import TASK_KINDS
 from harness.unread import refuse_unread, refuse_unread_of_model, require_folder
 
-STUDY, SPECTRA = "manifest.json", "spectra.json"  # as harness.execution.manifest and harness.tables.spectra_report say
-
 
 def _checked(config: Config) -> Config:
     validate(config)
     refuse_unread(config)
     require_folder(config.output)
-    _require_other_than(config.output, SPECTRA, "spectra")
+    if config.output is not None:
+        from harness.tables.spectra_report import MANIFEST
+
+        _require_without(config.output, MANIFEST, "spectra")
     return config
 
 
@@ -31,13 +31,16 @@ def _checked_spectra(config: SpectraConfig) -> SpectraConfig:
     validate_spectra(config)
     refuse_unread_of_model(config.model)
     require_folder(config.output)
-    _require_other_than(config.output, STUDY, "a study")
+    if config.output is not None:
+        from harness.execution.manifest import MANIFEST
+
+        _require_without(config.output, MANIFEST, "a study")
     return config
 
 
-def _require_other_than(output: str | None, manifest: str, what: str) -> None:
+def _require_without(output: str, manifest: str, what: str) -> None:
     """A report of a folder that holds a study and spectra would show one of them only."""
-    if output is not None and (Path(output).expanduser() / manifest).is_file():
+    if (Path(output).expanduser() / manifest).is_file():
         raise InputError(f"output: {output} holds {what} ({manifest}); name another folder")
 
 
@@ -130,33 +133,13 @@ def explain(
     if no_file:
         group, name = no_file.groups()
         options = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)  # none for one of a list
-        ours = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-        known = options.group(1).split() if options else ours
+        known = options.group(1).split() if options else groups().get(group, [])
         return f"{group}: there is no {name!r}; {_nearest(name, known)}there are {', '.join(known)}"
     full = re.search(r"full_key: (\S+)", text)
     if full:
         reason = next(line for line in reversed(chain) if "full_key" in line).splitlines()[0]
         return f"{full.group(1)}: {reason}"
     return " ".join(chain[0].split())
-
-
-def check_sweep(overrides: list[str], config_dir: str | None = None) -> None:
-    """Compose every combination of a sweep before its first study runs. Raises InputError with one line."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    # what these stand for is known in the job only
-    overrides = [override for override in overrides if "${hydra" not in override]
-    if any(override.startswith("hydra/sweeper=") for override in overrides):
-        return  # another sweeper has a grammar of its own
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        axes = [[f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-                if one.is_discrete_sweep() else [one.input_line] for one in parsed]
-    except HydraException as error:
-        raise InputError(explain(error)) from error
-    for combination in itertools.product(*axes):
-        compose_config(list(combination), config_dir)
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None, name: str = "config") -> Any:

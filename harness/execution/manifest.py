@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.config import Config, validate
 from harness.errors import InputError
+from harness.execution.json_file import write_json
 from harness.execution.study import Ablation, Cell, Study, Target
 from harness.spectral.regions import Region
 
@@ -57,15 +58,8 @@ def freeze(folder: Path, study: Study) -> None:
                 " leave output unset or name another folder"
             )
         return
-    text = json.dumps(manifest_of(study), separators=(",", ":"), default=str)
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        write_json(path, manifest_of(study))
     except OSError as error:
         raise InputError(f"output: cannot write to {folder}: {error.strerror}; name another folder") from error
 

@@ -100,7 +100,7 @@ def run(config: Config, progress: bool = True, report_to: Callable[[str], None] 
         )
     planned, loaded = plan(config), None
     if config.runtime.batch_tokens is None:
-        planned, loaded = _with_largest_batch(planned, ranks, progress, report_to or _to_stderr)
+        planned, loaded = _with_largest_batch(planned, ranks, progress, report_to or to_stderr)
     if ranks.is_main and (planned.folder / MANIFEST).is_file():
         freeze(planned.folder, planned.study)
     return run_planned(planned, planned.study.cells, ranks, progress, report_to, tidy=True, loaded=loaded)
@@ -111,9 +111,9 @@ def _with_largest_batch(
 ) -> tuple[PlannedStudy, LoadedModel | None]:
     """The study with the batch of its manifest, or with the largest that fits; and the model, where that loaded it."""
 
-    def find() -> tuple[int, LoadedModel | None] | None:
+    def find() -> tuple[int | None, LoadedModel | None]:
         if not ranks.is_main:
-            return None
+            return None, None
         known = frozen_batch(planned)
         if known is not None:
             return known, None
@@ -122,7 +122,7 @@ def _with_largest_batch(
         say(f"runtime.batch_tokens: {found}, the largest that fits")
         return found, loaded
 
-    found, loaded = ranks.division().agree("finding the largest batch", find) or (None, None)
+    found, loaded = ranks.division().agree("finding the largest batch", find)
     return with_batch(planned, ranks.broadcast(found)), loaded
 
 
@@ -140,7 +140,7 @@ def run_planned(
     than ranks, all ranks score each cell together, and the main one writes it. Raises InputError.
     """
     folder, study = planned.folder, planned.study
-    say = report_to or _to_stderr
+    say = report_to or to_stderr
     if not ranks.is_main:
         say = _silent
     if study.config.runtime.threads:
@@ -189,7 +189,7 @@ def run_planned(
     return folder
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

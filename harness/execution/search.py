@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from harness.execution.choosing import blank_measure, chosen_by_gradient, compar
 from harness.execution.manifest import freeze
 from harness.execution.planned import PlannedStudy, plan
 from harness.execution.ranks import Ranks, join
-from harness.execution.runner import run_planned
+from harness.execution.runner import run_planned, to_stderr
 from harness.execution.study import BASELINE, NO_REGION, Ablation, Cell, Study, cell_id, numeric_settings
 from harness.execution.verdict import Winner, markdown, verdict_rows, winners, write_table
 from harness.spectral.regions import energy_matched_region, random_region
@@ -32,7 +31,7 @@ SELECTION, REPORT = "selection", "report"
 
 def search(config: Config, progress: bool = True, report_to: Callable[[str], None] | None = None) -> Path:
     """Run what is missing of a search and write its tables; returns its folder. Raises InputError for bad input."""
-    say = report_to or (lambda line: print(line, file=sys.stderr, flush=True))
+    say = report_to or to_stderr
     require_batch_tokens(config.runtime, "search")
     searched, beside = split_tasks(config)
     if config.search.compose == "greedy" and config.target.kind not in ("matrix", "block"):

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from harness.execution.json_file import write_json
 
 SHARDS = "shards"
 
@@ -50,17 +51,6 @@ class Record:
 
 def submission_folder(folder: Path, name: str) -> Path:
     return Path(folder) / SHARDS / name
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(value, file, separators=(",", ":"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_submission(folder: Path, submission: Submission) -> None:

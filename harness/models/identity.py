@@ -24,9 +24,9 @@ def file_digest(path: Path) -> str:
     """SHA-256 over all of a file. That of a large one is remembered under the cache folder for as long as the file's
     size, inode and times of change stay the same."""
     before = path.stat()
-    remembered = user_cache("digests") / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     if before.st_size < REMEMBERED_FROM:
         return _digest(path)
+    remembered = user_cache("digests") / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     state = [before.st_size, before.st_dev, before.st_ino, before.st_mtime_ns, before.st_ctime_ns]
     try:
         there = json.loads(remembered.read_text())
