@@ -1,11 +1,13 @@
 # make demo   install what a study needs into .venv and run the embedded default
-# make test   install what the tests need besides, and run them all; ARGS="-m 'not slow' -x" goes to pytest
-# make lint   ruff
+# make test   install what the tests need besides, and run them all in JOBS processes (2), each file in one of them;
+#             ARGS="-m 'not slow' -x" goes to pytest
+# make lint   ruff, then mypy
 # make clean  remove .venv and caches; results/ stays
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # constraints.txt was written for Python 3.11; another version installs from the ranges in pyproject.toml.
 CONSTRAINTS = $(if $(findstring 3.11,$(shell $(PYTHON) --version)),-c constraints.txt)
@@ -16,13 +18,14 @@ demo: $(VENV)/.stamp-run
 	$(VENV)/bin/harness run
 
 test: $(VENV)/.stamp-test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find harness tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -34,9 +37,9 @@ $(VENV)/bin/python:
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time"
 	$(PIP) install -qq $(CONSTRAINTS) torch
-	$(PIP) install -qq $(CONSTRAINTS) -e .
+	$(PIP) install -qq $(CONSTRAINTS) -e '.[plots]'
 	@touch $@
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-run
-	$(PIP) install -qq $(CONSTRAINTS) -e '.[test]'
+	$(PIP) install -qq $(CONSTRAINTS) -e '.[all,test]'
 	@touch $@

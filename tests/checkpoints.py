@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,4 +46,13 @@ def text_file(path: Path, n_words: int = 400) -> Path:
     """Rows of a deterministic text in the tiny tokenizer's words."""
     rows = [" ".join(WORDS[(i * 7 + j * (3 + i % 5)) % len(WORDS)] for j in range(20)) for i in range(n_words // 20)]
     path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def ioi_file(path: Path, objects: Sequence[str] = ("book", "cat", "dog", "tree", "mat")) -> Path:
+    """Prompts of indirect object identification in the tiny tokenizer's words: two pairs of names, four places."""
+    rows = [{"prompt": f"then {a} and {b} went to the {place} . {b} gave a {thing} to", "answer": a}
+            for a, b in (("John", "Mary"), ("Mary", "John")) for place in ("store", "house", "tree", "mat")
+            for thing in objects]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

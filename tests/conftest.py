@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the assets folder, tiny models, offline hubs."""
+"""Fixtures shared by all tests: the assets folder, clean runs to compare with, offline hubs."""
 
 import atexit
 import os
@@ -12,9 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tiny models gain nothing from threads, and threads that spin slow each other down on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# the user's caches are neither read nor filled: models trained here, decompositions, data sets
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="harness-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# The user's caches are neither read nor filled: models trained here, decompositions, data sets. The workers of
+# pytest-xdist share the folder of the process that started them, so that a model is trained once for all of them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="harness-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402
 
@@ -26,3 +28,19 @@ def assets() -> Path:
     if not (folder / "ASSETS.md").exists():
         pytest.skip(f"no assets at {folder} (set HARNESS_ASSETS)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clean_small(tmp_path_factory) -> Path:
+    """The folder of the small study of tests/studies.py, from one process that nothing disturbed: to compare with."""
+    from tests.studies import SMALL, run_here
+
+    return run_here(SMALL, tmp_path_factory.mktemp("clean") / "small")
+
+
+@pytest.fixture(scope="session")
+def clean_long(tmp_path_factory) -> Path:
+    """The same of the long study."""
+    from tests.studies import LONG, run_here
+
+    return run_here(LONG, tmp_path_factory.mktemp("clean") / "long")

@@ -3,19 +3,20 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
-from harness.cli import EXAMPLES, main
-from harness.compose import compose_config
-from harness.execution.manifest import MANIFEST
-from harness.tables.spectra_report import MANIFEST as SPECTRA
-from harness.tables.store import cell_states
-from tests.checkpoints import save_checkpoint, text_file
+from harness.cli import COMMANDS, main
+from harness.engine.manifest import MANIFEST
+from harness.measurements import compose_settings
+from harness.measurements.ablation.tables import TABLES, cell_states
+from tests.checkpoints import ioi_file, save_checkpoint, text_file
 
 CONF = Path(__file__).parents[1] / "conf"
 TINY_RECALL = [
@@ -45,10 +46,12 @@ def checkpoint(tmp_path_factory):
     text = text_file(folder / "text.txt")
     made: dict[str, Path] = {}
 
-    def overrides(family: str = "llama", task: str = "text") -> list[str]:
-        if family not in made:
-            made[family] = save_checkpoint(folder / family, family)
-        return ["model=pretrained", f"model.name={made[family]}", f"task={task}", f"tasks.{task}.data_files={text}",
+    def overrides(family: str = "llama", task: str = "text", blocks: int | None = None) -> list[str]:
+        name = family if blocks is None else f"{family}-{blocks}"
+        if name not in made:
+            sizes = {} if blocks is None else {"num_hidden_layers": blocks}
+            made[name] = save_checkpoint(folder / name, family, **sizes)
+        return ["model=pretrained", f"model.name={made[name]}", f"task={task}", f"tasks.{task}.data_files={text}",
                 f"tasks.{task}.split=train"]
 
     overrides.text = text
@@ -61,7 +64,7 @@ def run(folder: Path, *overrides: str) -> pd.DataFrame:
     assert main(["run", "--quiet", *overrides, f"output={output}"]) == 0
     table = pd.read_parquet(output / "metrics")
     manifest = json.loads((output / "manifest.json").read_text())
-    assert set(table.cell_id) == {cell[0] for cell in manifest["cells"]}
+    assert set(table.cell_id) == {unit_id for unit_id, _ in manifest["units"]}
     assert (table.status == "ok").all(), table.error.dropna().tolist()[:1]
     return table
 
@@ -83,6 +86,11 @@ def test_no_group_of_settings_is_left_out():
     }  # fmt: skip
 
 
+def content(group: str, name: str) -> dict:
+    """What a YAML file says."""
+    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
+
+
 @pytest.mark.parametrize("name", names("model"))
 def test_every_model(name, recall, checkpoint, tmp_path):
     if name.startswith("recall"):
@@ -92,23 +100,135 @@ def test_every_model(name, recall, checkpoint, tmp_path):
         task = local[2:] if HUB_MODELS[name] != "roberta" else checkpoint("roberta", "masked")[2:]
         table = run(tmp_path, f"model={name}", local[1], "target=all", "region=fraction", *task)
     assert table.n_blocks.min() >= 2
+    said = content("model", name)
+    assert set(table.dtype) == {"float32" if said.get("dtype", "float32") == "auto" else said.get("dtype", "float32")}
+    # without what the run above replaces by something small
+    settings = compose_settings("ablation", [f"model={name}", *(["model.name=x"] if said["name"] == "???" else [])])
+    of_recall = said.pop("recall", {})
+    assert {key: getattr(settings.model.recall, key) for key in of_recall} == of_recall
+    if said["name"] == "???":
+        said["name"] = "x"
+    assert {key: getattr(settings.model, key) for key in said} == said
+
+
+# targets of two blocks with q, k, v, o and the two layer types of a feed-forward layer without gate
+ATTENTION, FEED_FORWARD = ["q_proj", "k_proj", "v_proj", "o_proj"], ["up_proj", "down_proj"]
 
 
 @pytest.mark.parametrize("name", names("target"))
-def test_every_target(name, recall, tmp_path):
-    table = run(tmp_path, f"target={name}", "region=fraction", *recall)
-    assert table.target_kind.isin(["baseline", "control", name.removeprefix("mlp_")]).all()
+def test_every_target(name, recall, checkpoint, tmp_path):
+    """The targets are those that the YAML's kind and layer types mean on a model of two blocks."""
+    said = content("target", name)
+    types = {"all": ATTENTION + FEED_FORWARD, "mlp": FEED_FORWARD}[said.get("layer_types", ["all"])[0]]
+    expected = {
+        "matrix": {f"{block}.{layer_type}" for block in range(2) for layer_type in types},
+        "type": set(types), "block": {"block 0", "block 1"}, "all": {"all"},
+    }[said["kind"]]
+    local = checkpoint("gpt2", blocks=2)
+    table = run(tmp_path, f"target={name}", "region=index", "region.intervals=['0:1']", *local)
+    assert set(table.target) == {"baseline", "control", *expected}
+    of_grid = table[~table.target.isin(["baseline", "control"])]
+    assert set(of_grid.target_kind) == {said["kind"]}
+    per_target = {"matrix": 1, "type": 2, "block": len(types), "all": 2 * len(types)}[said["kind"]]
+    assert set(of_grid.n_matrices) == {per_target}
+
+
+def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
+    """Label -> (by, kind, which of 32 values) of what the content of a YAML file of conf/region lists; None where that
+    depends on the singular values. Written out anew, without the harness."""
+    by, listed = said["by"], {}
+
+    def fraction(start: float, stop: float) -> slice | None:
+        return slice(int(32 * start + 1e-9), int(32 * stop + 1e-9)) if by == "fraction" else None
+
+    for kind in said.get("kinds", []):
+        for value in said["values"]:
+            start = {"large": 0, "bulk": 0.5 - value / 2, "small": 1 - value}[kind]
+            label = f"{kind} {value:g}" if by == "fraction" else f"{kind} energy {value:g}"
+            listed[label] = (by, kind, fraction(start, start + value))
+    for text in said.get("intervals", []):
+        start, stop = text.split(":")
+        if by == "index":
+            listed[f"index {text}"] = (by, "index", slice(*(int(bound) if bound else None for bound in (start, stop))))
+        else:
+            listed[f"interval {text}"] = (by, "interval", fraction(float(start), float(stop)))
+    for number in said.get("deciles", []):
+        part = ((number - 1) / 10, number / 10)
+        where = slice(*(int(32 * bound + 1e-9) for bound in part))
+        listed[f"decile {number} ({part[0]:.1f}-{part[1]:.1f})"] = (by, "decile", where)
+    for kind in said.get("mp", []):
+        label = f"mp {kind} {said['estimator']}" + " tracy_widom" * said["tracy_widom"]
+        listed[label] = (by, kind, None)
+    for kind in said.get("gavish_donoho", []):
+        listed[f"gavish_donoho {kind}"] = (by, kind, None)
+    assert listed, f"nothing that this test knows is listed in {said}"
+    if "random" in said.get("controls", []):
+        listed |= {f"random ({label}) seed 0": ("control", "random", where) for label, (*_, where) in listed.items()}
+    return listed
 
 
 @pytest.mark.parametrize("name", names("region"))
 def test_every_region(name, recall, tmp_path):
+    """The regions of the table are those that the YAML lists, no more and no fewer, and remove what it says."""
+    said = content("region", name)
     table = run(tmp_path, f"region={name}", "target.kind=all", *recall)
-    assert len(table.region.unique()) > 2
+    expected = regions_of(said)
+    of_grid = table[table.target == "all"].drop_duplicates("region").set_index("region")
+    assert set(of_grid.index) == set(expected)
+    controls = table[table.target == "control"]
+    assert set(controls.region) == ({"none"} if "none" in said.get("controls", ["none"]) else set())
+    for label, (by, kind, where) in expected.items():
+        row = of_grid.loc[label]
+        assert (row.region_by, row.region_kind) == (by, kind)
+        assert row.n_values == 32 * row.n_matrices == 32 * 10  # recall's matrices are 32 x 32, 64 x 32 and 32 x 64
+        if where is not None:
+            assert row.n_removed == len(range(32)[where]) * row.n_matrices, label
+        if where is not None and by != "control" and row.n_removed:
+            start, stop, _ = where.indices(32)
+            assert (row.fraction_start, row.fraction_stop) == (start / 32, stop / 32), label
+    sides = [set(said.get(by, [])) for by in ("mp", "gavish_donoho") if by in said]
+    if sides and sides[0] in ({"above", "inside", "below"}, {"above", "below"}):
+        assert of_grid.n_removed.sum() == of_grid.n_values.iloc[0]  # they share out all values
+    if said["by"] == "energy":
+        for kind in said["kinds"]:
+            for value in said["values"]:
+                removed = of_grid.loc[f"{kind} energy {value:g}", "energy_removed"]
+                assert removed >= value - 1e-9 if kind == "large" else removed <= value + 1e-9
 
 
 @pytest.mark.parametrize("name", names("runtime"))
-def test_every_runtime(name, recall, tmp_path):
-    run(tmp_path, f"runtime={name}", "target=all", "region=fraction", *recall)
+def test_every_runtime(name, checkpoint, tmp_path):
+    """Every line of the YAML is in the manifest, and seen in the rows of a study in bfloat16."""
+    said = content("runtime", name)
+    study = [*checkpoint(), f"tasks.text.data_files={text_file(tmp_path / 'text.txt', 12000)}", "tasks.text.window=16",
+             "target=block", "region=fraction", "model.dtype=bfloat16", "runtime.threads=1"]
+    batches = [] if "batch_tokens" in said else ["runtime.batch_tokens=512"]
+    table = run(tmp_path, f"runtime={name}", *study, *batches)
+    frozen = json.loads((tmp_path / "study" / "manifest.json").read_text())["settings"]["runtime"]
+    assert {key: frozen[key] for key in said} == said
+    settings = [json.loads(text) for text in table.settings]
+    edited = table[table.n_removed > 0]
+    edit, precision = said.get("edit", "weight"), said.get("precision", "exact")
+    assert set(table.edit) == {edit} == {one["edit"] for one in settings}
+    # a cast weight keeps some of what was taken off it, a branch nothing
+    assert (edited.realised_removal.min() > 0.9999) == (edit == "branch")
+    assert set(edited.precision) == {precision}
+    assert (edited.n < edited.n_available).any() == (precision == "adaptive") == edited.ci_low.notna().any()
+    assert all(("adaptive" in one) == (precision == "adaptive") for one in settings)
+    if precision == "adaptive":
+        assert all(one["adaptive"] == said["adaptive"] for one in settings)
+        assert edited.n.min() >= said["adaptive"]["min_examples"]
+    assert {one["batch_tokens"] for one in settings} == {said.get("batch_tokens", 512)}
+
+
+@pytest.mark.parametrize("name", names("cluster"))
+@pytest.mark.parametrize("measurement", ["ablation", "spectra", "search"])
+def test_every_cluster(name, measurement, tmp_path):
+    """tests/slurm has shards that run with them."""
+    words = ["task=ioi", f"tasks.ioi.data_files={ioi_file(tmp_path / 'ioi.jsonl')}"] if measurement == "search" else []
+    cluster = compose_settings(measurement, [f"cluster={name}", *words]).cluster
+    said = content("cluster", name)
+    assert said and {key: getattr(cluster, key) for key in said} == said
 
 
 LOCAL_DATA = {
@@ -165,7 +285,7 @@ def test_recall_experiments(name, recall, tmp_path):
 
 
 def test_every_experiment_is_run_by_a_test():
-    """laser*: tests/execution/test_search.py."""
+    """laser*: tests/measurements/search/test_search.py."""
     assert {name for name in names("experiment") if not name.startswith("laser")} == {
         *FIRST_LOOK, "recall", "recall_published"
     }  # fmt: skip
@@ -212,7 +332,7 @@ REFUSALS = {
     "group that is null": (["target=null"], ["target: 'null'", "matrix"]),
     "group without a name": (["region="], ["region: there is no ''", "fraction"]),
     "list of tasks with a number": (["task=[recall,5]"], ["task: '[recall,5]'", "recall"]),
-    "model without a name": (["model=gpt2", "model.name="], ["model.name"]),
+    "model without a name": (["model=gpt2", "model.name="], ["model.name: must be set"]),
     "attention of the embedded model": (["model.attn_implementation=flex"], ["attn_implementation: 'flex'", "sdpa"]),
     "unknown attention": (
         ["model=gpt2", "model.name={checkpoint}", "model.attn_implementation=foo"],
@@ -244,7 +364,7 @@ REFUSALS = {
     "device that is not there": (["model.device=gpu0"], ["model.device", "gpu0"]),
     "folder that is not there": (["model=pretrained", "model.name=./none"], ["model.name", "./none"]),
     "hub name that cannot be had": (["model=pretrained", "model.name=no/such-model"], ["model.name", "no/such-model"]),
-    "model that must be named": (["model=pretrained"], ["model.name"]),
+    "model that must be named": (["model=pretrained"], ["model.name: must be set"]),
     "task of another model": (["model=gpt2", "model.name={checkpoint}"], ["tasks.recall", "embedded"]),
 }
 
@@ -294,7 +414,7 @@ def test_unknown_architecture_is_refused_by_name_before_weights_load(checkpoint,
     assert "bloom" in line and "llama" in line and "gpt_neox" in line
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
+@pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.settings])
 def test_examples_of_the_help_compose(command, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([command, "--help"])
@@ -302,12 +422,15 @@ def test_examples_of_the_help_compose(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my.txt", "ioi.jsonl", "blimp"):
         Path(name).touch()
-    for line in EXAMPLES[command]:
+    assert COMMANDS[command].examples
+    for line in COMMANDS[command].examples:
         words = line.partition("  #")[0].split()
         assert line in shown and words[:2] == ["harness", command]
+        measurement, settings = COMMANDS[command].settings, [word for word in words[2:] if word != "--freeze"]
+        if settings and "=" not in settings[0] and not settings[0].startswith("-"):
+            measurement, *settings = settings  # harness plan spectra ...
         if "--study" not in words:
-            settings = [word for word in words[2:] if word != "--freeze"]
-            compose_config(settings, name="spectra" if command == "spectra" else "config")
+            compose_settings(measurement, settings)
 
 
 def test_quiet_is_quiet(recall, tmp_path, capfd):
@@ -320,12 +443,12 @@ def test_quiet_is_quiet(recall, tmp_path, capfd):
 def test_folder_of_another_study(recall, tmp_path, capsys):
     run(tmp_path, "target.kind=all", "region=fraction", *recall)
     line = refused(capsys, "run", "target.kind=all", "region=decile", *recall, f"output={tmp_path / 'study'}")
-    assert "output" in line and "another study" in line and "region.by" in line
+    assert "output" in line and "another ablation" in line and "region.by" in line
 
 
 def test_folder_of_another_schema_version(recall, tmp_path, capsys, monkeypatch):
     run(tmp_path, "target.kind=all", "region=fraction", *recall)
-    monkeypatch.setattr("harness.tables.schema.SCHEMA_VERSION", 10**6)
+    monkeypatch.setattr("harness.measurements.ablation.tables.TABLES", replace(TABLES, version=10**6))
     again = ["run", "target.kind=all", "region=fraction", *recall, f"output={tmp_path / 'study'}"]
     for arguments in (again, ["report", str(tmp_path / "study")]):
         assert "schema version" in refused(capsys, *arguments)
@@ -336,22 +459,16 @@ def test_folder_without_a_study(command, tmp_path, capsys):
     assert "manifest.json" in refused(capsys, command, str(tmp_path))
 
 
-@pytest.mark.parametrize("command", ["status", "report", "work", "compact"])
-def test_folder_of_a_search_names_its_studies(command, tmp_path, capsys):
-    for part in ("report", "selection"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "manifest.json").write_text("{}")
-    line = refused(capsys, command, str(tmp_path))
-    assert f"give {tmp_path / 'report'} or {tmp_path / 'selection'}" in line
-
-
 def test_a_study_and_spectra_do_not_share_a_folder(recall, tmp_path, capsys):
-    for command, other, name in (("run", "spectra", SPECTRA), ("spectra", "a study", MANIFEST)):
-        (folder := tmp_path / command).mkdir()
-        (folder / name).write_text("{}")
-        settings = [item for item in recall if command == "run" or not item.startswith("tasks.")]
-        assert f"output: {folder} holds {other}" in refused(capsys, command, *settings, f"output={folder}")
-        assert [path.name for path in folder.iterdir()] == [name]
+    """tests/engine/test_kinds.py: nor do any other two kinds, whatever is there of them."""
+    for command, other in (("run", "spectra"), ("spectra", "run")):
+        folder = tmp_path / command
+        words = {"run": [*recall, "target=all"], "spectra": [item for item in recall if not item.startswith("tasks.")]}
+        assert main(["plan", "--freeze", other, *words[other], f"output={folder}"]) == 0
+        kind = {"run": "ablation"}.get(other, other)
+        line = refused(capsys, command, *words[command], f"output={folder}")
+        assert f"output: {folder} holds a run of another kind ({kind})" in line
+        assert [path.name for path in folder.iterdir()] == [MANIFEST]
 
 
 def test_no_shards(tmp_path, capsys):
@@ -363,7 +480,9 @@ def test_no_shards(tmp_path, capsys):
 def test_device_that_this_machine_lacks(command, n, device, words, recall, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: n > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: n)
-    settings = [item for item in recall if command != "spectra" or not item.startswith("tasks.")]
+    settings = [item for item in recall if command not in ("spectra", "search") or not item.startswith("tasks.")]
+    if command == "search":
+        settings += ["task=ioi", f"tasks.ioi.data_files={ioi_file(tmp_path / 'ioi.jsonl')}"]
     line = refused(capsys, command, *settings, f"model.device={device}", f"output={tmp_path / 'new'}")
     assert "model.device" in line and words in line and not (tmp_path / "new").exists()
 
@@ -378,11 +497,11 @@ def test_bad_settings_of_spectra_are_one_line(setting, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("command", ["status", "report", "work", "compact"])
-@pytest.mark.parametrize("text", ["{}", "[]", '{"study_id": "x", "cells": 3}'])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"id": "x", "units": 3}'])
 def test_manifest_that_is_none(command, text, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text(text)
     line = refused(capsys, command, str(tmp_path))
-    assert "manifest.json: not a manifest" in line and "config" in line
+    assert "manifest.json: not a manifest" in line and "settings" in line
 
 
 def test_kill_9_in_mid_study_then_rerun_equals_an_uninterrupted_run(recall, tmp_path):
@@ -442,7 +561,7 @@ def test_multirun_makes_one_study_per_combination(recall, tmp_path):
                "region=fraction", *recall, "output=" + str(tmp_path) + "/seed${hydra:job.num}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    ids = {json.loads((tmp_path / f"seed{seed}" / "manifest.json").read_text())["study_id"] for seed in (0, 1)}
+    ids = {json.loads((tmp_path / f"seed{seed}" / "manifest.json").read_text())["id"] for seed in (0, 1)}
     assert len(ids) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"seed0", "seed1"}
 
@@ -477,7 +596,12 @@ def test_cell_whose_loss_is_not_finite_is_an_error_row(checkpoint, tmp_path, cap
     output = tmp_path / "study"
     overrides = ["model=pretrained", f"model.name={folder}", *checkpoint()[2:], "region=fraction",
                  "target.layer_types=[down_proj]", "model.dtype=float16", f"output={output}"]  # fmt: skip
-    assert main(["run", "--quiet", *overrides]) == 0
+    capsys.readouterr()
+    assert main(["run", "--quiet", *overrides]) == 1
+    n_failed, n_cells = (list(cell_states(output).values()).count("error"), len(cell_states(output)))
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"harness: {n_failed} of {n_cells} units failed; harness status {output} --failed shows why"
+    assert sum(line.startswith("harness: ") for line in said) == 1
     table = pd.read_parquet(output / "metrics")
     failed = table[table.status == "error"]
     assert ("0.down_proj", "large 0.1") in set(zip(failed.target, failed.region, strict=True))

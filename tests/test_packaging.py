@@ -86,10 +86,14 @@ def test_installed_wheel_finds_its_settings_outside_the_checkout(installed, tmp_
     assert list(tmp_path.iterdir()) == []  # a plan writes nothing
 
 
-def test_importing_the_command_line_loads_no_heavy_library(installed, tmp_path):
+@pytest.mark.parametrize("program", [
+    "import sys, harness.cli; print(*sys.modules)",
+    "import sys; from harness.cli import main\ntry: main(['--help'])\nexcept SystemExit: print(*sys.modules)",
+], ids=["import", "--help"])
+def test_the_command_line_loads_no_heavy_library(program, installed, tmp_path):
     """`harness --help` answers at once because of this."""
     heavy = {"torch", "transformers", "numpy", "pandas", "pyarrow", "hydra", "datasets", "evaluate", "lm_eval"}
-    heavy |= {"matplotlib", "scipy", "submitit", "accelerate"}
-    done = run(installed, tmp_path, "-c", "import sys, harness.cli; print(*sys.modules)")
+    heavy |= {"matplotlib", "scipy", "submitit", "accelerate", "omegaconf", "pydantic"}
+    done = run(installed, tmp_path, "-c", program)
     assert done.returncode == 0, done.stderr
     assert heavy & set(done.stdout.split()) == set()

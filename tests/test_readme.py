@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.compose import compose_config, groups
+from harness.measurements import MEASUREMENTS, compose_settings
+from harness.settings.compose import groups
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
@@ -20,25 +21,36 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def commands(page: Path) -> list[str]:
-    """The `harness plan|run` lines of a page's code blocks, continuation lines joined, comments dropped."""
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(measurement, settings) of the `harness` lines of a page's code blocks that take settings; continuation lines
+    joined, comments, options and sweeps dropped."""
     text = re.sub(r"\\\n\s*", "", page.read_text())
-    found = re.findall(r"^    (?:\S*python -m |\S*bin/)?harness (?:run|plan)( .*)?$", text, flags=re.MULTILINE)
-    return [line for line in found if "<" not in line and "$" not in line]
+    names = "run|plan|submit|search|spectra"
+    found = re.findall(rf"^    (?:\S*python -m |\S*bin/)?harness ({names})( .*)?$", text, flags=re.MULTILINE)
+    lines = []
+    for command, line in found:
+        if "<" in line or "$" in line or "..." in line:
+            continue
+        words = [word for word in shlex.split(line.split("  #")[0]) if not word.startswith("-")]
+        measurement = command if command in MEASUREMENTS.names() else "ablation"
+        if words and "=" not in words[0]:  # harness plan spectra ...
+            measurement, *words = words
+        settings = [word for word in words if "," not in word.partition("=")[2] or "[" in word]
+        lines.append(({"run": "ablation"}.get(measurement, measurement), settings))
+    return lines
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=str)
 def test_settings_that_are_shown_compose(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for line in commands(page):
-        words = [word for word in shlex.split(line.split("  #")[0]) if not word.startswith("-")]
+    for measurement, words in commands(page):
         # a file that the reader is to have
         for word in words:
             key, _, value = word.partition("=")
             if ".data_files" in key and not Path(value).exists():
                 Path(value).resolve().parent.mkdir(parents=True, exist_ok=True)
                 Path(value).touch()
-        compose_config([word for word in words if "," not in word.partition("=")[2] or "[" in word])
+        compose_settings(measurement, words)
 
 
 def test_the_duckdb_line_runs(tmp_path, monkeypatch, capsys):

@@ -46,6 +46,8 @@ def main() -> int:
     table = Table()
     status = pytest.main(["-q", "-m", "fault", "-p", "no:cacheprovider", "--rootdir", str(ROOT), str(ROOT / "tests"),
                           *sys.argv[1:]], plugins=[table])
+    if not table.rows:  # --help, or tests that could not be collected
+        return int(status)
     path = HERE / "faults.csv"
     if path.exists():
         with path.open(newline="") as file:

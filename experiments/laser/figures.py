@@ -1,7 +1,7 @@
 """Figures and tables of a finished search: python experiments/laser/figures.py SEARCH_FOLDER OUT_PREFIX
 
 OUT_PREFIX-grid.png: change of each metric over blocks and kept rank, per layer type, the winner marked.
-OUT_PREFIX-grid.csv, -verdict.csv, -comparison.csv, -composition.csv: the grid and the search's tables.
+OUT_PREFIX-grid.csv, -verdict.csv, -beside.csv, -comparison.csv, -composition.csv: the grid and the search's tables.
 OUT_PREFIX-gradient.png: first-order prediction against measured change, where the search compared the two.
 """
 
@@ -17,15 +17,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas
 
-from harness.tables.store import read_metrics
+from harness.measurements.ablation.tables import read_metrics
+from harness.measurements.search.tables import TABLES
+from harness.tables.store import read_table
 
 
 def grid_of(folder: Path) -> pandas.DataFrame:
-    rows = read_metrics(folder / "selection")
+    rows = read_metrics(folder / "studies" / "selection")
     rows = rows[(rows.target_kind == "matrix") & (rows.status == "ok")].copy()
     rows["kept"] = 1 - (rows.fraction_stop - rows.fraction_start)
     rows["improvement"] = np.where(rows.higher_is_better.astype(bool), rows.delta, -rows.delta)
     return rows
+
+
+def table_of(search: Path, name: str) -> pandas.DataFrame:
+    """A table of the search; empty where it made none."""
+    return read_table(search, TABLES, name).drop(columns=TABLES.key)
 
 
 def draw_grid(grid: pandas.DataFrame, verdict: pandas.DataFrame, path: Path) -> None:
@@ -86,12 +93,12 @@ def draw_gradient(grid: pandas.DataFrame, predictions: pandas.DataFrame, path: P
 def write_tables(grid: pandas.DataFrame, search: Path, prefix: str) -> None:
     columns = ["task", "metric", "target", "region", "n", "baseline", "value", "delta", "delta_stderr", "p_value",
                "energy_removed"]
-    verdict = pandas.read_parquet(search / "verdict.parquet")
+    verdict = table_of(search, "verdict")
     grid = grid.merge(verdict[["task", "metric"]]).sort_values(["task", "metric", "target", "region"])
     grid.to_csv(f"{prefix}-grid.csv", columns=columns, index=False, float_format="%.6g")
-    for name in ("verdict", "comparison", "composition"):
-        if (search / f"{name}.parquet").exists():
-            table = pandas.read_parquet(search / f"{name}.parquet")
+    for name in ("verdict", "beside", "comparison", "composition"):
+        table = table_of(search, name)
+        if len(table):
             table.to_csv(f"{prefix}-{name}.csv", index=False, float_format="%.6g")
 
 
@@ -99,9 +106,10 @@ def main(folder: str, prefix: str) -> None:
     search = Path(folder)
     grid = grid_of(search)
     write_tables(grid, search, prefix)
-    draw_grid(grid, pandas.read_parquet(search / "verdict.parquet"), Path(f"{prefix}-grid.png"))
-    if (search / "predictions.parquet").exists():
-        draw_gradient(grid, pandas.read_parquet(search / "predictions.parquet"), Path(f"{prefix}-gradient.png"))
+    draw_grid(grid, table_of(search, "verdict"), Path(f"{prefix}-grid.png"))
+    predictions = table_of(search, "predictions")
+    if len(predictions):
+        draw_gradient(grid, predictions, Path(f"{prefix}-gradient.png"))
 
 
 if __name__ == "__main__":

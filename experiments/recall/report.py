@@ -20,13 +20,13 @@ def load(jobs: Sequence, studies: Path):
     """
     import pandas as pd
 
-    from harness.execution.manifest import MANIFEST, read_manifest
-    from harness.tables.reader import cell_states, read_metrics
+    from harness.engine.manifest import MANIFEST, read_manifest
+    from harness.measurements.ablation.tables import cell_states, read_metrics
 
     frames = []
     for job in jobs:
         folder = studies / job.folder
-        if not (folder / MANIFEST).is_file() or len(cell_states(folder)) < len(read_manifest(folder)["cells"]):
+        if not (folder / MANIFEST).is_file() or len(cell_states(folder)) < len(read_manifest(folder).units):
             continue
         metrics = read_metrics(folder)
         metrics = metrics[(metrics.status == "ok") & metrics.target_kind.isin(["matrix", "baseline"])].copy()

@@ -83,15 +83,15 @@ def trainings() -> list[list[Job]]:
 
 def run_training(jobs: list[Job], studies: Path) -> float:
     """Train and ablate at every checkpoint; returns the CPU seconds it took."""
-    from harness.compose import compose_config
-    from harness.execution.runner import run
+    from harness.engine.run import RunOptions, run
+    from harness.measurements import ABLATION, compose_settings
     from harness.models.recall_training import ensure_trained
 
     started = time.process_time()
     for job in jobs:
-        config = compose_config(job.overrides(studies))
-        ensure_trained(config.model.recall, progress=False)
-        run(config, progress=False, report_to=lambda line: None)
+        settings = compose_settings(ABLATION, job.overrides(studies))
+        ensure_trained(settings.model.recall, progress=False)
+        run(ABLATION, settings, RunOptions(progress=False, say=lambda line: None, tidy=True))
     return time.process_time() - started
 
 

@@ -17,15 +17,18 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from harness.execution.manifest import MANIFEST, read_manifest
-from harness.spectral.regions import Region
-from harness.tables.parts import MERGED_LIST, MERGED_PREFIX, cells_file, open_writer
-from harness.tables.schema import TABLES, arrow_schema, blank_row
-from harness.tables.store import write_cell
+from harness.engine.manifest import MANIFEST, Manifest, read_manifest
+from harness.measurements.ablation.cells import Cell
+from harness.measurements.ablation.tables import TABLES
+from harness.measurements.ablation.units import frozen_cells
+from harness.spectral.regions import Decile
+from harness.tables.parts import MERGED_LIST, MERGED_PREFIX, open_writer, units_file
+from harness.tables.store import write_unit
 
 HERE = Path(__file__).parent
 TASKS = {f"window_{n}": n for n in range(16, 61, 3)}  # 15 tasks
@@ -60,47 +63,45 @@ def overrides(work: Path) -> list[str]:
     ]
 
 
-def rows_of(manifest: dict, cell: list, rng: np.random.Generator) -> tuple[dict, dict]:
+def rows_of(manifest: Manifest, cell: Cell, rng: np.random.Generator) -> tuple[dict, dict]:
     """Made-up rows of one cell for both tables, as a run would write them."""
-    cell_id, target, region, task = cell
-    of, what = manifest["targets"][target], manifest["regions"][region]
-    scores, name = rng.normal(3, 1, EXAMPLES), list(manifest["tasks"])[task]
+    target, region, scores = cell.ablation.target, cell.ablation.region, rng.normal(3, 1, EXAMPLES)
+    start, stop = (region.start, region.stop) if isinstance(region, Decile) else (None, None)
     row = {
-        **blank_row(), "study_id": manifest["study_id"], "cell_id": cell_id, "task": name,
+        **TABLES["metrics"].blank(), "study_id": manifest.id, "cell_id": cell.id, "task": cell.task,
         "metric": "perplexity", "status": "ok", "value": float(np.exp(scores.mean())), "stderr": 0.1,
-        "n": EXAMPLES, "model": "random", "target": of["label"], "target_kind": of["kind"], "block": of["block"],
-        "layer_type": of["layer_type"], "n_matrices": len(of["matrices"]), "higher_is_better": False,
-        "region": Region(**{**what, "reference": what["reference"] and Region(**what["reference"])}).label,
-        "region_by": what["by"], "region_kind": what["kind"], "fraction_start": what["start"],
-        "fraction_stop": what["stop"], "region_seed": what["seed"], "seconds": 0.1, "dtype": "float32",
+        "n": EXAMPLES, "model": "random", "target": target.label, "target_kind": target.kind, "block": target.block,
+        "layer_type": target.layer_type, "n_matrices": len(target.matrices), "higher_is_better": False,
+        "region": region.label, "region_by": region.by, "region_kind": region.kind, "fraction_start": start,
+        "fraction_stop": stop, "region_seed": getattr(region, "seed", None), "seconds": 0.1, "dtype": "float32",
         "edit": "weight",
         "settings": '{"attn_implementation": null, "dtype": "float32", "numbers_version": 1}',
     }
-    if of["kind"] != "baseline":
+    if not cell.is_baseline:
         row |= {"baseline": 20.0, "delta": row["value"] - 20.0, "delta_stderr": 0.1, "p_value": 0.5}
     examples = {
-        "study_id": manifest["study_id"], "cell_id": cell_id, "task": name, "metric": "perplexity",
+        "study_id": manifest.id, "cell_id": cell.id, "task": cell.task, "metric": "perplexity",
         "example_id": [f"window-{i}" for i in range(EXAMPLES)], "score": scores, "weight": np.ones(EXAMPLES),
     }
     return row, examples
 
 
-def write_loose(folder: Path, manifest: dict, cells: list) -> tuple[float, float]:
+def write_loose(folder: Path, manifest: Manifest, cells: Sequence[Cell]) -> tuple[float, float]:
     """One file per cell and table, by the store's writer; returns wall and processor seconds per cell."""
     rng = np.random.default_rng(0)
     started, before = time.perf_counter(), time.process_time()
     for cell in cells:
         row, examples = rows_of(manifest, cell, rng)
-        write_cell(folder, cell[0], [row], examples)
+        write_unit(folder, TABLES, cell.id, {"metrics": [row], "examples": examples})
     return (time.perf_counter() - started) / len(cells), (time.process_time() - before) / len(cells)
 
 
-def write_merged(folder: Path, manifest: dict, cells: list) -> None:
+def write_merged(folder: Path, manifest: Manifest, cells: Sequence[Cell]) -> None:
     """One part per table, as `harness compact` leaves them."""
     import pyarrow as pa
 
-    rng, columns = np.random.default_rng(1), {table: {} for table in TABLES}
-    for cell in sorted(cells):
+    rng, columns = np.random.default_rng(1), {table: {} for table in TABLES.names()}
+    for cell in sorted(cells, key=lambda cell: cell.id):
         row, examples = rows_of(manifest, cell, rng)
         for name, value in row.items():
             columns["metrics"].setdefault(name, []).append(value)
@@ -108,9 +109,10 @@ def write_merged(folder: Path, manifest: dict, cells: list) -> None:
             columns["examples"].setdefault(name, []).extend([value] * EXAMPLES if isinstance(value, str) else value)
     for table, content in columns.items():
         part = folder / table / f"{MERGED_PREFIX}0.parquet"
-        with open_writer(part, table) as writer:
-            writer.write_table(pa.Table.from_pydict(content, schema=arrow_schema(table)), row_group_size=200_000)
-        cells_file(part).write_text("\n".join(sorted(cell[0] for cell in cells)))
+        with open_writer(part, TABLES, table) as writer:
+            writer.write_table(pa.Table.from_pydict(content, schema=TABLES.arrow_schema(table)),
+                               row_group_size=200_000)
+        units_file(part).write_text("\n".join(sorted(cell.id for cell in cells)))
         (folder / table / MERGED_LIST).write_text(part.name)
 
 
@@ -140,7 +142,7 @@ def main() -> None:
         writer.writerow(["cells", "step", "seconds", "processor_seconds"])
 
         def note(step: str, seconds: tuple[float, float]) -> None:
-            row = [len(read_manifest(study)["cells"]) if (study / MANIFEST).exists() else "", step,
+            row = [len(read_manifest(study).units) if (study / MANIFEST).exists() else "", step,
                    *(f"{one:.4g}" for one in seconds)]
             writer.writerow(row)
             file.flush()
@@ -149,7 +151,8 @@ def main() -> None:
         note("plan --freeze", timed("plan", "--freeze", *settings))
         note("plan", timed("plan", *settings))
         manifest = read_manifest(study)
-        loose, merged = manifest["cells"][: arguments.loose], manifest["cells"][arguments.loose :]
+        cells = frozen_cells(manifest.content)
+        loose, merged = cells[: arguments.loose], cells[arguments.loose :]
         note(f"write {len(loose)} cells, per cell", write_loose(study, manifest, loose))
         if merged:
             write_merged(study, manifest, merged)

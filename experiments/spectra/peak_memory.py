@@ -35,12 +35,13 @@ def peak_mib(arguments: list[str], log: Path) -> float:
 
 def model_mib(assets: Path, dtype: str) -> float:
     """Size of the model's weights in `dtype`."""
-    from harness.config import ModelConfig
     from harness.models.families import skeleton
-    from harness.models.loading import TORCH_DTYPES, describe
+    from harness.models.loading import TORCH_DTYPES, describe_model
+    from harness.models.settings import ModelSettings
 
-    config = describe(ModelConfig(name=str(assets / "models"), gguf_file=GGUF)).config
-    return sum(p.numel() for p in skeleton(config).parameters()) * TORCH_DTYPES[dtype].itemsize / 2**20
+    description = describe_model(ModelSettings(name=str(assets / "models"), gguf_file=GGUF))
+    n = sum(p.numel() for p in skeleton(description.config, description.family).parameters())
+    return n * TORCH_DTYPES[dtype].itemsize / 2**20
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from harness.execution.spectrum_rows import spectrum_of, vectors_of
+from harness.measurements.spectra.rows import spectrum_of, vectors_of
 from harness.spectral.decomposition import decompose
 
 SHAPES = ("1024x1024", "2048x2048", "4096x4096")

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -30,30 +29,31 @@ from typing import Any
 
 import numpy as np
 
-from harness.compose import compose_config
-from harness.config import AdaptiveConfig
+from harness.engine.manifest import read_manifest
+from harness.engine.run import RunOptions, run
 from harness.evaluation.adaptive import draw, measure_sampled
-from harness.evaluation.requests import ExampleScores, PreparedTask, Request, Scores
-from harness.execution.runner import run
-from harness.tables.reader import read_examples, read_metrics
+from harness.evaluation.requests import ExampleScores, Request, ScoredTask, Scores
+from harness.evaluation.settings import AdaptiveSettings
+from harness.measurements import ABLATION, compose_settings
+from harness.measurements.ablation.tables import read_examples, read_metrics
 
 PRECISIONS = {
-    "20 % or 1 %": AdaptiveConfig(relative=0.2, of_baseline=0.01),
-    "10 % or 0.5 %": AdaptiveConfig(),
-    "5 % or 0.2 %": AdaptiveConfig(relative=0.05, of_baseline=0.002),
-    "sign or 0.2 %": AdaptiveConfig(relative=None, of_baseline=0.002, sign=True),
+    "20 % or 1 %": AdaptiveSettings(relative=0.2, of_baseline=0.01),
+    "10 % or 0.5 %": AdaptiveSettings(),
+    "5 % or 0.2 %": AdaptiveSettings(relative=0.05, of_baseline=0.002),
+    "sign or 0.2 %": AdaptiveSettings(relative=None, of_baseline=0.002, sign=True),
 }
-POINTS = {f"{points} points": AdaptiveConfig(relative=None, of_baseline=None, absolute=points / 100)
+POINTS = {f"{points} points": AdaptiveSettings(relative=None, of_baseline=None, absolute=points / 100)
           for points in (5, 3, 2, 1)}  # of an accuracy
 BOUNDED = ("accuracy",)
 
 
-def precisions_of(metric: str) -> tuple[dict[str, AdaptiveConfig], str]:
+def precisions_of(metric: str) -> tuple[dict[str, AdaptiveSettings], str]:
     """What to replay, and which of them the run in adaptive mode uses."""
     return (POINTS, "2 points") if metric in BOUNDED else (PRECISIONS, "10 % or 0.5 %")
 
 
-def replay_task(tokens: np.ndarray, metric: str) -> PreparedTask:
+def replay_task(tokens: np.ndarray, metric: str) -> ScoredTask:
     """A task with examples of so many tokens, which are their weights, whose scores come from a table."""
     requests = [Request(np.zeros(int(n), np.int64), np.array([int(n) - 1]), np.array([0])) for n in tokens]
 
@@ -61,11 +61,11 @@ def replay_task(tokens: np.ndarray, metric: str) -> PreparedTask:
         transform = "exp" if metric.endswith("perplexity") else "identity"
         return {metric: ExampleScores(scores.logprob, tokens, transform, bounds=(0, 1) if metric in BOUNDED else None)}
 
-    return PreparedTask("replay", {}, requests, [str(i) for i in range(len(tokens))], measure)
+    return ScoredTask("replay", {}, requests, [str(i) for i in range(len(tokens))], measure)
 
 
 def replayed(
-    ablated: np.ndarray, baseline: np.ndarray, tokens: np.ndarray, batch_tokens: int, settings: AdaptiveConfig,
+    ablated: np.ndarray, baseline: np.ndarray, tokens: np.ndarray, batch_tokens: int, settings: AdaptiveSettings,
     seed: int, metric: str = "token_perplexity",
 ) -> tuple[int, bool]:
     """Examples used in one random order, and whether the interval holds the delta of all."""
@@ -112,7 +112,7 @@ def compare(
         chosen = np.random.default_rng(0).integers(0, len(tokens), resample)
         scores, tokens = {cell: score[chosen] for cell, score in scores.items()}, tokens[chosen]
     if batch_tokens is None:
-        batch_tokens = json.loads((exact / "manifest.json").read_text())["config"]["runtime"]["batch_tokens"]
+        batch_tokens = read_manifest(exact).settings["runtime"]["batch_tokens"]
     (baseline,) = metrics.index[metrics["target_kind"] == "baseline"]
     ran = None
     if adaptive is not None:
@@ -146,6 +146,10 @@ def compare(
     return sorted(lines, key=lambda line: (("large", "bulk", "small").index(line["region_kind"])
                                            if line["region_kind"] in ("large", "bulk", "small") else 3,
                                            line["target"], line["region"]))
+
+
+def run_study(overrides: list[str]) -> None:
+    run(ABLATION, compose_settings(ABLATION, overrides), RunOptions(progress=False, tidy=True))
 
 
 def _median(values: Iterable[float]) -> str:
@@ -209,13 +213,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of the study, behind --")
     args = parser.parse_args()
     if args.overrides:
-        run(compose_config([*args.overrides, f"output={args.exact}"]), progress=False)
+        run_study([*args.overrides, f"output={args.exact}"])
         if args.adaptive is not None:
             precisions, default = precisions_of(args.metric)
             tolerances = [f"runtime.adaptive.{key}={'null' if value is None else value}"
                           for key, value in dataclasses.asdict(precisions[default]).items()]
-            run(compose_config([*args.overrides, f"output={args.adaptive}", "runtime.precision=adaptive", *tolerances]),
-                progress=False)
+            run_study([*args.overrides, f"output={args.adaptive}", "runtime.precision=adaptive", *tolerances])
     lines = compare(args.exact, args.adaptive, args.task, args.orders, args.batch_tokens, args.metric,
                     args.resample)
     name = args.name or lines[0]["model"]

@@ -8,7 +8,7 @@ Writes contest.csv, parts.csv, scaling.csv, contest.png and README.md beside thi
 weights and data are looked for in --assets ($HARNESS_ASSETS, ../shared).
 
 Contestants, per cell (one ablation on one task), all at one thread in float32:
-  harness  this repository: `run_cells`, with everything that it does, rows on disk included
+  harness  this repository: `measure_units`, with everything that it does, rows on disk included
   ideal    a per-cell loop as good as it can be without resuming: the same packing and head, model kept loaded,
            cached decompositions; every block runs for every cell
   naive    a fresh copy of the model, a full float32 SVD, batches of whole sequences, full logits
@@ -49,18 +49,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 
-from harness.config import Config, ModelConfig, RegionConfig, RuntimeConfig, TargetConfig, validate
+from harness.engine import run as engine_run
+from harness.engine.measurement import Context
+from harness.engine.ranks import Ranks
 from harness.evaluation import scoring
-from harness.evaluation.requests import Request, TaskContext
-from harness.evaluation.scoring import Scorer, scorer_of
-from harness.execution import decompositions, planning, runner
-from harness.execution.ablating import ablated
-from harness.execution.costs import study_costs
-from harness.execution.planned import PlannedStudy, plan
-from harness.execution.planning import measure_rates, study_cost
-from harness.execution.study import Ablation, group_by_ablation
-from harness.models.loading import LoadedModel, load
-from harness.task_config import LmEvalTask, TextTask
+from harness.evaluation.requests import Request, TaskContext, scored_tasks
+from harness.evaluation.scoring import Scorer
+from harness.evaluation.settings import RuntimeSettings
+from harness.measurements import ABLATION
+from harness.measurements.ablation import forecast, measure
+from harness.measurements.ablation.cells import group_by_ablation
+from harness.measurements.ablation.region_settings import RegionSettings
+from harness.measurements.ablation.settings import StudySettings
+from harness.measurements.ablation.units import Study, plan
+from harness.models import decompositions
+from harness.models.editing import Ablation, ablated
+from harness.models.loading import LoadedModel
+from harness.models.settings import ModelSettings
+from harness.models.targets import TargetSettings
+from harness.spectral.regions import select
+from harness.spectral.regions.fraction import FractionRule
+from harness.tasks.lm_eval.task import LmEvalTask
+from harness.tasks.text import TextTask
 
 RANKS = (0.1, 0.2, 0.4, 0.8, 0.9, 0.95, 0.99)  # of the rank, removed: the seven of conf/region/laser.yaml
 SHARES = ((0.1, 0.8, 0.99), (0.2, 0.9), (0.4, 0.95))  # of the repeats
@@ -118,11 +128,18 @@ class Clock:
 @contextmanager
 def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None]) -> Iterator[None]:
     """The runner with its parts timed; `after_ablation` runs with the clock of the harness stopped."""
-    measure, run_ablation, apply = runner.measure_in_memory, runner._run_ablation, runner.ablated
+    start, outcome, ablation, apply = (
+        measure.CellRun.__init__, measure.CellRun.outcome, measure.CellRun.ablation, measure.ablated
+    )
 
-    def measure_timed(cell, task, *args):
+    def start_timed(self, *args):
+        start(self, *args)
+        self.tasks = {name: dataclasses.replace(task, measure=clock.wrap("tasks", task.measure))
+                      for name, task in self.tasks.items()}
+
+    def outcome_timed(self, cell):
         with clock.part("other", cell.task):
-            return measure(cell, dataclasses.replace(task, measure=clock.wrap("tasks", task.measure)), *args)
+            return outcome(self, cell)
 
     @contextmanager
     def ablated_timed(*args):
@@ -133,11 +150,12 @@ def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None
             with clock.part("edit"):
                 stack.close()
 
-    def run_ablation_timed(ablation, cells, planned, scorer, *args):
+    def ablation_timed(self, what, cells):
+        # the rows of a cell are written before the next cell is asked for, so inside this part too
         with clock.part("other", contestant="harness"):
-            run_ablation(ablation, cells, planned, scorer, *args)
+            yield from ablation(self, what, cells)
         with clock.part("other", "", "nobody"):
-            after_ablation(ablation, scorer)
+            after_ablation(what, self.scorer)
 
     with ExitStack() as stack:
         for owner, name, replacement in (
@@ -146,10 +164,12 @@ def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None
             (Scorer, "_final_hidden", _method(clock, "forward", Scorer._final_hidden)),
             (Scorer, "advance", _method(clock, "forward", Scorer.advance)),
             (scoring, "read", clock.wrap("head", scoring.read)),
-            (runner.RowWriter, "write", _method(clock, "I/O", runner.RowWriter.write)),
-            (runner, "measure_in_memory", measure_timed),
-            (runner, "ablated", ablated_timed),
-            (runner, "_run_ablation", run_ablation_timed),
+            (measure.RowMaker, "measured", _method(clock, "I/O", measure.RowMaker.measured)),
+            (engine_run, "_write", clock.wrap("I/O", engine_run._write)),
+            (measure, "ablated", ablated_timed),
+            (measure.CellRun, "__init__", start_timed),
+            (measure.CellRun, "outcome", outcome_timed),
+            (measure.CellRun, "ablation", ablation_timed),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
@@ -196,18 +216,20 @@ def naive_scores(clock: Clock, loaded: LoadedModel, ablation: Ablation, indices:
 class Hflm:
     """lm-evaluation-harness on the model as it is at the moment of the call."""
 
-    def __init__(self, loaded: LoadedModel, planned: PlannedStudy, batch_size: dict[str, int] | None) -> None:
+    def __init__(self, loaded: LoadedModel, study: Study, batch_size: dict[str, int] | None) -> None:
         from lm_eval.models.huggingface import HFLM
 
         self.lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8, device="cpu")
-        context = TaskContext(planned.tokenizer, planned.description.config, planned.description.context_length)
-        self.requests = {name: list(task.requests) for name, task in planned.tasks.items()}
+        description = study.description
+        context = TaskContext(study.prepared.tokenizer, description.config, description.context_length,
+                              description.family.kind)
+        self.requests = {name: list(task.requests) for name, task in scored_tasks(study.tasks).items()}
         self.instances = {
-            name: _instances(name, config, context)
-            for name, config in planned.study.config.tasks.items() if isinstance(config, LmEvalTask)
+            name: _instances(name, task, context)
+            for name, task in study.settings.tasks.items() if isinstance(task, LmEvalTask)
         }
         self.batch_size = {
-            name: min((8, 32), key=lambda size: self._seconds(name, size)) for name in planned.tasks
+            name: min((8, 32), key=lambda size: self._seconds(name, size)) for name in study.tasks
         } if batch_size is None else batch_size
 
     def _seconds(self, name: str, size: int) -> float:
@@ -230,15 +252,16 @@ class Hflm:
         return np.array([answer[0] for answer in answers])
 
 
-def _instances(name: str, config: LmEvalTask, context: TaskContext) -> list[Any]:
+def _instances(name: str, asked: LmEvalTask, context: TaskContext) -> list[Any]:
     """The Instances of a task, as lm-eval itself builds them."""
-    from harness.evaluation import lm_eval_registry, lm_eval_tasks
+    from harness.tasks.lm_eval import index
+    from harness.tasks.lm_eval import task as lm_eval_task
 
-    found = lm_eval_registry.load(name, config)
+    found = index.load(name, asked)
     instances = []
     for task_name, task in found.tasks.items():
-        lm_eval_tasks._check(name, task, config, alone=found.single)
-        part = lm_eval_tasks._part(name, task_name, task, config, context)
+        lm_eval_task._check(name, task, asked, alone=found.single)
+        part = lm_eval_task._part(name, task_name, task, asked, context)
         instances += [instance for doc in part.docs for instance in doc]
     return instances
 
@@ -257,15 +280,16 @@ def machine_rate(repeats: int = 3) -> float:
     return 2.0 * 1024 * 768 * 3072 / statistics.median(taken)
 
 
-def repeat(grid: str, number: int, config: Config, loaded: LoadedModel | None, n_samples: int,
+def repeat(grid: str, number: int, settings: StudySettings, loaded: LoadedModel | None, n_samples: int,
            batch_sizes: dict[str, dict[str, int]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], LoadedModel]:
     """Rows of contest.csv and parts.csv for one study of the grid with its rivals at a sample of ablations."""
-    planned = plan(validate(config))
-    loaded = loaded or load(config.model, planned.description, planned.tokenizer)
-    groups = group_by_ablation([cell for cell in planned.study.cells if not cell.is_baseline])
+    study = plan(settings)
+    tasks = scored_tasks(study.tasks)
+    loaded = loaded or measure.open_session(study, Ranks(), False)
+    groups = group_by_ablation([cell for cell in study.units if not cell.is_baseline])
     chosen = {groups[i][0] for i in random.Random(number).sample(range(len(groups)), n_samples)}
-    ideal = scorer_of(loaded, planned.tasks, dataclasses.replace(config.runtime, reuse=False))
-    hflm = Hflm(loaded, planned, batch_sizes.get(grid))
+    ideal = Scorer(loaded, tasks, dataclasses.replace(settings.runtime.scoring(), reuse=False))
+    hflm = Hflm(loaded, study, batch_sizes.get(grid))
     batch_sizes[grid] = hflm.batch_size
     clock, rates = Clock(), [machine_rate()]
     differences: dict[tuple[str, str], float] = defaultdict(float)
@@ -278,14 +302,14 @@ def repeat(grid: str, number: int, config: Config, loaded: LoadedModel | None, n
         (name,) = ablation.target.matrices
         matrix = next(m for m in loaded.matrices if m.name == name)
         sigma = cache(matrix).sigma
-        indices = runner_select(ablation, sigma, matrix.shape)
-        for task in planned.tasks:
+        indices = select(ablation.region, sigma, matrix.shape)
+        for task in tasks:
             with ablated(loaded, ablation, cache):
                 ours = scorer.score(task, ablation.target.first_block).request_logprob()
             for rival in random.Random(task).sample(CONTESTANTS[1:], 3):
                 if rival == "naive":
                     with clock.part("other", task, rival):
-                        theirs = naive_scores(clock, loaded, ablation, indices, list(planned.tasks[task].requests))
+                        theirs = naive_scores(clock, loaded, ablation, indices, list(tasks[task].requests))
                 else:
                     with ExitStack() as stack:
                         with clock.part("edit", task, rival):
@@ -299,24 +323,17 @@ def repeat(grid: str, number: int, config: Config, loaded: LoadedModel | None, n
 
     with instrumented(clock, rivals), clock.part("other", "", "harness"):
         started = time.perf_counter()
-        runner.run_cells(planned, loaded, list(planned.study.cells), progress=False)
+        engine_run.measure_units(ABLATION, study, study.units, Context(loaded))
         wall = time.perf_counter() - started
-    return _rows(grid, number, planned, clock, len(groups), n_samples, rates, differences, wall) + (loaded,)
+    return _rows(grid, number, study, clock, len(groups), n_samples, rates, differences, wall) + (loaded,)
 
 
-def runner_select(ablation: Ablation, sigma: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    from harness.spectral.regions import select
-
-    return select(ablation.region, sigma, shape)
-
-
-def _rows(grid, number, planned, clock, n_ablations, n_samples, rates, differences, wall):
+def _rows(grid, number, study, clock, n_ablations, n_samples, rates, differences, wall):
     """Seconds per ablation of the whole grid; what the harness spends on no single task is shared equally."""
-    tasks = list(planned.tasks)
-    costs = study_costs(planned.study.config, planned.description, planned.matrices, planned.tasks)
+    tasks, costs = list(study.tasks), study.costs
     n_blocks = len(next(iter(costs.passes.values()))) - 1
     ablations = [ablation for ablation, _ in group_by_ablation(
-        [cell for cell in planned.study.cells if not cell.is_baseline])]
+        [cell for cell in study.units if not cell.is_baseline])]
     seconds = defaultdict(float)
     for (contestant, task, part), value in clock.seconds.items():
         if contestant not in CONTESTANTS:
@@ -357,12 +374,12 @@ def _tasks(assets: Path, windows: int, questions: int, few_shot: int) -> dict[st
     return tasks
 
 
-def _config(model: str, tasks: dict[str, Any], ranks: tuple[float, ...]) -> Config:
-    return Config(
-        model=ModelConfig(name=model, device="cpu", dtype="float32"),
-        target=TargetConfig(kind="matrix", layer_types=["up_proj", "down_proj"]),
-        region=RegionConfig(by="fraction", kinds=["small"], values=list(ranks), controls=[]),
-        tasks=tasks, runtime=RuntimeConfig(cache_gib=0.0, threads=1),
+def _settings(model: str, tasks: dict[str, Any], ranks: tuple[float, ...], output: str) -> StudySettings:
+    return StudySettings(
+        model=ModelSettings(name=model, device="cpu", dtype="float32"),
+        target=TargetSettings(kind="matrix", layer_types=["up_proj", "down_proj"]),
+        region=RegionSettings("fraction", FractionRule(kinds=["small"], values=list(ranks)), controls=[]),
+        tasks=tasks, runtime=RuntimeSettings(cache_gib=0.0, threads=1), output=output,
     )
 
 
@@ -392,16 +409,15 @@ def scaling(assets: Path, folder: Path) -> list[dict[str, Any]]:
                              ).save_pretrained(where)
             tokenizer.save_pretrained(where)
         output = str(folder / f"study-{n_blocks}-{n_ranks}")
-        config = dataclasses.replace(_config(str(where), tasks, RANKS[:n_ranks]), output=output)
-        planned = plan(validate(config))
-        loaded = load(config.model, planned.description, planned.tokenizer)
-        cost = study_cost(planned)
-        with mock.patch.object(planning.time, "perf_counter", time.process_time):
-            rates = measure_rates(torch.device("cpu"), torch.float32, (768, 288))
+        study = plan(_settings(str(where), tasks, RANKS[:n_ranks], output))
+        loaded = measure.open_session(study, Ranks(), False)
+        cost = forecast.forecast(study)
+        with mock.patch.object(forecast.time, "perf_counter", time.process_time):
+            rates = forecast.measure_rates(torch.device("cpu"), torch.float32, (768, 288))
         started = time.process_time()
-        runner.run_cells(planned, loaded, list(planned.study.cells), progress=False)
+        engine_run.measure_units(ABLATION, study, study.units, Context(loaded))
         taken = time.process_time() - started
-        rows.append({"n_blocks": n_blocks, "ranks": n_ranks, "cells": len(planned.study.cells), "seconds": taken,
+        rows.append({"n_blocks": n_blocks, "ranks": n_ranks, "cells": len(study.units), "seconds": taken,
                      "predicted_seconds": cost.seconds(rates), "predicted_flops": cost.resumed})
         print(rows[-1], flush=True)
     return rows
@@ -623,8 +639,8 @@ def compete(arguments: argparse.Namespace) -> None:
         for number, ranks in enumerate(SHARES[:1] if arguments.quick else SHARES):
             for grid, (model, tasks) in grids.items():
                 output = Path(temporary) / f"study-{len(contest)}"
-                config = dataclasses.replace(_config(model, tasks, ranks), output=str(output))
-                rows, of_parts, models[grid] = repeat(grid, number, config, models.get(grid), arguments.samples,
+                settings = _settings(model, tasks, ranks, str(output))
+                rows, of_parts, models[grid] = repeat(grid, number, settings, models.get(grid), arguments.samples,
                                                        batch_sizes)
                 contest += rows
                 parts += of_parts

@@ -1,1 +1,1 @@
-"""From a task to requests, from requests to scores, from scores to metrics and paired statistics."""
+"""The scoring pass: from the requests of a task to scores, and from scores to metrics and paired statistics."""

@@ -1,10 +1,13 @@
-"""Measuring a cell on as many examples as its precision needs: groups of examples in a fixed random order.
+"""Adaptive precision: measure a cell on as many examples as its precision needs.
 
-The baseline is measured on every example, once, so that its metrics are known exactly for the set at hand. A cell is
-then scored group by group, and what is estimated is its delta over the whole set, from the differences of the examples
-drawn so far (`sequential`). With s the scores, w the weights (which no model changes) and W their sum over the set,
-delta of R = sum(s) / W is the mean over the set of N (s_ablated - s_baseline) / W; for a perplexity the interval of
-that delta is carried through exp(R_baseline) (exp(.) - 1), which is monotone and thus exact.
+The baseline is measured once on every example, so that its metrics are known exactly for this set of examples. An
+ablated model is then scored on one group of examples after the other, in a fixed random order. After each group its
+delta over the whole set is estimated from the differences of the examples that were drawn so far (see `sequential`).
+
+Let s be the scores of the N examples and w their weights, which do not depend on the model, with the sum W. A metric is
+R = sum(s) / W, and its delta is the mean over the set of N (s_ablated - s_baseline) / W. A perplexity is exp(R): its
+delta is exp(R_baseline) (exp(delta of R) - 1). This function is monotone, so that it maps the ends of the interval of
+the one delta to those of the other, with the same confidence.
 """
 
 from __future__ import annotations
@@ -15,34 +18,39 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from harness.config import AdaptiveConfig, RuntimeConfig
-from harness.evaluation.requests import ExampleScores, PreparedTask, Request, Scores
+from harness.evaluation.requests import ExampleScores, Request, ScoredTask, Scores
 from harness.evaluation.sequential import Interval, bounded_mean_interval, mean_interval, zero_mean_evidence
+from harness.evaluation.settings import AdaptiveSettings
 from harness.evaluation.statistics import estimate, paired
 
-ORDER_STREAM = 71  # keeps the order apart from other uses of the study's seed
-LOOK_GROWTH = 1.1  # examples from one look to the next, where groups are smaller: looking costs time too
+ORDER_STREAM = 71  # a number beside the study's seed, so that no other use of that seed draws the same numbers
+LOOK_GROWTH = 1.1  # the growth of the number of examples from one test to the next: the test costs time, too
 
 
 @dataclass(frozen=True)
 class Draws:
-    """One task in its fixed random order. examples: for each group, the indices of its examples in the order of
-    drawing, int64; requests: those of their requests, ascending. tasks: the groups as tasks of their own, named
-    "<task>#<group>", for the scorer."""
+    """One task with its examples in a fixed random order, cut into groups.
 
-    task: PreparedTask
+    examples: for each group, the indices of its examples in the order of drawing, int64. requests: for each group, the
+    indices of the requests of its examples in ascending order, int64. tasks: the groups as tasks named
+    "<task>#<group>". They are for the scorer alone, because their `measure` is that of the whole task.
+    """
+
+    task: ScoredTask
     examples: tuple[np.ndarray, ...]
     requests: tuple[np.ndarray, ...]
-    tasks: tuple[PreparedTask, ...]
+    tasks: tuple[ScoredTask, ...]
 
 
 @dataclass(frozen=True)
 class SampledMetric:
-    """A metric over the whole set, estimated from n of its n_available examples.
+    """A metric over the whole set of examples, estimated from n of its n_available examples.
 
-    value, delta and their standard errors: in the metric's own unit; the standard errors are of the set as a sample of
-    what it stands for, as in `statistics`, and grow with what was not drawn. low, high: the always-valid interval of
-    the whole set's delta, infinite where nothing can be said yet. p_value: of delta = 0, valid at any time of stopping.
+    value, baseline, delta: in the metric's own unit. stderr, delta_stderr: standard errors in the same unit, for the
+        set as a sample of a larger population, as in `statistics`; they are larger the more examples were not drawn.
+        None for a single example.
+    low, high: the interval of the delta of the whole set, which is valid whenever one stops; infinite if nothing can
+        be said yet. p_value: for the hypothesis delta = 0, also valid whenever one stops.
     """
 
     value: float
@@ -59,19 +67,23 @@ class SampledMetric:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What an adaptive cell gives. used: int64 [n], ascending indices of the examples scored; scores: theirs alone;
-    metrics: without those of which no example was drawn (a small part of a task made of parts)."""
+    """The result of an adaptive cell.
+
+    used: int64 [n], the indices of the examples that were scored, in ascending order. scores: metric -> the scores of
+    these examples. metrics: metric -> its estimate; a metric is absent if none of its examples was drawn, which happens
+    in a small part of a task that is made of parts.
+    """
 
     used: np.ndarray
     scores: dict[str, ExampleScores]
     metrics: dict[str, SampledMetric]
 
 
-def draw(task: PreparedTask, batch_tokens: int, seed: int) -> Draws:
-    """The order and the groups: consecutive examples of a seeded permutation, about `batch_tokens` tokens each, where
-    what a request shares with the one before it in its example counts once.
+def draw(task: ScoredTask, batch_tokens: int, seed: int) -> Draws:
+    """Draw the order of a task's examples from `seed`, and cut it into groups of about `batch_tokens` tokens.
 
-    Raises ValueError where a task has several requests per example and does not say which.
+    The tokens that a request shares with the request before it in the same example count once. Raises ValueError if a
+    task has several requests per example and does not say which belong together.
     """
     n = len(task.example_ids)
     example_of = np.arange(n) if task.example_of is None else np.asarray(task.example_of)
@@ -88,14 +100,14 @@ def draw(task: PreparedTask, batch_tokens: int, seed: int) -> Draws:
     groups.append(order[start:])
     requests = tuple(np.flatnonzero(np.isin(example_of, group)) for group in groups)
     tasks = tuple(
-        replace(task, name=f"{task.name}#{i}", requests=[task.requests[j] for j in members], measure=None)
+        replace(task, name=f"{task.name}#{i}", requests=[task.requests[j] for j in members.tolist()])
         for i, members in enumerate(requests)
     )
     return Draws(task, tuple(groups), requests, tasks)
 
 
 def _fed(requests: Sequence[Request], example_of: np.ndarray) -> list[int]:
-    """Tokens of each request behind the prefix that it shares with the request before it in the same example."""
+    """Return the number of tokens of each request, without the prefix shared with the previous one of its example."""
     last: dict[int, np.ndarray] = {}
     sizes = []
     for request, example in zip(requests, example_of):
@@ -111,7 +123,10 @@ def _fed(requests: Sequence[Request], example_of: np.ndarray) -> list[int]:
 
 
 def score_all(draws: Draws, score: Callable[[str], Scores]) -> Scores:
-    """Scores of every request of the task, group by group. score: name of a group's task -> its Scores."""
+    """Score every request of the task, group by group.
+
+    score: a function from the name of a group's task to its Scores.
+    """
     filled = _empty(draws.task)
     for members, group in zip(draws.requests, draws.tasks):
         filled = _filled(filled, members, score(group.name))
@@ -119,12 +134,13 @@ def score_all(draws: Draws, score: Callable[[str], Scores]) -> Scores:
 
 
 def measure_sampled(
-    draws: Draws, score: Callable[[str], Scores], baseline: Scores, settings: AdaptiveConfig
+    draws: Draws, score: Callable[[str], Scores], baseline: Scores, settings: AdaptiveSettings
 ) -> Sampled:
-    """Score group by group until the delta of the first metric is decided, or nothing is left.
+    """Score one group after the other until the delta of the first metric is decided, or no group is left.
 
-    baseline: of `score_all` under the unedited model. What has not been scored keeps the baseline's scores, so that
-    `measure` meets nothing strange; those examples are not read.
+    score: as in `score_all`. baseline: the result of `score_all` for the unedited model. Examples that have not been
+    scored keep the scores of the baseline, so that the task's `measure` has a number for each; their results are not
+    read.
     """
     task = draws.task
     reference = task.measure(baseline)
@@ -157,29 +173,39 @@ def measure_sampled(
 
 
 class Sampler:
-    """The draws of a study's tasks and, once measured, the baseline of each, for one process."""
+    """The draws of the tasks of a study and, once they are measured, the baselines of these tasks."""
 
-    def __init__(self, tasks: Mapping[str, PreparedTask], runtime: RuntimeConfig, seed: int) -> None:
-        self._settings = runtime.adaptive
-        self._draws = {name: draw(task, runtime.batch_tokens, seed) for name, task in tasks.items()}
+    def __init__(
+        self, tasks: Mapping[str, ScoredTask], settings: AdaptiveSettings, batch_tokens: int, seed: int
+    ) -> None:
+        self._settings, self._tasks = settings, dict(tasks)
+        self._draws = {name: draw(task, batch_tokens, seed) for name, task in tasks.items() if not task.whole}
         self._baselines: dict[str, Scores] = {}
 
-    def groups(self, tasks: Iterable[str]) -> dict[str, PreparedTask]:
-        """What the scorer is to know of some tasks: their groups."""
-        return {group.name: group for name in tasks for group in self._draws[name].tasks}
+    def draws(self, task: str) -> bool:
+        """Return whether a task may be measured on a part of its examples. A task that is `whole` may not."""
+        return task in self._draws
+
+    def groups(self, tasks: Iterable[str]) -> dict[str, ScoredTask]:
+        """Return the tasks that the scorer needs for some tasks: their groups, or the task itself if it is `whole`."""
+        known = (self._draws[name].tasks if self.draws(name) else (self._tasks[name],) for name in tasks)
+        return {task.name: task for of_task in known for task in of_task}
 
     def measure_baseline(self, task: str, score: Callable[[str], Scores]) -> dict[str, ExampleScores]:
-        """Every example, and remembered."""
+        """Score every example of a task, and keep the scores as its baseline. score: as in `score_all`."""
         self._baselines[task] = score_all(self._draws[task], score)
         return self._draws[task].task.measure(self._baselines[task])
 
     def measure(self, task: str, score: Callable[[str], Scores]) -> Sampled:
-        """As many examples as it takes; the task's baseline must have been measured."""
+        """Measure a task on as many examples as it takes, after `measure_baseline`. score: as in `score_all`."""
         return measure_sampled(self._draws[task], score, self._baselines[task], self._settings)
 
 
-def decided(interval: Interval, baseline: float, settings: AdaptiveConfig) -> bool:
-    """Whether an interval of a delta is as narrow as asked, or, if that is asked, on one side of zero."""
+def decided(interval: Interval, baseline: float, settings: AdaptiveSettings) -> bool:
+    """Return whether the interval of a delta is narrow enough to stop, or is on one side of zero if `sign` is set.
+
+    baseline: the value of the metric under the unedited model. interval, baseline: in the metric's own unit.
+    """
     if settings.sign and (interval.low > 0 or interval.high < 0):
         return True
     allowed = max(
@@ -187,13 +213,16 @@ def decided(interval: Interval, baseline: float, settings: AdaptiveConfig) -> bo
         (settings.relative or 0.0) * abs(interval.estimate),
         (settings.of_baseline or 0.0) * abs(baseline),
     )
-    # not <=: a delta and a tolerance that are both zero decide nothing
+    # if nothing is allowed nothing is decided, even for an interval of width zero
     return (interval.high - interval.low) / 2 <= allowed if allowed > 0 else False
 
 
 def delta_interval(ablated: ExampleScores, baseline: ExampleScores, drawn: np.ndarray, confidence: float) -> Interval:
-    """The whole set's delta in the metric's own unit. drawn: int64 [n], indices in the order of drawing; `ablated` is
-    read at these only, `baseline` everywhere."""
+    """Estimate the delta over the whole set, in the metric's own unit.
+
+    drawn: int64 [n], the indices of the examples in the order of drawing. `ablated` is read at these indices only,
+    `baseline` everywhere.
+    """
     inside = _inside(baseline)
     drawn = drawn[inside[drawn]]
     population, total = int(inside.sum()), float(baseline.weight.sum())
@@ -209,7 +238,7 @@ def delta_interval(ablated: ExampleScores, baseline: ExampleScores, drawn: np.nd
         found = mean_interval(change, population, confidence, known)
     if baseline.transform == "identity":
         return found
-    # a perplexity beyond float64 is infinite, as in `statistics`, and its row an error
+    # a perplexity that is too large for float64 is infinite, as in `statistics`; its row is then an error row
     with np.errstate(over="ignore", invalid="ignore"):
         value = np.exp(ratio)
         delta, low, high = (float(value * np.expm1(x)) for x in (found.estimate, found.low, found.high))
@@ -219,19 +248,20 @@ def delta_interval(ablated: ExampleScores, baseline: ExampleScores, drawn: np.nd
 def sampled_metric(
     ablated: ExampleScores, baseline: ExampleScores, drawn: np.ndarray, confidence: float, p_value: float
 ) -> SampledMetric:
-    """The metric of an adaptive cell; where every example was drawn, the numbers of `statistics` and no interval.
+    """Return the metric of an adaptive cell. If every example was drawn, these are the numbers of `statistics`.
 
-    Standard errors are those of double sampling with a difference estimator (Cochran, 3rd ed., section 12.6): the
-    spread over the whole set's examples, and what was not drawn.
+    drawn: as in `delta_interval`. The standard errors are those of double sampling with a difference estimator
+    (Cochran, Sampling Techniques, 3rd ed., section 12.6). They have two parts: the spread over the examples of the
+    whole set, and the uncertainty from the examples that were not drawn.
     """
     inside = _inside(baseline)
     population, reference = int(inside.sum()), estimate(baseline).value
     drawn = drawn[inside[drawn]]
     n = len(drawn)
     if n == population:
-        value, pair = estimate(ablated), paired(ablated, baseline)
+        whole, pair = estimate(ablated), paired(ablated, baseline)
         return SampledMetric(
-            value.value, value.stderr, reference, pair.delta, pair.stderr, pair.delta, pair.delta, p_value, n, n
+            whole.value, whole.stderr, reference, pair.delta, pair.stderr, pair.delta, pair.delta, p_value, n, n
         )
     interval = delta_interval(ablated, baseline, drawn, confidence)
     value = reference + interval.estimate
@@ -256,7 +286,7 @@ def _inside(baseline: ExampleScores) -> np.ndarray:
     return (baseline.weight != 0) | (baseline.score != 0)
 
 
-def _empty(task: PreparedTask) -> Scores:
+def _empty(task: ScoredTask) -> Scores:
     offsets = np.zeros(len(task.requests) + 1, dtype=np.int64)
     np.cumsum([len(request.targets) for request in task.requests], out=offsets[1:])
     n = int(offsets[-1])
@@ -265,7 +295,7 @@ def _empty(task: PreparedTask) -> Scores:
 
 
 def _filled(scores: Scores, members: np.ndarray, group: Scores) -> Scores:
-    """`scores` with the answers to requests `members` replaced by those of a group."""
+    """Return `scores` with the answers to the requests `members` replaced by those of a group."""
     entries = np.concatenate([np.arange(scores.offsets[i], scores.offsets[i + 1]) for i in members])
 
     def put(into: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -273,5 +303,5 @@ def _filled(scores: Scores, members: np.ndarray, group: Scores) -> Scores:
         into[entries] = values
         return into
 
-    rank = None if scores.rank is None else put(scores.rank, group.rank)
+    rank = None if scores.rank is None or group.rank is None else put(scores.rank, group.rank)
     return Scores(put(scores.logprob, group.logprob), put(scores.greedy, group.greedy), rank, scores.offsets)

@@ -1,8 +1,9 @@
-"""Centred covariance of the activations that enter each matrix (arXiv 2410.17770, eq. 6), in float64, block by block.
+"""The centred covariance of the activations that enter each matrix (arXiv 2410.17770, eq. 6), in float64.
 
-The residual stream of the whole text is kept at one block boundary; each call runs one block more with a hook before
-every module that owns a matrix. Memory: one float per stream entry (tokens x width, in the model's dtype) and, of one
-block only, an in x in matrix of float64 per distinct input; a whole pass costs one forward pass over the text.
+It is computed block by block. The residual stream of the whole text is kept at the boundary before one block, and each
+call runs this block with a hook before every module that holds a matrix. All calls together cost one forward pass over
+the text. They need memory for the stream, which is tokens x width in the model's dtype, and for one float64 matrix
+[in, in] per distinct input of a single block.
 """
 
 from __future__ import annotations
@@ -20,31 +21,42 @@ from harness.evaluation.requests import Request
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
 
-_PIECE_ELEMENTS = 1 << 20  # activations that are held in float64 at once: 8 MiB
+_PIECE_ELEMENTS = 1 << 20  # activations that are converted to float64 at once: 8 MiB
 
 
 @dataclass(frozen=True)
 class InputCovariance:
-    """mean: float64 [in]. covariance: float64 [in, in], divided by the number of tokens. n_tokens."""
+    """The statistics of the activations that enter one matrix [out, in].
+
+    mean: float64 [in]. covariance: float64 [in, in], the sum over the tokens divided by their number n_tokens.
+    """
 
     mean: Tensor
     covariance: Tensor
     n_tokens: int
 
     def directions(self) -> Tensor:
-        """Eigenvectors [in, m] of the covariance, largest eigenvalue first; without those whose eigenvalue is rounding
-        noise (at most in eps times the largest): with fewer tokens than inputs those directions mean nothing."""
+        """Return the eigenvectors of the covariance as columns, by descending eigenvalue: float64 [in, m].
+
+        Eigenvectors are left out if their eigenvalue is rounding noise, which is at most in eps times the largest
+        eigenvalue. With fewer tokens than inputs there are such directions, and they are arbitrary.
+        """
         values, vectors = torch.linalg.eigh(self.covariance)
         noise_level = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
         return vectors[:, int((values <= noise_level).sum()) :].flip(1)
 
 
 class _Sums:
-    """Running sums of one module's input, shifted by the mean of the first batch: without the shift the mean of a
-    feature that is far from zero would swallow its variance."""
+    """Running sums of the input of one module, from which the mean of the first batch is subtracted.
+
+    Without that shift, the variance of a feature whose mean is far from zero would be lost by rounding.
+    """
 
     def __init__(self) -> None:
-        self.n, self.shift, self.first, self.second = 0, None, None, None
+        self.n = 0
+        self.shift: Tensor | None = None  # None until the first rows come, which also create the two sums
+        self.first: Tensor
+        self.second: Tensor
 
     def add(self, rows: Tensor) -> None:
         if not len(rows):
@@ -55,23 +67,28 @@ class _Sums:
             self.second = self.shift.new_zeros(len(self.shift), len(self.shift))
         self.n += len(rows)
         for piece in rows.split(max(1, _PIECE_ELEMENTS // rows.shape[1])):
-            shifted = piece - self.shift  # float64
+            shifted = piece - self.shift  # float64, as the shift is
             self.first += shifted.sum(0)
             self.second.addmm_(shifted.T, shifted)
 
     def result(self) -> InputCovariance:
-        """The covariance, in the place of the sums."""
+        """Return the covariance. It takes the memory of the sums, which are then no longer valid."""
+        assert self.shift is not None
         offset = self.first / self.n
         return InputCovariance(self.shift + offset, self.second.div_(self.n).addr_(offset, offset, alpha=-1), self.n)
 
 
 class _StopForward(Exception):
-    """Ends a forward pass after the wanted block; never leaves this module."""
+    """Ends a forward pass after the wanted block. It is always caught in this module."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """input_ids int64 [B, T], right-padded; attends bool [B, T]; counted bool [B, T], the tokens of the covariance."""
+    """Right-padded sequences.
+
+    input_ids: int64 [B, T]. attends: bool [B, T], False for padding. counted: bool [B, T], the tokens that enter the
+    covariance.
+    """
 
     input_ids: Tensor
     attends: Tensor
@@ -79,10 +96,11 @@ class _Batch:
 
 
 class CovarianceStream:
-    """The covariances at the inputs of one block after the other of a causal or masked model.
+    """Computes the covariances at the inputs of one block after the other, for a causal or masked model.
 
-    requests: the text, as the tokens that each request feeds. scored_only: count only the positions that a request
-    scores, so that windows which overlap count each token once; else every token.
+    requests: the text, which is what the requests feed to the model. scored_only: count only the positions that a
+    request scores, so that overlapping windows count each token once; otherwise every token is counted. batch_tokens:
+    padded tokens per forward pass.
     """
 
     def __init__(
@@ -91,20 +109,22 @@ class CovarianceStream:
         self._loaded = loaded
         self._batches = _batches(requests, scored_only, batch_tokens)
         self._stream: list[Any] = [None] * len(self._batches)
-        self.block = 0  # the block that runs next
+        self.block = 0  # the block that the next call runs
 
     @torch.inference_mode()
     def next_block(self, matrices: Sequence[Matrix]) -> dict[str, InputCovariance]:
-        """Run `self.block` and return the covariances at the inputs of `matrices`, which must be of that block, by
-        name. Matrices with the same input share one object. Left out are matrices whose input no hook sees: experts
-        (the tokens routed to them are picked inside the module) and tables that are looked up."""
-        # The hooks of a fused parameter's matrices are one.
+        """Run block `self.block`, and return the covariances at the inputs of some of its matrices by their names.
+
+        Matrices with the same input share one object. Matrices whose input no hook can see are left out. These are
+        experts, whose module itself picks the tokens that it routes to each, and tables that are looked up.
+        """
+        # The matrices of a fused parameter have one module and therefore one hook.
         owners: dict[str, list[str]] = {}
         for matrix in matrices:
             if matrix.expert is None:
                 owners.setdefault(matrix.parameter.rpartition(".")[0], []).append(matrix.name)
         sums: dict[str, _Sums] = {}
-        shared: dict[str, str] = {}  # module -> the module before it that has the same input
+        shared: dict[str, str] = {}  # module -> an earlier module that has the same input
         state: dict[str, Any] = {}
 
         def hook(owner: str) -> Callable:
@@ -135,7 +155,7 @@ class CovarianceStream:
         }
 
     def _run_block(self, batch: _Batch, entering: Any) -> Any:
-        """The output of the next block, the earlier ones replaced by a stub that returns what the last of them gave."""
+        """Return the output of block `self.block`; the earlier blocks are stubs that return `entering`, its input."""
         blocks, captured = self._loaded.blocks, []
 
         def stop(module: torch.nn.Module, args: tuple, output: Any) -> None:
@@ -144,7 +164,7 @@ class CovarianceStream:
 
         inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(self._loaded.device)}
         if self._loaded.description.family.kind == "causal":
-            inputs["use_cache"] = False  # and no mask: a causal model never looks at the padding on its right
+            inputs["use_cache"] = False  # no mask is needed: in a causal model no token attends to padding on its right
         else:
             inputs["attention_mask"] = batch.attends.to(self._loaded.device)
         handle = blocks[self.block].register_forward_hook(stop)
@@ -160,7 +180,7 @@ class CovarianceStream:
 
 @contextmanager
 def _replaced(blocks: Sequence[torch.nn.Module], forward: Callable) -> Iterator[None]:
-    originals = [block.__dict__.get("forward") for block in blocks]  # device_map puts one there
+    originals = [block.__dict__.get("forward") for block in blocks]  # with device_map, accelerate sets one
     for block in blocks:
         block.forward = forward
     try:
@@ -174,7 +194,7 @@ def _replaced(blocks: Sequence[torch.nn.Module], forward: Callable) -> Iterator[
 
 
 def _batches(requests: Sequence[Request], scored_only: bool, batch_tokens: int) -> list[_Batch]:
-    """Batches of at most batch_tokens padded tokens (at least one sequence), longest sequences first."""
+    """Cut requests into batches of at most `batch_tokens` padded tokens, or one sequence, the longest first."""
     order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
     batches, start = [], 0
     while start < len(order):

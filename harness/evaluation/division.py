@@ -1,4 +1,4 @@
-"""Dividing one scoring pass over the processes of a launch: each scores some of the batches, all get every answer."""
+"""Divide one scoring pass among the processes of a launch: each scores some batches, and all get every answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 class LostStep(Exception):
-    """A process of the launch has ended, or is not where the others are: nothing that they exchange can be trusted."""
+    """A process of the launch has ended, or is not at the same step as the others.
+
+    Nothing that the processes exchange after that can be trusted.
+    """
 
 
 def _alone(value: Any) -> list[Any]:
@@ -22,8 +25,11 @@ def _alone(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Division:
-    """This process is number `rank` of `n` that measure the same cells in the same order. gather: a value that pickles
-    -> those of all processes, in the order of their numbers; it waits for all of them."""
+    """The place of this process among `n` processes that measure the same cells in the same order.
+
+    rank: its number, from 0. gather: a function that takes a value of this process, waits for all processes, and
+    returns their values in the order of their ranks. The values must pickle.
+    """
 
     rank: int = 0
     n: int = 1
@@ -31,18 +37,23 @@ class Division:
     _steps: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     def own(self, n_batches: int) -> range:
-        """The batches of this process; neighbours, which are of about the same length, go to different ones."""
+        """Return the indices of the batches that this process scores.
+
+        Batches are sorted by length. Neighbours go to different processes, so that all have about as much to do.
+        """
         return range(self.rank, n_batches, self.n)
 
     def together(self, label: str, compute: Callable[[], T]) -> list[T]:
-        """What `compute` gives in every process, in the order of their numbers.
+        """Call `compute` in every process, and return the results of all in the order of their ranks.
 
-        label: what is computed, to notice processes that are not at the same step. An exception of one of them is
-        raised in all, so that all go on alike; with several, that of the lowest number. Raises LostStep.
+        label: names what is computed, so that processes notice if they are not at the same step. If `compute` raises an
+        exception in some processes, the exception of the lowest rank is raised in all, so that all continue in the same
+        way. Raises LostStep.
         """
         if self.n == 1:
             return [compute()]
-        found = problem = None
+        found: T | None = None
+        problem: Exception | None = None
         try:
             found = compute()
         except Exception as error:
@@ -54,20 +65,23 @@ class Division:
             raise LostStep(f"at {label}: another process of this launch has ended") from error
         if any(other != step for other, _, _ in everyone):
             raise LostStep(f"at {label}: another process of this launch is at {[other for other, _, _ in everyone]}")
-        for rank, (_, _, error) in enumerate(everyone):
-            if error is not None:
-                raise problem if rank == self.rank else error
+        for rank, (_, _, theirs) in enumerate(everyone):
+            if theirs is not None:
+                raise problem if rank == self.rank and problem is not None else theirs
         return [value for _, value, _ in everyone]
 
     def agree(self, label: str, compute: Callable[[], T]) -> T:
-        """What `compute` gives here, which stays here, once it has succeeded in every process; as `together` else."""
+        """Call `compute` in every process, and return the result of this one if all have succeeded.
+
+        The result need not pickle. Otherwise as `together`.
+        """
         own: list[T] = []
         self.together(label, lambda: own.append(compute()))
         return own[0]
 
 
 def _portable(error: Exception, rank: int) -> Exception:
-    """The exception as another process can raise it, with a note that says where it came from."""
+    """Return a copy of an exception that another process can raise, with the traceback of this process as a note."""
     note = f"in process {rank}:\n{''.join(traceback.format_exception(error))}"
     try:
         copy = pickle.loads(pickle.dumps(error))

@@ -1,8 +1,9 @@
-"""First-order guess of every ablation at once: a metric's derivative to each singular value, from one backward pass.
+"""Predict the effect of every ablation to first order: the derivative of a metric to each singular value.
 
-For a metric M and a matrix W = sum_i s_i u_i v_i^T with gradient G = dM/dW, dM/ds_i = u_i^T G v_i, so that removing the
-values R changes M by about -sum_{i in R} s_i u_i^T G v_i (Compress to Impress, arXiv 2510.20800, ranks matrices by it).
-As s_i v_i = W^T u_i, and as s_i u_i = W v_i on the other side, the product needs no division by small singular values.
+One backward pass gives the derivatives to all singular values of all matrices. Let M be a metric, W a matrix that is
+sum_i s_i u_i v_i^T, and G = dM/dW. Then dM/ds_i = u_i^T G v_i, and the removal of the singular values R changes M by
+about -sum_{i in R} s_i u_i^T G v_i. Such derivatives rank matrices in "Compress to Impress" (arXiv 2510.20800). Because
+s_i v_i = W^T u_i, and s_i u_i = W v_i, the products s_i u_i^T G v_i need no division by small singular values.
 """
 
 from __future__ import annotations
@@ -16,54 +17,63 @@ import torch
 from torch import Tensor
 
 from harness.errors import InputError
-from harness.evaluation.requests import PreparedTask, Request, Scores
+from harness.evaluation.requests import DirectTask, PreparedTask, Request, ScoredTask, Scores
 from harness.evaluation.statistics import estimate
 from harness.models.loading import LoadedModel, require_head
 from harness.models.matrices import Matrix
 from harness.spectral.decomposition import Decomposition
 
-STEP = 1e-4  # of the central differences in one log-probability, nats
-MAX_ENTRIES = 50_000  # each costs two evaluations of the task's measure
+BATCH_TOKENS = 2048  # padded tokens per batch, few because the backward pass keeps the activations of every block
+STEP = 1e-4  # of the central differences, in nats of one log-probability
+MAX_ENTRIES = 50_000  # scored tokens; each costs two evaluations of the task's `measure`
 
 
 @dataclass(frozen=True)
 class SingularGradients:
-    """metric: its name; value: of the unedited model. products: matrix name -> float64 [r], s_i dM/ds_i on the CPU."""
+    """The derivatives of one metric M of one task.
+
+    metric: its name. value: its value for the unedited model. products: name of a matrix -> the products s_i dM/ds_i in
+    the metric's own unit, float64 [r] on the CPU.
+    """
 
     metric: str
     value: float
     products: Mapping[str, Tensor]
 
     def predicted_delta(self, matrix: str, indices: Tensor) -> float:
-        """First-order change of the metric when `indices` (int64 [n]) are removed from one matrix."""
+        """Return the first-order change of the metric if `indices` (int64 [n]) are removed from one matrix."""
         return -float(self.products[matrix][indices].sum())
 
 
 def singular_gradients(
     loaded: LoadedModel, task: PreparedTask, metrics: Sequence[str], matrices: Sequence[Matrix],
-    decompose: Callable[[Matrix], Decomposition], batch_tokens: int = 2048,
+    decompose: Callable[[Matrix], Decomposition],
 ) -> dict[str, SingularGradients]:
-    """For each metric one forward and backward pass over the examples of `task`, after one forward for the scores.
+    """Return the derivatives of some metrics of a task to the singular values of some matrices, by metric.
 
-    Raises InputError: not a causal language model, a task that generates, a metric that the task lacks or that does not
-    move with the log-probabilities (an accuracy), or more than 50,000 scored tokens.
+    decompose: a function from a matrix to its decomposition. The cost is one forward pass over the examples for the
+    scores, and one forward and one backward pass for each metric. Raises InputError for a model that is not a causal
+    language model, a task that measures the model directly, more than MAX_ENTRIES scored tokens, a metric that the task
+    does not have, and a metric that does not change with the log-probabilities, as an accuracy.
     """
     key = f"tasks.{task.name}"
     if loaded.description.family.kind != "causal":
         raise InputError("search.choice: gradient works for causal language models only; use exhaustive")
     require_head(loaded)
-    if task.generate is not None:
-        raise InputError(f"{key}: a generated answer has no derivative; use search.choice=exhaustive")
+    if isinstance(task, DirectTask):
+        raise InputError(
+            f"{key}: a task that measures the model directly has no derivative; use search.choice=exhaustive"
+        )
     n_entries = sum(len(request.targets) for request in task.requests)
     if n_entries > MAX_ENTRIES:
         raise InputError(f"{key}: {n_entries} scored tokens are too many for search.choice=gradient; lower its limit")
-    batches = _batches(task.requests, batch_tokens)
+    batches = _batches(task.requests, BATCH_TOKENS)
     with torch.no_grad():
         scores = _scores(loaded, task, batches)
     found = {}
     for metric in metrics:
         value, slopes = metric_slopes(task, scores, metric)
-        gradients = _weight_gradients(loaded, task, batches, slopes, matrices)
+        gradients = _weight_gradients(loaded, batches, slopes, matrices)
         products = {}
         for matrix in matrices:
             gradient = matrix.view(gradients).reshape(matrix.shape).to(torch.float64)
@@ -73,10 +83,10 @@ def singular_gradients(
     return found
 
 
-def metric_slopes(task: PreparedTask, scores: Scores, metric: str) -> tuple[float, np.ndarray]:
-    """The metric and its derivative to each scored log-probability, float64 [N], by central differences.
+def metric_slopes(task: ScoredTask, scores: Scores, metric: str) -> tuple[float, np.ndarray]:
+    """Return a metric and its derivative to each scored log-probability, float64 [N], by central differences.
 
-    Raises InputError as `singular_gradients` does.
+    Raises InputError if the task does not have the metric, and if all derivatives are zero.
     """
     measured = task.measure(scores)
     if metric not in measured:
@@ -106,10 +116,10 @@ def metric_slopes(task: PreparedTask, scores: Scores, metric: str) -> tuple[floa
 @dataclass(frozen=True)
 class _PaddedBatch:
     input_ids: Tensor  # int64 [B, T], right-padded
-    rows: Tensor  # int64 [M], sequence of each entry
-    positions: Tensor  # int64 [M]
-    targets: Tensor  # int64 [M]
-    entries: np.ndarray  # int64 [M], index into the concatenated scores
+    rows: Tensor  # int64 [M], the sequence of each scored token
+    positions: Tensor  # int64 [M], the position in the sequence whose output predicts it
+    targets: Tensor  # int64 [M], the token
+    entries: np.ndarray  # int64 [M], its index in the concatenated scores
 
 
 def _batches(requests: Sequence[Request], batch_tokens: int) -> list[_PaddedBatch]:
@@ -126,18 +136,21 @@ def _batches(requests: Sequence[Request], batch_tokens: int) -> list[_PaddedBatc
         positions, targets = (np.concatenate([getattr(requests[i], name) for i in members])
                               for name in ("positions", "targets"))
         entries = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
-        batches.append(_PaddedBatch(*map(torch.from_numpy, (input_ids, rows, positions, targets)), entries))
+        batches.append(_PaddedBatch(
+            torch.from_numpy(input_ids), torch.from_numpy(rows), torch.from_numpy(positions), torch.from_numpy(targets),
+            entries,
+        ))
     return batches
 
 
 def _logits(loaded: LoadedModel, batch: _PaddedBatch) -> Tensor:
-    """Of each entry, [M, vocabulary], in the model's own precision but at least float32."""
+    """Return the logits [M, vocabulary] for the scored tokens, in float64 if the model has that, else in float32."""
     logits = loaded.model(input_ids=batch.input_ids.to(loaded.device), use_cache=False).logits
     chosen = logits[batch.rows.to(logits.device), batch.positions.to(logits.device)]
     return chosen if chosen.dtype == torch.float64 else chosen.float()
 
 
-def _scores(loaded: LoadedModel, task: PreparedTask, batches: Sequence[_PaddedBatch]) -> Scores:
+def _scores(loaded: LoadedModel, task: ScoredTask, batches: Sequence[_PaddedBatch]) -> Scores:
     offsets = np.concatenate([[0], np.cumsum([len(request.targets) for request in task.requests])])
     logprob, greedy = np.empty(offsets[-1]), np.empty(offsets[-1], dtype=bool)
     rank = np.empty(offsets[-1], dtype=np.int64)
@@ -151,7 +164,7 @@ def _scores(loaded: LoadedModel, task: PreparedTask, batches: Sequence[_PaddedBa
 
 
 class _Gradients:
-    """Stands in for the model in `Matrix.view`: the gradients in place of the parameters."""
+    """Takes the place of the model in `Matrix.view`, with gradients in place of the parameters."""
 
     def __init__(self, of: dict[str, Tensor]) -> None:
         self._of = of
@@ -160,10 +173,12 @@ class _Gradients:
         return self._of[name]
 
 
-def _weight_gradients(loaded, task, batches, slopes: np.ndarray, matrices: Sequence[Matrix]) -> _Gradients:
+def _weight_gradients(
+    loaded: LoadedModel, batches: Sequence[_PaddedBatch], slopes: np.ndarray, matrices: Sequence[Matrix]
+) -> _Gradients:
     names = list(dict.fromkeys(matrix.parameter for matrix in matrices))
     parameters = {name: loaded.model.get_parameter(name) for name in names}
-    with _differentiable(parameters), torch.enable_grad():
+    with _differentiable(loaded.model, parameters), torch.enable_grad():
         for batch in batches:
             slope = torch.from_numpy(slopes[batch.entries])
             if not slope.any():
@@ -172,24 +187,34 @@ def _weight_gradients(loaded, task, batches, slopes: np.ndarray, matrices: Seque
             of_target = logits.gather(1, batch.targets.to(logits.device)[:, None])[:, 0]
             logprob = of_target - torch.logsumexp(logits, 1)
             (logprob * slope.to(logprob.device, logprob.dtype)).sum().backward()
-        return _Gradients({name: p.grad.detach().clone() for name, p in parameters.items()})
+        gradients = {}
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None  # `metric_slopes` has found a slope that is not zero
+            gradients[name] = parameter.grad.detach().clone()
+        return _Gradients(gradients)
 
 
 @contextmanager
-def _differentiable(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+def _differentiable(model: torch.nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Compute gradients for these parameters alone for the time of the context.
+
+    Afterwards every parameter has its former gradient, and requires one if it did before.
+    """
+    wanted = {id(parameter) for parameter in parameters.values()}
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.requires_grad_(id(parameter) in wanted)
         parameter.grad = None
     try:
         yield
     finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        for parameter, required, grad in before:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
 
 
 def _products(gradient: Tensor, weight: Tensor, decomposition: Decomposition) -> Tensor:
-    """s_i u_i^T G v_i for all i, float64 [r]."""
+    """Return s_i u_i^T G v_i for all i, float64 [r]."""
     vectors = decomposition.vectors.to(gradient.device)
     if decomposition.side == "left":
         return ((gradient.T @ vectors) * (weight.T @ vectors)).sum(0)

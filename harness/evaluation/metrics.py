@@ -1,12 +1,12 @@
-"""What the harness aggregates, as `evaluate.Metric` subclasses for use on their own.
+"""The metrics of the harness as subclasses of `evaluate.Metric`, for use outside of a study.
 
     >>> from harness.evaluation.metrics import TokenPerplexity
     >>> TokenPerplexity().compute(nll=[210.5, 198.1], tokens=[63, 63])
     {'token_perplexity': ..., 'stderr': ..., 'n': 2}
 
-Inputs are one number per example (a window, a prompt, a question), given at once or with `add_batch`. They call the
-same functions of `harness.evaluation.statistics` as the harness does, and need no hub. Only this module
-imports `evaluate`, and nothing else in the harness imports this module.
+The inputs are one number for each example (a window, a prompt, a question), given all at once or with `add_batch`. The
+metrics are computed by `harness.evaluation.statistics`, as in a study, and need no access to the hub. Nothing else in
+the harness imports this module, because it needs the package `evaluate`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from harness.evaluation.requests import ExampleScores
 
 
 class _InMemory(evaluate.Metric):
-    """`evaluate.Metric` writes every batch to its cache folder unless told otherwise; a few numbers need no disk."""
+    """An `evaluate.Metric` that keeps its inputs in memory; by default they would be written to a cache folder."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
 
 class TokenPerplexity(_InMemory):
-    """exp(sum of nll / sum of tokens); -> token_perplexity, stderr, n."""
+    """exp(sum of nll / sum of tokens), as token_perplexity, stderr and n."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _described("Perplexity per token.", nll=_NLL, tokens="tokens scored in each window")
@@ -41,7 +41,7 @@ class TokenPerplexity(_InMemory):
 
 
 class WordPerplexity(_InMemory):
-    """exp(sum of nll / sum of words); -> word_perplexity, stderr, n."""
+    """exp(sum of nll / sum of words), as word_perplexity, stderr and n."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _described("Perplexity per word.", nll=_NLL, words="words of text in each window")
@@ -51,7 +51,7 @@ class WordPerplexity(_InMemory):
 
 
 class BytePerplexity(_InMemory):
-    """exp(sum of nll / sum of bytes); -> byte_perplexity, stderr, n."""
+    """exp(sum of nll / sum of bytes), as byte_perplexity, stderr and n."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _described("Perplexity per byte of UTF-8 text.", nll=_NLL, bytes="bytes of text in each window")
@@ -61,7 +61,7 @@ class BytePerplexity(_InMemory):
 
 
 class BitsPerByte(_InMemory):
-    """sum of nll / ln 2 / sum of bytes; -> bits_per_byte, stderr, n."""
+    """sum of nll / ln 2 / sum of bytes, as bits_per_byte, stderr and n."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _described("Bits per byte of UTF-8 text.", nll=_NLL, bytes="bytes of text in each window")
@@ -71,7 +71,7 @@ class BitsPerByte(_InMemory):
 
 
 class MeanAccuracy(_InMemory):
-    """Mean of correct; -> accuracy, stderr, n."""
+    """The mean of `correct`, as accuracy, stderr and n."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _described("Share of examples answered rightly.", correct="1 or 0 for each example, 0.5 for a tie")
@@ -81,7 +81,7 @@ class MeanAccuracy(_InMemory):
 
 
 class LogitDifference(_InMemory):
-    """Mean of answer - other; -> logit_difference, stderr, n."""
+    """The mean of answer - other, as logit_difference, stderr and n."""
 
     def _info(self) -> evaluate.MetricInfo:
         meaning = "logit (or log-probability) of the {} for each prompt"
@@ -95,8 +95,10 @@ class LogitDifference(_InMemory):
 
 
 class PairedDelta(_InMemory):
-    """Ablated minus baseline of any metric transform(sum of score / sum of weight) over the same examples;
-    -> delta, stderr, p_value (two-sided t). `compute(transform="exp")` for perplexities."""
+    """Ablated minus baseline of any metric transform(sum of score / sum of weight) over the same examples.
+
+    Gives delta, stderr and the p_value of a two-sided t-test. For perplexities call `compute(transform="exp")`.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return _described(

@@ -1,29 +1,29 @@
-"""From the hidden states that enter the output head to log-probabilities of the tokens asked for.
+"""Compute the log-probabilities of the wanted tokens from the hidden states that enter the output head.
 
-Logits exist for scored positions only, and never for all of them at once. On the CPU they do not even exist for the
-whole vocabulary at once: the head is applied to a part of the vocabulary at a time, small enough to stay in the cache,
-with a running maximum and a running sum (the online softmax of arXiv 1805.02867, algorithm 3).
+Logits are computed for scored positions only, and for a chunk of these at a time. On the CPU the head is even applied
+to one part of the vocabulary at a time, whose logits stay in the processor's cache; a running maximum and a running sum
+give the softmax over the whole vocabulary (the online softmax of arXiv 1805.02867, algorithm 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-TILE_ELEMENTS = 1 << 21  # logits held at once on the CPU: 8 MiB in float32
+TILE_ELEMENTS = 1 << 21  # logits that are held at once on the CPU: 8 MiB in float32
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What to read off the outputs of one batch, on the model's device.
+    """Which log-probabilities are wanted of the outputs of one batch, in chunks of rows.
 
-    rows: int64 [K], flat indices into B x T. entry_row: int64 [M], ascending, index into `rows`; targets: int64 [M];
-    entries: int64 [M], on the host, where the answers go in the concatenated Scores. bounds: for each chunk of rows its
-    first row, the row after its last, and the same for its entries.
+    rows, entry_row, targets, entries: as in `packing.Batch`, but sorted so that entry_row is ascending. entries is a
+    numpy array, because the scores are on the CPU. bounds: for each chunk its first row, the row after its last one,
+    and the same for its entries.
     """
 
     rows: Tensor
@@ -32,11 +32,21 @@ class Reading:
     entries: np.ndarray
     bounds: tuple[tuple[int, int, int, int], ...]
 
+    def to(self, device: torch.device) -> Reading:
+        """The same reading with its tensors on `device`."""
+        return replace(
+            self, rows=self.rows.to(device), entry_row=self.entry_row.to(device), targets=self.targets.to(device)
+        )
+
 
 @dataclass(frozen=True)
 class Head:
-    """The output head of a model. logits: hidden states [k, d] -> float32 [k, vocabulary]. weight, bias, softcap: set
-    where it is nothing but a matrix product with its bias and a softcap, so that it may be applied in parts."""
+    """The output head of a model.
+
+    logits: a function from hidden states [k, d] to float32 logits [k, vocabulary]. weight, bias, softcap: set if the
+    head is only a matrix product with a bias and a softcap, so that it can be applied to parts of the vocabulary;
+    otherwise weight is None.
+    """
 
     logits: Callable[[Tensor], Tensor]
     weight: Tensor | None = None
@@ -45,7 +55,7 @@ class Head:
 
 
 def head_of(module: nn.Module, softcap: float | None = None) -> Head:
-    """The head of a model; softcap as in Gemma 2, tanh(logits / softcap) * softcap."""
+    """Return the output head that a module computes, followed by tanh(logits / softcap) * softcap as in Gemma 2."""
 
     def logits(hidden: Tensor) -> Tensor:
         return _capped(module(hidden).float(), softcap)
@@ -56,22 +66,29 @@ def head_of(module: nn.Module, softcap: float | None = None) -> Head:
     return Head(logits)
 
 
-def reading_of(rows: Tensor, entry_row: Tensor, targets: Tensor, entries: np.ndarray, logit_rows: int,
-               device: torch.device) -> Reading:
-    """The reading of a batch in chunks of at most `logit_rows` rows."""
+def reading_of(
+    rows: Tensor, entry_row: Tensor, targets: Tensor, entries: np.ndarray, logit_rows: int
+) -> Reading:
+    """Return the reading of a batch in chunks of at most `logit_rows` rows.
+
+    rows, entry_row, targets, entries: as in `packing.Batch`, on the CPU.
+    """
     order = torch.argsort(entry_row, stable=True)
     entry_row, targets, entries = entry_row[order], targets[order], entries[order.numpy()]
     starts = list(range(0, len(rows), logit_rows))
     stops = [*starts[1:], len(rows)]
     cuts = np.searchsorted(entry_row.numpy(), [*starts, len(rows)]).tolist()
     bounds = tuple(zip(starts, stops, cuts, cuts[1:]))
-    return Reading(rows.to(device), entry_row.to(device), targets.to(device), entries, bounds)
+    return Reading(rows, entry_row, targets, entries, bounds)
 
 
 def read(head: Head, hidden: Tensor, reading: Reading, needs_rank: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(log-probability float32 [M], greedy bool [M], rank int64 [M] or None) of the entries of `reading`, from the
-    hidden states [K, d] of its rows. Natural logarithm; greedy: the target is the first of the largest logits; rank:
-    number of tokens with a strictly larger logit."""
+    """Return log-probability, greedy and rank of the entries of `reading`.
+
+    hidden: [K, d], the hidden states at its rows. The log-probability is float32 [M], the natural logarithm. greedy is
+    bool [M]: whether the target has the largest logit, and is the first token that has it. rank is int64 [M], the
+    number of tokens with a strictly larger logit, or None without `needs_rank`.
+    """
     device, n = hidden.device, len(reading.targets)
     logprob = torch.empty(n, dtype=torch.float32, device=device)
     greedy = torch.empty(n, dtype=torch.bool, device=device)
@@ -92,8 +109,10 @@ def read(head: Head, hidden: Tensor, reading: Reading, needs_rank: bool) -> tupl
 
 
 def _read_tiled(head: Head, hidden: Tensor, local: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `read` for one chunk on the CPU, without ever holding its logits over the whole vocabulary."""
-    n_rows, vocabulary = len(hidden), len(head.weight)
+    """Do the same as `read` for one chunk on the CPU, with the logits of one part of the vocabulary at a time."""
+    weight = head.weight
+    assert weight is not None
+    n_rows, vocabulary = len(hidden), len(weight)
     width = min(vocabulary, max(512, TILE_ELEMENTS // n_rows))
     largest = torch.full((n_rows,), -torch.inf)
     total = torch.zeros(n_rows)
@@ -104,12 +123,12 @@ def _read_tiled(head: Head, hidden: Tensor, local: Tensor, targets: Tensor) -> t
     cuts = torch.searchsorted(targets[order], torch.tensor(edges)).tolist()
     buffer = torch.empty(n_rows * width, dtype=hidden.dtype)
     for start, stop, first, last in zip(edges, edges[1:], cuts, cuts[1:]):
-        # not a slice of rows: the product writes fastest into contiguous memory
+        # the tile is contiguous, because the product is fastest then; a slice of columns would not be
         tile = buffer[: n_rows * (stop - start)].view(n_rows, stop - start)
         if head.bias is None:
-            torch.mm(hidden, head.weight[start:stop].T, out=tile)
+            torch.mm(hidden, weight[start:stop].T, out=tile)
         else:
-            torch.addmm(head.bias[start:stop], hidden, head.weight[start:stop].T, out=tile)
+            torch.addmm(head.bias[start:stop], hidden, weight[start:stop].T, out=tile)
         tile = _capped(tile.float(), head.softcap)
         tile_largest = tile.amax(dim=1)
         if first < last:
@@ -117,7 +136,7 @@ def _read_tiled(head: Head, hidden: Tensor, local: Tensor, targets: Tensor) -> t
             row, column = local[inside], targets[inside] - start
             found = tile[row, column]
             target_logit[inside] = found
-            # equal logits before the target would be the argmax; so would an equal one in an earlier tile
+            # of equal logits the first is the greedy one: none may come before the target, in this tile or earlier
             leads = (found == tile_largest[row]) & (found > largest[row])
             candidates = leads.nonzero().flatten()
             leads[candidates] = tile[row[candidates]].argmax(dim=1) == column[candidates]

@@ -1,24 +1,29 @@
-"""What a task asks of a model: sequences to feed and the next-token probabilities to read off them."""
+"""The requests of a task to a model, which are sequences and the probabilities wanted of them, and the answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from harness.evaluation.division import Division
+    from harness.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence and what to score in it.
+    """One sequence and the log-probabilities that are wanted of it.
 
-    tokens: int64 [n], fed to the model.
-    positions: int64 [m], indices into `tokens`; may repeat, ascending.
-    targets: int64 [m]; entry j asks for the log-probability of `targets[j]` in the model's output at `positions[j]`.
-        Of a classifier, which has one output per sequence, targets are classes and positions are 0.
-    source: int64 [s], what the encoder of an encoder-decoder reads; `tokens` are then its decoder's input.
-    segments: int64 [n], sentence 0 or 1 of each token, for encoders that read pairs (BERT's token types).
+    tokens: int64 [n], the input of the model.
+    positions: int64 [m], indices into `tokens` in ascending order, which may repeat.
+    targets: int64 [m]. Number j asks for the log-probability of token targets[j] in the model's output at positions[j].
+        A classifier has one output for the whole sequence: its targets are classes and its positions are 0.
+    source: int64 [s], the input of the encoder of an encoder-decoder, whose decoder then reads `tokens`; else None.
+    segments: int64 [n], whether each token is in sentence 0 or 1, for encoders that read pairs of sentences (BERT's
+        token types); else None.
     """
 
     tokens: np.ndarray
@@ -29,7 +34,10 @@ class Request:
 
 
 def continuation_request(context: Sequence[int], continuation: Sequence[int]) -> Request:
-    """The request for log p(continuation | context); both are token ids and neither may be empty."""
+    """Return the request for log p(continuation | context).
+
+    Both are token ids. Raises ValueError if one of them is empty.
+    """
     if not context or not continuation:
         raise ValueError("context and continuation must each hold at least one token")
     tokens = np.asarray([*context, *continuation[:-1]], dtype=np.int64)
@@ -39,11 +47,11 @@ def continuation_request(context: Sequence[int], continuation: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class Scores:
-    """Answers to a list of requests, concatenated in their order.
+    """The answers to R requests, concatenated in the order of the requests.
 
-    logprob: float64 [N], natural logarithm. greedy: bool [N], the target is the model's argmax.
-    rank: int64 [N], number of vocabulary entries with a strictly larger logit; None unless the task asked.
-    offsets: int64 [R + 1]; request i owns entries offsets[i]:offsets[i + 1].
+    logprob: float64 [N], natural logarithms. greedy: bool [N], whether the target is the argmax of the model's output.
+    rank: int64 [N], the number of tokens with a strictly larger logit; None unless the task needs it.
+    offsets: int64 [R + 1]; the answers to request i are those at offsets[i]:offsets[i + 1].
     """
 
     logprob: np.ndarray
@@ -52,21 +60,23 @@ class Scores:
     offsets: np.ndarray
 
     def request_logprob(self) -> np.ndarray:
-        """Summed log-probability of each request, float64 [R]."""
+        """Return the summed log-probability of each request, float64 [R]."""
         return np.add.reduceat(self.logprob, self.offsets[:-1])
 
     def request_greedy(self) -> np.ndarray:
-        """Whether every scored token of each request is the argmax, bool [R]."""
+        """Return for each request whether all of its targets are the argmax, bool [R]."""
         return np.logical_and.reduceat(self.greedy, self.offsets[:-1])
 
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """One metric, example by example: its value is transform(sum(score) / sum(weight)).
+    """One metric, example by example. The value of the metric is transform(sum(score) / sum(weight)).
 
-    score, weight: float64 [n]. transform: "identity" or "exp" (perplexities). Weights do not depend on the model,
-    so that the same example of two models forms a pair. bounds: (low, high) with low * weight <= score <= high * weight
-    for every example and any model (accuracies: 0 and 1), None where there is no such range.
+    score, weight: float64 [n]. Weights do not depend on the model, so that the scores of two models on the same example
+        form a pair.
+    transform: "identity", or "exp" for perplexities.
+    bounds: (low, high) such that low * weight <= score <= high * weight for every example and any model, which is
+        (0, 1) for accuracies; None if there is no such range.
     """
 
     score: np.ndarray
@@ -78,30 +88,59 @@ class ExampleScores:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a task may know of the model it is prepared for; no weights."""
+    """What a task may know of the model for which it is prepared. Weights are not part of it.
+
+    tokenizer, model_config: those of transformers. context_length: in tokens. kind: of the model's family, "causal",
+    "masked", "seq2seq" or "classification".
+    """
 
     tokenizer: Any
     model_config: Any
     context_length: int
+    kind: str
 
 
 @dataclass(frozen=True)
-class PreparedTask:
-    """A task made ready for one model's tokenizer.
+class ScoredTask:
+    """A task whose metrics follow from log-probabilities, prepared for the tokenizer of one model.
 
-    protocol: JSON-able settings that the numbers depend on; travels in every row.
-    example_ids: one string per example, unique, in the order of the arrays that `measure` returns.
-    measure: Scores of `requests` -> metric name -> ExampleScores.
-    generate: the other path, for tasks that generate text: a LoadedModel, the Division of processes that measure it
-        together and the share of its usual batches to use -> metric name -> ExampleScores; no requests.
-    example_of: int64 [R], the example that each request belongs to; None where request i is example i.
+    protocol: the settings on which the numbers depend, as values for JSON; they are in every row.
+    example_ids: one distinct string for each example, in the order of the arrays that `measure` returns.
+    measure: a function from the Scores of `requests` to the ExampleScores of each metric by name.
+    needs_rank: whether `measure` reads the ranks of the scores.
+    example_of: int64 [R], the index of the example to which each request belongs; None if request i is example i.
+    whole: whether some metric is not a mean over examples, so that no exact interval follows from a part of them.
+        Adaptive precision then measures every example.
     """
 
     name: str
     protocol: Mapping[str, Any]
     requests: Sequence[Request]
     example_ids: Sequence[str]
-    measure: Callable[[Scores], dict[str, ExampleScores]] | None
+    measure: Callable[[Scores], dict[str, ExampleScores]]
     needs_rank: bool = False
-    generate: Callable[..., dict[str, ExampleScores]] | None = field(default=None, compare=False)
     example_of: np.ndarray | None = field(default=None, compare=False)
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class DirectTask:
+    """A task that calls the model itself, to generate text or to examine its parts.
+
+    protocol, example_ids: as in ScoredTask.
+    measure: a function from a LoadedModel, the Division of the processes that measure it together, and the share of the
+        usual batch size that fits into memory, to the ExampleScores of each metric by name.
+    """
+
+    name: str
+    protocol: Mapping[str, Any]
+    example_ids: Sequence[str]
+    measure: Callable[[LoadedModel, Division, float], dict[str, ExampleScores]]
+
+
+PreparedTask = ScoredTask | DirectTask
+
+
+def scored_tasks(tasks: Mapping[str, PreparedTask]) -> dict[str, ScoredTask]:
+    """Return those of the tasks whose metrics follow from log-probabilities."""
+    return {name: task for name, task in tasks.items() if isinstance(task, ScoredTask)}

@@ -1,24 +1,28 @@
-"""Intervals for the mean of a finite set of examples that stay valid however often one looks and whenever one stops.
+"""Intervals for the mean of a finite set of examples that are valid at every number of draws.
 
-Examples are drawn without replacement, in random order; the mean over all of them is what is wanted. Both intervals are
-confidence sequences: with probability >= confidence they hold that mean at every number of draws at once, so a rule
-that stops as soon as the interval is narrow enough does not spoil them.
+Examples are drawn without replacement in random order, and the mean over the whole set is wanted. Both intervals are
+confidence sequences: with a probability of at least `confidence` they contain that mean at all numbers of draws
+together. One may therefore look at them after every draw and stop as soon as they are narrow enough.
 
 `bounded_mean_interval` assumes only that the values lie in a known range (accuracies). It is the hedged betting
 confidence sequence for sampling without replacement of Waudby-Smith and Ramdas, Estimating means of bounded random
 variables by betting, JRSS-B 86 (2024).
 
-`mean_interval` is for values without a known range (log-likelihoods), where nothing valid for every set can exist. It
-is the normal mixture of Robbins (1970; Howard, Ramdas, McAuliffe and Sekhon, Annals of Statistics 49, 2021) with the
-variance unknown: the Bayes factor of a t statistic under a normal prior of the effect (Lai 1976; Wang and Ramdas,
+`mean_interval` is for values without a known range (log-likelihoods), for which no interval can be valid for every set.
+It is the normal mixture of Robbins (1970; Howard, Ramdas, McAuliffe and Sekhon, Annals of Statistics 49, 2021) with
+unknown variance: the Bayes factor of a t statistic under a normal prior of the effect (Lai 1976; Wang and Ramdas,
 Anytime-valid t-tests and confidence sequences for Gaussian means with unknown variance, 2023). It is exact for
-independent normal values and, as the asymptotic confidence sequences of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas
-(Annals of Statistics 52, 2024), valid for others as the number of draws grows. What "grown enough" is depends on how
-skewed the values are: with fewer than 50 skewness^2 values drawn, or left, the interval is the whole line, twice the
-rule of Cochran (Sampling Techniques, 3rd ed., section 2.15), as one looks often and the skewness is itself an estimate.
-It assumes that the draws have shown that skewness. Drawing without replacement turns n draws of N into n / (1 - n/N):
-(S_n - n mu) / (N - n) is a martingale, whose variance is that of a sum of so many independent draws (up to the factor
-(N - n)^2 that it is scaled by).
+independent normal values. For other values it becomes valid as the number of draws grows, like the asymptotic
+confidence sequences of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (Annals of Statistics 52, 2024).
+
+How many draws are enough depends on the skewness of the values, as far as the draws have shown it. The interval is the
+whole line as long as fewer than 50 skewness^2 values are drawn, or fewer than that are left to draw. This is twice the
+number in the rule of Cochran (Sampling Techniques, 3rd ed., section 2.15), because one looks often and because the
+skewness is itself an estimate.
+
+Drawing n of N values without replacement counts as n / (1 - n/N) independent draws, for the sum S_n of the draws and
+the mean mu: (S_n - n mu) / (N - n) is a martingale, and up to the scale (N - n)^2 its variance is that of a sum of so
+many independent draws.
 """
 
 from __future__ import annotations
@@ -28,15 +32,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TUNED_FOR = 100  # (effective) draws at which the mixture is tightest; fixed before any data are seen
+TUNED_FOR = 100  # effective draws at which the interval of the mixture is narrowest; fixed before any data are seen
 DRAWS_PER_SQUARED_SKEWNESS = 50
-TRUNCATION = 0.75  # of the bets, c in the paper; ablations flip few answers, which favours bold ones
+TRUNCATION = 0.75  # of the bets, c in the paper; large, because ablations change few answers, which favours large bets
 
 
 @dataclass(frozen=True)
 class Interval:
-    """low <= high around the estimate, in the unit of the values; spread: standard deviation of what is left after the
-    covariates, with the degrees of freedom in the denominator."""
+    """An interval low <= estimate <= high, in the unit of the values.
+
+    spread: the standard deviation of the values, or of what the covariates do not explain of them, with the degrees of
+    freedom in the denominator.
+    """
 
     estimate: float
     low: float
@@ -47,19 +54,19 @@ class Interval:
 def mean_interval(
     draws: np.ndarray, population: int, confidence: float, covariates: np.ndarray | None = None
 ) -> Interval:
-    """The mean over `population` values from the first n of them in random order.
+    """Estimate the mean over `population` values from the first n of them in random order.
 
-    draws: float64 [n]. covariates: float64 [n, k], known of each draw, with means of exactly zero over the population:
-    the regression estimator (Cochran, Sampling Techniques, 3rd ed., section 7.1) then removes what they explain.
-    Without spread, or with too few draws for their skewness, the interval is infinite: equal values say nothing of what
-    was not drawn.
+    draws: float64 [n]. confidence: above 0 and below 1. covariates: float64 [n, k], for each draw k numbers whose means
+    over the population are exactly zero. The regression estimator (Cochran, Sampling Techniques, 3rd ed., section 7.1)
+    then removes from the values what the covariates explain. The interval is infinite if there are too few draws for
+    their skewness, and if all draws are equal, because equal draws say nothing about the values that were not drawn.
     """
     draws = np.asarray(draws, dtype=np.float64)
     n = len(draws)
     centre, residual, freedom, leverage = float(draws.mean()), draws - draws.mean(), n - 1, 0.0
     if covariates is not None:
         means = covariates.mean(axis=0)
-        # orthonormal directions of what varies
+        # orthonormal directions in which the covariates vary
         left, singular, right = np.linalg.svd(covariates - means, full_matrices=False)
         rank = int((singular > 1e-9 * np.abs(covariates).max(initial=0.0) * math.sqrt(n)).sum())
         if 0 < rank < n - 2:
@@ -71,11 +78,11 @@ def mean_interval(
     if n == population:
         mean = float(draws.mean())
         return Interval(mean, mean, mean, spread)
-    # residuals of equal values are rounding, not spread
+    # the residuals of equal values are rounding errors
     if spread <= 1e-12 * float(np.abs(draws).max(initial=0.0)):
         return Interval(centre, -math.inf, math.inf, 0.0)
     skewness = float((residual**3).mean()) / float((residual**2).mean()) ** 1.5
-    # what is left to draw decides as what was drawn does: the error of the one is that of the other
+    # few values that are left to draw are as bad as few draws, because the errors of both sums are the same
     if min(n, population - n) < DRAWS_PER_SQUARED_SKEWNESS * skewness**2:
         return Interval(centre, -math.inf, math.inf, spread)
     information = 1 / (1 / n + leverage - 1 / population)
@@ -84,22 +91,27 @@ def mean_interval(
 
 
 def _prior(alpha: float) -> float:
-    """Variance of the effect (in standard deviations) under the mixture: nearly
-    the one that is tightest at TUNED_FOR draws (Waudby-Smith et al. 2024)."""
+    """Return the prior variance of the effect, in units of the values' variance.
+
+    It nearly gives the narrowest interval at TUNED_FOR draws (Waudby-Smith et al. 2024).
+    """
     return (-2 * math.log(alpha) + math.log(-2 * math.log(alpha)) + 1) / TUNED_FOR
 
 
 def _t_boundary(information: float, freedom: int, alpha: float) -> float:
-    """The largest |t| / sqrt(freedom) at which the Bayes factor is still below 1 / alpha."""
+    """Return the largest |t| / sqrt(freedom) at which the Bayes factor is still below 1 / alpha."""
     ratio = 1 + information * _prior(alpha)
     needed = (math.sqrt(ratio) / alpha) ** (2 / (freedom + 1))
     return math.sqrt((needed - 1) / (1 - needed / ratio)) if needed < ratio else math.inf
 
 
 def zero_mean_evidence(draws: np.ndarray, confidence: float) -> float:
-    """The Bayes factor against "the values are independent draws from a distribution of mean zero"; the inverse of the
-    largest over time is a p-value that is valid whenever one stops (Johari, Pekelis and Walsh 2015). Infinite where all
-    values are the same and not zero, 1 where all are zero or there are fewer than two."""
+    """Return the Bayes factor against the hypothesis that the draws, float64 [n], come from a law of mean zero.
+
+    The inverse of the largest Bayes factor so far is a p-value that is valid whenever one stops (Johari, Pekelis and
+    Walsh 2015). The factor is infinite if all draws are the same and not zero, and 1 if all are zero or if there are
+    fewer than two.
+    """
     draws = np.asarray(draws, dtype=np.float64)
     n = len(draws)
     if n < 2 or not draws.any():
@@ -116,9 +128,10 @@ def zero_mean_evidence(draws: np.ndarray, confidence: float) -> float:
 def bounded_mean_interval(
     draws: np.ndarray, population: int, confidence: float, low: float, high: float
 ) -> Interval:
-    """The mean over `population` values within low..high, from the first n of them in random order.
+    """Estimate the mean over `population` values within low..high from the first n of them in random order.
 
-    draws: float64 [n]. Valid for every set of values in the range and every n. Raises ValueError for a value outside.
+    draws: float64 [n]. confidence: above 0 and below 1. The interval is valid for every set of values in the range and
+    every n. Raises ValueError for a value outside the range.
     """
     draws = np.asarray(draws, dtype=np.float64)
     n, slack = len(draws), 1e-6 * (high - low)
@@ -137,7 +150,7 @@ def bounded_mean_interval(
 
 
 def _bets(unit: np.ndarray, alpha: float) -> np.ndarray:
-    """Predictable plug-in bets, float64 [n]: bet i knows draws 0..i-1 only."""
+    """Return the predictable plug-in bets, float64 [n]: bet i depends on draws 0..i-1 only."""
     i = np.arange(1, len(unit) + 1)
     mean = (0.5 + np.cumsum(unit)) / (i + 1)
     variance = (0.25 + np.cumsum((unit - mean) ** 2)) / (i + 1)
@@ -146,7 +159,10 @@ def _bets(unit: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _lower_end(unit: np.ndarray, bets: np.ndarray, population: int, alpha: float) -> float:
-    """The largest mean that betting on more has refuted: its wealth falls as the supposed mean rises, so bisect."""
+    """Return the largest mean that is refuted by bets that the true mean is larger.
+
+    It is found by bisection, because the wealth from these bets falls as the supposed mean rises.
+    """
     n = len(unit)
     before = np.concatenate([[0.0], np.cumsum(unit)[:-1]])
     left = population - np.arange(n)
@@ -154,7 +170,7 @@ def _lower_end(unit: np.ndarray, bets: np.ndarray, population: int, alpha: float
     def refuted(mean: float) -> bool:
         supposed = (population * mean - before) / left
         if n and supposed.min() <= 0:
-            return True  # fewer would be left than nothing
+            return True  # the values that are left to draw would have to be zero or negative
         wealth = np.log1p(np.minimum(bets, TRUNCATION / supposed) * (unit - supposed)).sum()
         return wealth >= math.log(2 / alpha)
 

@@ -1,10 +1,10 @@
-"""Values with standard errors, paired differences, and corrections for having tried many cells.
+"""Metrics with standard errors, paired differences, and the correction for having tried many cells.
 
-A metric is g(R) with R = sum(s) / sum(w) over examples, g the identity or exp. Its standard error is that of the delta
-method: the influence of example i is psi_i = g'(R) (s_i - R w_i) n / sum(w), these sum to zero, and the standard error
-is their sample standard deviation over sqrt(n). For a mean (w = 1) that is the usual standard error of the mean, and
-`paired` is the paired t-test. (Ratio estimators: Cochran, Sampling Techniques, 3rd ed., chapter 6; the influence
-function: the infinitesimal jackknife of Jaeckel, 1972.)
+A metric is g(R), where R = sum(s) / sum(w) over the examples with scores s and weights w, and g is the identity or exp.
+Its standard error is that of the delta method. The influence of example i is psi_i = g'(R) (s_i - R w_i) n / sum(w).
+The influences sum to zero, and the standard error is their sample standard deviation over sqrt(n). For a mean (w = 1)
+this is the usual standard error of the mean, and `paired` is the paired t-test. For ratio estimators see Cochran,
+Sampling Techniques, 3rd ed., chapter 6; the influences are those of the infinitesimal jackknife of Jaeckel (1972).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.evaluation.requests import ExampleScores
 
 @dataclass(frozen=True)
 class Estimate:
-    """value in the metric's own unit; stderr in the same unit, None for a single example; n examples counted."""
+    """A metric: its value, its standard error in the same unit (None for a single example), and its n examples."""
 
     value: float
     stderr: float | None
@@ -29,8 +29,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Delta:
-    """delta = ablated - baseline in the metric's own unit; stderr of the pairs' difference; two-sided p_value of
-    Student's t with n - 1 degrees of freedom. stderr and p_value are None for a single example."""
+    """The difference of a metric between two models on the same examples.
+
+    delta: ablated - baseline, in the metric's own unit. stderr: its standard error from the paired differences, in the
+    same unit. p_value: two-sided, of Student's t with n - 1 degrees of freedom. stderr and p_value are None for a
+    single example.
+    """
 
     delta: float
     stderr: float | None
@@ -38,10 +42,11 @@ class Delta:
 
 
 def estimate(scores: ExampleScores) -> Estimate:
-    """The metric and its standard error. Examples with zero weight and zero score are not part of the metric and are
-    not counted in n. Scores that are not finite give a value that is not finite.
+    """Return a metric and its standard error.
 
-    Raises ValueError: arrays of different length, no weight, unknown transform.
+    Examples with zero weight and zero score do not belong to the metric and are not counted in n. Scores that are not
+    finite give a value that is not finite. Raises ValueError for arrays of different lengths, weights whose sum is not
+    positive, and an unknown transform.
     """
     score, weight = _arrays(scores)
     inside = (weight != 0) | (score != 0)
@@ -52,10 +57,11 @@ def estimate(scores: ExampleScores) -> Estimate:
 
 
 def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
-    """ablated - baseline over the same examples. No difference in any example gives p = 1; the same difference in every
-    example (standard error exactly zero) gives p = 0.
+    """Return ablated - baseline over the same examples, with the standard error of the pairs and a p-value.
 
-    Raises ValueError where the two differ in examples (length or weights) or in transform, and as `estimate` does.
+    If no example differs, p is 1. If every example differs by the same amount, so that the standard error is exactly
+    zero, p is 0. Raises ValueError if the two have different examples (lengths or weights) or transforms, and as
+    `estimate` does.
     """
     score_a, weight = _arrays(ablated)
     score_b, weight_b = _arrays(baseline)
@@ -75,9 +81,11 @@ def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
     return Delta(delta, stderr, _p_value(delta, stderr, len(weight)))
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for the family-wise error rate, float64 [m], in the order given (Holm 1979). NaN stays NaN and
-    counts as not tested. Raises ValueError outside 0..1."""
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return p-values that are adjusted for the family-wise error rate (Holm 1979), float64 [m], in the order given.
+
+    A NaN stays NaN and does not count as a test. Raises ValueError for a p-value outside 0..1.
+    """
     p = np.asarray(p_values, dtype=np.float64)
     tested = np.flatnonzero(~np.isnan(p))
     if p.ndim != 1 or np.any((p[tested] < 0) | (p[tested] > 1)):

@@ -1,7 +1,8 @@
-"""Where the stream of the evaluation set is kept: on the model's device, then in pinned host memory, within budgets."""
+"""Keep the residual stream at the frontier: on the model's device, then in pinned host memory, within budgets."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 
 @dataclass(frozen=True)
 class Kept:
-    """What a batch needs to resume before `block`: the output of the last skipped block, hidden states [B, T, d] first
-    and then whatever else a block of this architecture returns (T5: position biases); and what a decoder reads of its
-    encoder, [B, S, d], once the frontier has left the encoder."""
+    """What a batch needs to resume before `block`.
+
+    output: the output of the last skipped block: the hidden states [B, T, d], and then whatever else a block of this
+    architecture returns, such as the position biases of T5. encoded: the output of the encoder of an encoder-decoder,
+    [B, S, d], once the frontier is behind the encoder; else None.
+    """
 
     block: int
     output: tuple[Any, ...] = ()
@@ -23,10 +27,10 @@ START = Kept(0)
 
 
 class StreamStore:
-    """Kept streams by batch, of at most `device_bytes` on the device and `host_bytes` beside it.
+    """Keeps the streams of batches, at most `device_bytes` of them on the device and `host_bytes` in host memory.
 
-    What fits into neither is not kept: its batch starts from the first block, which costs time and changes no number.
-    A model on the CPU has the first budget only.
+    A stream that fits into neither is not kept. Its batch then starts from the first block, which costs time and
+    changes no number. For a model on the CPU only the first budget is used.
     """
 
     def __init__(self, device: torch.device, device_bytes: float, host_bytes: float) -> None:
@@ -36,12 +40,12 @@ class StreamStore:
         self._refused: set[Any] = set()
 
     def get(self, key: Any) -> Kept:
-        """What is kept for a batch, on the device; START where nothing is."""
+        """Return what is kept for a batch, on the device; START if nothing is kept."""
         place, kept = self._kept.get(key, ("device", START))
         return _moved(kept, lambda tensor: tensor.to(self._device, non_blocking=True)) if place == "host" else kept
 
     def put(self, key: Any, kept: Kept) -> None:
-        """Keep the stream of a batch in the place of the one before."""
+        """Keep the stream of a batch instead of the one that was kept for it before."""
         self.drop(key)
         size = _size(kept)
         place = next((place for place, left in self._left.items() if size <= left), None)
@@ -52,15 +56,16 @@ class StreamStore:
         self._kept[key] = place, _moved(kept, self._to_host) if place == "host" else kept
 
     def drop(self, key: Any) -> None:
+        """Give up what is kept for a batch, if anything."""
         place, kept = self._kept.pop(key, ("device", START))
         self._left[place] += _size(kept)
 
     def takes(self, key: Any) -> bool:
-        """Whether a stream of this batch is worth computing: none of its streams was ever refused."""
+        """Return whether the stream of a batch is worth computing: no stream of it was too large so far."""
         return key not in self._refused
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Give up everything that is kept."""
         for key in list(self._kept):
             self.drop(key)
 
@@ -77,6 +82,6 @@ def _size(kept: Kept) -> int:
     return sum(tensor.nbytes for tensor in _tensors(kept))
 
 
-def _moved(kept: Kept, move) -> Kept:
+def _moved(kept: Kept, move: Callable[[torch.Tensor], torch.Tensor]) -> Kept:
     moved = [move(part) if isinstance(part, torch.Tensor) else part for part in (*kept.output, kept.encoded)]
     return Kept(kept.block, tuple(moved[:-1]), moved[-1])

@@ -1,7 +1,7 @@
-"""Batches of whole sequences, for models that read them whole: encoders, encoder-decoders, classifiers.
+"""Pack requests into batches for models that read whole sequences: encoders, encoder-decoders, classifiers.
 
-Every token of such a model may see every other, so that nothing but identical requests can be shared (a prefix is
-another sequence), and padding must be masked.
+In such a model every token may attend to every other one. A prefix is therefore another sequence, only identical
+requests can share a row, and padding must be masked.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from harness.evaluation.requests import Request
 
 @dataclass(frozen=True)
 class WholeBatch:
-    """Right-padded sequences and what to read off them; rows, entry_row, targets and entries as in `packing.Batch`.
+    """Right-padded sequences, and which log-probabilities are wanted of them.
 
-    input_ids: int64 [B, T], what the scored output belongs to (the decoder's input where there is an encoder too).
-    lengths: int64 [B]. segments: int64 [B, T] of sentence pairs, or None.
-    source_ids: int64 [B, S], what the encoder of an encoder-decoder reads, and source_lengths: int64 [B], or None.
+    input_ids: int64 [B, T], the sequences whose outputs are scored; in an encoder-decoder the input of the decoder.
+    lengths: int64 [B], without the padding.
+    rows, entry_row, targets, entries: as in `packing.Batch`.
+    segments: int64 [B, T], as in Request; None if no sequence is a pair of sentences.
+    source_ids, source_lengths: int64 [B, S] and [B], the input of the encoder of an encoder-decoder; else None.
     """
 
     input_ids: torch.Tensor
@@ -36,13 +38,13 @@ class WholeBatch:
     source_lengths: torch.Tensor | None
 
     def model_inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Arguments of the model's forward, with a mask for the padding of what is read in both directions."""
-        if self.source_ids is None:
+        """Return the arguments of the model's forward, on `device`, with a mask for padding where it is needed."""
+        if self.source_ids is None or self.source_lengths is None:
             inputs = {"input_ids": self.input_ids, "attention_mask": _mask(self.input_ids, self.lengths)}
             if self.segments is not None:
                 inputs["token_type_ids"] = self.segments
         else:
-            # the decoder is causal: no token looks at the padding on its right
+            # the decoder needs no mask: it is causal, so that no token attends to padding on its right
             inputs = {
                 "input_ids": self.source_ids, "attention_mask": _mask(self.source_ids, self.source_lengths),
                 "decoder_input_ids": self.input_ids,
@@ -55,15 +57,19 @@ def _mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def pack_whole(requests: Sequence[Request], batch_tokens: int, pad_id: int = 0) -> PackedRequests:
-    """Group requests into batches of at most `batch_tokens` padded tokens, sources included (at least one sequence
-    each), the longest first. Identical requests are fed once. The grouping depends only on the requests."""
+    """Pack requests into batches of at most `batch_tokens` padded tokens, sources included, or one sequence.
+
+    The longest sequences come first, and identical requests are fed once. pad_id: the token for padding. The batches
+    depend only on these arguments.
+    """
     offsets = np.zeros(len(requests) + 1, dtype=np.int64)
     np.cumsum([len(request.targets) for request in requests], out=offsets[1:])
     served: dict[bytes, list[int]] = {}
     for i, request in enumerate(requests):
         served.setdefault(_key(request), []).append(i)
     groups = sorted(served.values(), key=lambda group: (*(-n for n in _sizes(requests[group[0]])), group[0]))
-    batches, members, width = [], [], np.zeros(2, dtype=np.int64)
+    members: list[list[int]] = []
+    batches, width = [], np.zeros(2, dtype=np.int64)
     for group in groups:
         width = np.maximum(width, _sizes(requests[group[0]]))
         if members and (len(members) + 1) * width.sum() > batch_tokens:
@@ -74,7 +80,7 @@ def pack_whole(requests: Sequence[Request], batch_tokens: int, pad_id: int = 0) 
         batches.append(_batch(requests, members, offsets, pad_id))
     return PackedRequests(
         tuple(batches), offsets, int(offsets[-1]), sum(sum(_sizes(requests[group[0]])) for group in groups),
-        sum(len(batch.rows) for batch in batches), sum(sum(_sizes(request)) for request in requests),
+        sum(len(batch.rows) for batch in batches),
     )
 
 
@@ -104,7 +110,9 @@ def _batch(requests: Sequence[Request], members: list[list[int]], offsets: np.nd
         segments, _ = _padded([zeros if request.segments is None else request.segments
                                for request, zeros in zip(first, blank)], 0)
     if first[0].source is not None:
-        source_ids, source_lengths = _padded([request.source for request in first], pad_id)
+        sources = [request.source for request in first if request.source is not None]
+        assert len(sources) == len(first)  # all requests of a task have a source, or none has
+        source_ids, source_lengths = _padded(sources, pad_id)
     served = [(row, i) for row, group in enumerate(members) for i in group]
     flat = np.concatenate([row * input_ids.shape[1] + requests[i].positions for row, i in served])
     rows, entry_row = np.unique(flat, return_inverse=True)

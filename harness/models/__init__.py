@@ -1,1 +1,1 @@
-"""Loading, and the map from any known architecture to matrices."""
+"""Loading models, the map from architectures to matrices, and the editing of matrices."""

@@ -1,32 +1,41 @@
-"""What a token costs in each part of a model: floating-point operations from the shapes alone."""
+"""The cost of a token in each part of a model, in floating-point operations, computed from the shapes alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from harness.models.families import blocks_of
+from harness.models.families import Family, blocks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Multiply-adds x 2. block: of each block's weights, per token. pair: of one block's attention, per token and
-    token it looks at. head: per scored position."""
+    """Floating-point operations, where a multiplication and an addition are two.
+
+    block: for the weights of each block, per token. pair: for the attention of one block, per pair of a token and a
+    token that it attends to. head: for the output head, per scored position.
+    """
 
     block: tuple[float, ...]
     pair: float
     head: float
 
 
-def model_cost(model: nn.Module) -> ModelCost:
-    """From the shapes alone (the meta device will do). Of a mixture of experts only the experts that a token uses
-    are counted."""
+def model_cost(model: PreTrainedModel, family: Family | None = None) -> ModelCost:
+    """Return the cost of a model, which may be on the meta device.
+
+    In a mixture of experts only the experts that a token uses are counted. family: needed for an architecture that is
+    not in FAMILIES. Raises InputError as `blocks_of` does.
+    """
     config = model.config.get_text_config()
     blocks = tuple(2.0 * sum(prod(p.shape) * _share(config, p) for p in block.parameters() if p.ndim >= 2)
-                   for block in blocks_of(model))
+                   for block in blocks_of(model, family))
     heads = getattr(config, "num_attention_heads", 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()
@@ -34,7 +43,7 @@ def model_cost(model: nn.Module) -> ModelCost:
 
 
 def _share(config: Any, parameter: nn.Parameter) -> float:
-    """The part of a parameter that one token is multiplied with: experts are stacked in three dimensions."""
+    """Return the share of a parameter by which one token is multiplied: less than 1 for experts, stacked in 3-D."""
     if parameter.ndim != 3:
         return 1.0
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1

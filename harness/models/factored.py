@@ -1,9 +1,10 @@
-"""A model with some matrices stored as low-rank factors: a smaller file for the same weights.
+"""Models with some matrices stored as low-rank factors: a smaller file for the same weights.
 
-The folder holds config.json, and factored.safetensors with every tensor of the model's state dictionary but for the
-parameters that hold a factored matrix. Of these each matrix is there by its name: as `<name>:left` float32 [out, n] and
-`<name>:right` float32 [n, in], whose product it is, or whole where factors would be larger. Factors stay in float32 so
-that their product, rounded once to the model's dtype, is the matrix that was rounded once.
+The folder of such a model holds config.json and factored.safetensors. The latter has every tensor of the model's state
+dictionary, with the exception of parameters that contain a factored matrix. Each matrix of such a parameter is stored
+under its own name: either as two factors, `<name>:left` float32 [out, n] and `<name>:right` float32 [n, in], whose
+product is the matrix, or whole if factors would be larger. Factors are kept in float32. Their product, rounded once to
+the model's dtype, is then the edited matrix, which was also rounded once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +21,26 @@ from harness.errors import InputError
 from harness.models.families import AUTO_CLASSES, matrices_of
 from harness.models.matrices import Matrix
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FILE = "factored.safetensors"
 FORMAT = "spectral-harness factored 1"
 
 
 def factors_are_smaller(matrix: Matrix, n: int, dtype: torch.dtype) -> bool:
-    """Whether n singular values of a matrix take less room as float32 factors than the matrix does in `dtype`."""
+    """Return whether float32 factors for n singular values take fewer bytes than the whole matrix in `dtype`."""
     out, width = matrix.shape
     return 4 * n * (out + width) < dtype.itemsize * out * width
 
 
 def write_factored(
-    folder: str | Path, model: nn.Module, kind: str, factors: Mapping[str, tuple[Tensor, Tensor]]
+    folder: str | Path, model: PreTrainedModel, kind: str, factors: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
-    """Write the model with some of its matrices as factors.
+    """Write the model to a folder, with some of its matrices as factors.
 
-    kind: the family's, a key of AUTO_CLASSES. factors: matrix name -> (left [out, n], right [n, in]), any dtype, whose
-    product is the matrix that the model holds.
+    kind: the kind of the model's family, a key of AUTO_CLASSES. factors: name of a matrix -> its factors, left [out, n]
+    and right [n, in] of any dtype, whose product is the matrix that the model holds.
     """
     from safetensors.torch import save_file
 
@@ -60,13 +64,16 @@ def write_factored(
 
 
 def load_factored(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The model of a folder that `write_factored` (harness export --factored) wrote, with whole matrices again: an
-    ordinary transformers model in evaluation mode. Raises InputError where the folder holds none."""
+    """Load a model that `write_factored` (harness export --factored) wrote, and multiply its factors.
+
+    The result is an ordinary transformers model in evaluation mode, on `device`. Raises InputError if the folder holds
+    no such model, or one that cannot be read.
+    """
     import transformers
     from safetensors import SafetensorError, safe_open
     from transformers.initialization import no_init_weights
 
-    import harness.models.recall  # noqa: F401  registers the embedded model with transformers
+    import harness.models.recall  # noqa: F401  it registers the embedded model with transformers
 
     path = Path(folder).expanduser() / FILE
     if not path.is_file():
@@ -98,12 +105,15 @@ def load_factored(folder: str | Path, device: str | torch.device = "cpu") -> nn.
         filled.add(matrix.parameter)
     if missing := sorted(set(names) - filled):
         raise InputError(f"{path}: it lacks {missing[0]}; export it again with this version of transformers")
-    model.tie_weights()  # part of the initialisation that was skipped
+    model.tie_weights()  # transformers does this in the initialisation, which was skipped
     return model.to(device).eval()
 
 
 def _untied(state: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors without those that share the storage of an earlier one, and the name of the earlier one for each."""
+    """Return the tensors on the CPU without those that share the memory of an earlier tensor.
+
+    The second result maps the name of each tensor that was left out to the name of the earlier one.
+    """
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}

@@ -1,21 +1,28 @@
-"""The map from Hugging Face architectures to matrices, under one naming for all. A family is one entry of FAMILIES."""
+"""The map from Hugging Face architectures to matrices, with the same names for all architectures.
+
+A family is one entry of FAMILIES, or an entry point of the group "harness.families" in another package.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from harness.errors import InputError
 from harness.models.matrices import Layout, Matrix
+from harness.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj")
 CROSS_ATTENTION_TYPES = ("cross_q_proj", "cross_k_proj", "cross_v_proj", "cross_o_proj")
 MLP_TYPES = ("gate_proj", "up_proj", "down_proj")
-# Small weights that are not among the maps people mean by "all"; they can be named.
+# Small weights that nobody means by "all" matrices. They are chosen by their names only.
 OTHER_TYPES = ("router", "relative_bias")
 LAYER_TYPES = ATTENTION_TYPES + CROSS_ATTENTION_TYPES + MLP_TYPES + OTHER_TYPES
 GROUPS = {
@@ -37,11 +44,14 @@ AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What one parameter of a block holds: its layer types in the order of its output rows.
+    """The matrices that one parameter of a block contains. A 3-D parameter contains them once for each expert.
 
-    rows: config -> number of rows of each, where they differ. heads: config -> number of heads, where rows are ordered
-    (head, layer type, row of the head) rather than (layer type, row). A 3-D parameter holds all that once per expert.
-    optional: some blocks or models of the family do not have it.
+    layer_types: their layer types, in the order of the output rows. transposed: whether the parameter is stored as
+        [in, out].
+    rows: a function from the config to the number of rows of each layer type; None if all have equally many.
+    heads: a function from the config to the number of heads, if the rows are ordered by (head, layer type, row of the
+        head); None if they are ordered by (layer type, row).
+    optional: whether some blocks or models of the family lack this parameter.
     """
 
     layer_types: tuple[str, ...]
@@ -53,25 +63,29 @@ class Stored:
 
 @dataclass(frozen=True)
 class Family:
-    """stacks: name ("" where there is only one) -> path of the list of blocks below `model.base_model`, in order of
-    execution. weights: every parameter of two or more dimensions in a block, by its name there.
-    kind: "causal", "masked" or "seq2seq", the head with which it is loaded (or "classification"). trees: its forward
-    takes an additive mask [B, 1, T, T] and position ids [B, T] as they are, so that several sequences can share a row
-    (sliding windows are lost on the way)."""
+    """An architecture: where its blocks are, and which matrices their parameters contain.
+
+    stacks: name of a stack of blocks -> path of its list of blocks below `model.base_model`, in order of execution. The
+        name is "" if there is only one stack.
+    weights: name of a parameter within a block -> what it contains, for every parameter of two or more dimensions.
+    kind: the head with which the model is loaded, a key of AUTO_CLASSES.
+    trees: whether the model's forward accepts an additive mask [B, 1, T, T] and position ids [B, T] and uses them
+        unchanged, so that several sequences can share a row. Such a mask replaces that of a sliding window.
+    """
 
     stacks: Mapping[str, str]
     weights: Mapping[str, Stored]
     kind: str = "causal"
     trees: bool = True
 
-    def auto_class(self) -> type:
-        """The transformers Auto class with which a model of this family is loaded."""
+    def auto_class(self) -> Any:
+        """Return the Auto class of transformers with which a model of this family is loaded."""
         import transformers
 
         return getattr(transformers, AUTO_CLASSES[self.kind])
 
     def with_classifier(self) -> Family:
-        """The same family loaded with a classification head. Raises InputError for encoder-decoders."""
+        """Return the same family with a classification head as its kind. Raises InputError for encoder-decoders."""
         if self.kind == "seq2seq":
             raise InputError("model.name: an encoder-decoder with a classification head is not supported; "
                              "use a task of kind seq2seq, or an encoder or a decoder with that head")
@@ -79,7 +93,7 @@ class Family:
 
 
 def _plain(*optional: str, **paths: str) -> dict[str, Stored]:
-    """Linear layers: layer type -> path of the module in the block; those named in `optional` may be absent."""
+    """Describe linear layers, by layer type -> path of the module. Those named in `optional` may be absent."""
     return {f"{path}.weight": Stored((name,), optional=name in optional) for name, path in paths.items()}
 
 
@@ -114,10 +128,10 @@ _BERT = Family(
 
 
 def _t5_weights() -> dict[str, Stored]:
-    """An encoder block is self-attention, feed-forward; a decoder block has cross-attention between them."""
+    """Describe the blocks of T5: self-attention and feed-forward, in the decoder with cross-attention between them."""
     weights = _attention("layer.0.SelfAttention", *"qkvo")
-    # The table is buckets x heads: as a map from a one-hot bucket to heads it is stored transposed.
-    bias = Stored(("relative_bias",), transposed=True, optional=True)  # in the first block of each stack
+    # The table is stored as buckets x heads. As a linear map from a one-hot bucket to the heads it is transposed.
+    bias = Stored(("relative_bias",), transposed=True, optional=True)  # only the first block of each stack has it
     weights["layer.0.SelfAttention.relative_attention_bias.weight"] = bias
     for part in "qkvo":
         name = f"layer.1.EncDecAttention.{part}.weight"
@@ -128,12 +142,12 @@ def _t5_weights() -> dict[str, Stored]:
     return weights
 
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: Registry[Family] = Registry("harness.families", "a model type", {
     "recall": Family(
         {"": "layers"},
         _plain(k_proj="self_attn.k_proj", v_proj="self_attn.v_proj", o_proj="self_attn.o_proj")
         | _plain("up_proj", "down_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj"),
-        trees=False,  # its attention takes no mask of ours
+        trees=False,  # its attention accepts no additive mask
     ),
     "gpt2": Family(
         {"": "h"},
@@ -163,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
-    "gemma3": replace(_LLAMA, stacks={"": "language_model.layers"}),  # the vision tower's blocks are not counted
+    "gemma3": replace(_LLAMA, stacks={"": "language_model.layers"}),  # without the blocks of the vision tower
     "phi3": Family(
         {"": "layers"},
         {
@@ -178,64 +192,73 @@ FAMILIES: dict[str, Family] = {
     "bert": _BERT,
     "roberta": _BERT,
     "t5": Family({"encoder": "encoder.block", "decoder": "decoder.block"}, _t5_weights(), kind="seq2seq", trees=False),
-}
+})
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model's config; raises InputError naming the model type where it is not known."""
+    """Return the family of a model's config. Raises an InputError that names the model type if it is not known."""
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
+    if model_type is None or model_type not in FAMILIES:
         raise InputError(
-            f"model.name: model type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))} "
-            "(adding one is a table entry in harness/models/families.py)"
+            f"model.name: model type {model_type!r} is not known; known are {', '.join(sorted(FAMILIES))}"
+            " (docs/architecture.md says how to add one)"
         )
     return FAMILIES[model_type]
 
 
-def skeleton(config: Any, family: Family | None = None) -> nn.Module:
-    """The model of a config on the meta device: names and shapes without weights. Raises InputError if unknown.
+def skeleton(config: Any, family: Family | None = None) -> PreTrainedModel:
+    """Return the model of a config on the meta device, which has names and shapes but no weights.
 
-    family: where its head is not the usual one of this model type."""
+    family: needed if the head is not the usual one of this model type. Raises InputError for an unknown model type.
+    """
     load_class = (family or family_of(config)).auto_class()
     with torch.device("meta"):
         return load_class.from_config(config)
 
 
-def expand_layer_types(names: Iterable[str]) -> tuple[str, ...]:
-    """Layer types and groups -> layer types without repeats, in the order of LAYER_TYPES; raises InputError."""
+def expand_layer_types(names: Iterable[str], key: str = "target.layer_types") -> tuple[str, ...]:
+    """Return the layer types of names and groups of names, without repeats, in the order of LAYER_TYPES.
+
+    key: the setting that holds the names, for messages. Raises InputError for a name that is not known.
+    """
     chosen: set[str] = set()
     for name in names:
         if name in EMBEDDING_NAMES:
             raise InputError(
-                f"target.layer_types: {name!r} is an embedding or the head (often tied to each other), not a matrix "
+                f"{key}: {name!r} is an embedding or the head (often tied to each other), not a matrix "
                 "inside a block, and cannot be a target"
             )
         if name not in GROUPS and name not in LAYER_TYPES:
             raise InputError(
-                f"target.layer_types: {name!r} is not a layer type; use {', '.join(LAYER_TYPES)} "
+                f"{key}: {name!r} is not a layer type; use {', '.join(LAYER_TYPES)} "
                 f"or a group: {', '.join(GROUPS)}"
             )
         chosen.update(GROUPS.get(name, (name,)))
     return tuple(layer_type for layer_type in LAYER_TYPES if layer_type in chosen)
 
 
-def _stacks_of(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    base = getattr(model, "base_model", model)
-    stacks = []
-    for stack, path in family_of(model.config).stacks.items():
-        module = base
+def _stacks_of(model: nn.Module, family: Family | None) -> list[tuple[str, nn.ModuleList]]:
+    base, config = getattr(model, "base_model", model), getattr(model, "config", None)
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for stack, path in (family or family_of(config)).stacks.items():
+        module: Any = base
         for part in path.split("."):
             module = getattr(module, part, None)
-        if module is not None:  # encoder-only T5 has one stack of the two
+        if module is not None:  # a T5 encoder without its decoder has only one of the two stacks
             stacks.append((stack, module))
     if not stacks:
-        raise InputError(f"model.name: {type(model).__name__} has none of the blocks of {model.config.model_type!r}")
+        model_type = getattr(config, "model_type", None)
+        raise InputError(f"model.name: {type(model).__name__} has none of the blocks of {model_type!r}")
     return stacks
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks in order of execution; the encoder's come before the decoder's."""
-    return [block for _, blocks in _stacks_of(model) for block in blocks]
+def blocks_of(model: nn.Module, family: Family | None = None) -> list[nn.Module]:
+    """Return the blocks in order of execution, those of an encoder before those of its decoder.
+
+    family: needed for an architecture that is not in FAMILIES. Raises InputError for an unknown architecture, and for a
+    model without such blocks.
+    """
+    return [block for _, blocks in _stacks_of(model, family) for block in blocks]
 
 
 def _layouts(stored: Stored, out: int, config: Any) -> list[Layout]:
@@ -249,44 +272,60 @@ def _layouts(stored: Stored, out: int, config: Any) -> list[Layout]:
     return [Layout(stored.transposed, (stop - size, stop)) for size, stop in zip(sizes, stops)]
 
 
-def _matrices_of_block(prefix: str, label: str, stack: str, index: int, block: nn.Module, config: Any) -> list[Matrix]:
-    weights = family_of(config).weights
-    parameters = {name: p for name, p in block.named_parameters(remove_duplicate=False) if p.ndim >= 2}
+@dataclass(frozen=True)
+class _Block:
+    """One block of a model.
+
+    path: its name in the model, such as "model.layers.3". label: how the names of its matrices begin, such as "3" or
+    "decoder.3". index: its place in the order of execution, counted over all stacks from 0.
+    """
+
+    module: nn.Module
+    path: str
+    label: str
+    stack: str
+    index: int
+
+
+def _matrices_of_block(block: _Block, config: Any, family: Family) -> list[Matrix]:
+    weights, model_type = family.weights, getattr(config, "model_type", None)
+    parameters = {name: p for name, p in block.module.named_parameters(remove_duplicate=False) if p.ndim >= 2}
     required = [name for name, stored in weights.items() if not stored.optional]
     for name in [*[n for n in required if n not in parameters], *[n for n in parameters if n not in weights]]:
         what = "is not in harness/models/families.py" if name in parameters else "is missing"
         raise InputError(
-            f"model.name: block {label} is not a plain {config.model_type!r} block: its weight {name!r} {what} "
+            f"model.name: block {block.label} is not a plain {model_type!r} block: its weight {name!r} {what} "
             "(adapters must be merged first)"
         )
     matrices = []
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
-            raise InputError(f"model.name: {prefix}.{name} is quantised ({parameter.dtype}); load it dequantised")
+            raise InputError(f"model.name: {block.path}.{name} is quantised ({parameter.dtype}); load it dequantised")
         stored = weights[name]
         experts = range(parameter.shape[0]) if parameter.ndim == 3 else (None,)
         out, width = parameter.shape[-2:] if not stored.transposed else parameter.shape[:-3:-1]
         for layer_type, layout in zip(stored.layer_types, _layouts(stored, out, config)):
             rows = layout.rows[1] - layout.rows[0] if layout.rows else out // layout.parts
             for expert in experts:
-                matrix = f"{label}.{layer_type}" + ("" if expert is None else f".e{expert}")
-                shape = (rows, width)
-                matrices.append(Matrix(matrix, index, layer_type, stack, expert, f"{prefix}.{name}", shape, layout))
+                matrices.append(Matrix(
+                    f"{block.label}.{layer_type}" + ("" if expert is None else f".e{expert}"), block.index, layer_type,
+                    block.stack, expert, f"{block.path}.{name}", (rows, width), layout,
+                ))
     return sorted(matrices, key=lambda m: (LAYER_TYPES.index(m.layer_type), m.expert or 0))
 
 
-def matrices_of(model: nn.Module) -> tuple[Matrix, ...]:
-    """Every matrix of the model ordered by block, layer type and expert; works on the meta device.
+def matrices_of(model: nn.Module, family: Family | None = None) -> tuple[Matrix, ...]:
+    """Return every matrix of the model, ordered by block, layer type and expert. It may be on the meta device.
 
-    Raises InputError for an unknown family, for quantised weights, and where a block's weights are not those of its
-    family (each parameter of two or more dimensions inside a block must be accounted for).
+    family: needed for an architecture that is not in FAMILIES. Raises InputError for an unknown architecture, for
+    quantised weights, and for a block whose parameters of two or more dimensions are not those of its family.
     """
+    config = getattr(model, "config", None)
     names = {id(module): name for name, module in model.named_modules()}
-    matrices: list[Matrix] = []
-    index = 0
-    for stack, blocks in _stacks_of(model):
-        for number, block in enumerate(blocks):
+    family = family or family_of(config)
+    blocks: list[_Block] = []
+    for stack, modules in _stacks_of(model, family):
+        for number, module in enumerate(modules):
             label = f"{stack}.{number}" if stack else str(number)
-            matrices += _matrices_of_block(names[id(block)], label, stack, index, block, model.config)
-            index += 1
-    return tuple(matrices)
+            blocks.append(_Block(module, names[id(module)], label, stack, len(blocks)))
+    return tuple(matrix for block in blocks for matrix in _matrices_of_block(block, config, family))

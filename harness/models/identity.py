@@ -1,4 +1,4 @@
-"""What a model is, for the ids of cells: it changes whenever a number of its weights does."""
+"""The identity of a model, which goes into the ids of cells: it changes whenever a weight of the model changes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.cache import user_cache
-from harness.config import ModelConfig
+import torch
+
 from harness.errors import InputError
+from harness.files import replacing, user_cache
+from harness.models.settings import ModelSettings
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
-# Smaller files are read in less time than a remembered digest is worth.
-REMEMBERED_FROM = 1 << 28
-# A file may change twice within one tick of its file system's clock.
+REMEMBERED_FROM = 1 << 28  # bytes; reading a smaller file again takes too little time to remember its digest
+# A file may change twice within one tick of its file system's clock, so the digest of a newer file is not remembered.
 SETTLED_SECONDS = 10
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 over all of a file. That of a large one is remembered under the cache folder for as long as the file's
-    size, inode and times of change stay the same."""
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    The digest of a large file is remembered in the user's cache folder. It is used again as long as the file's size,
+    inode and times of change stay the same. Raises OSError if the file cannot be read.
+    """
     before = path.stat()
     if before.st_size < REMEMBERED_FROM:
         return _digest(path)
@@ -46,13 +50,11 @@ def _digest(path: Path) -> str:
 
 
 def _remember(path: Path, what: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(what))
-        temporary.replace(path)
+        with replacing(path, durable=False) as temporary:
+            temporary.write_text(json.dumps(what))
     except OSError:
-        pass  # without a cache it is only slower
+        pass  # the digest is then computed again next time
 
 
 def _weight_files(folder: Path, gguf_file: str | None) -> list[Path]:
@@ -65,13 +67,17 @@ def _weight_files(folder: Path, gguf_file: str | None) -> list[Path]:
     return []
 
 
-def local_identity(folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """Of a folder: a digest of every byte of its weights and of its configuration. Raises InputError."""
-    files = _weight_files(folder, config.gguf_file)
-    if config.gguf_file and not files[0].is_file():
+def local_identity(folder: Path, settings: ModelSettings) -> dict[str, Any]:
+    """Return the identity of a model in a local folder: a digest of the bytes of its weights and its configuration.
+
+    Raises InputError if the folder holds no weights, or not the GGUF file of the settings.
+    """
+    files = _weight_files(folder, settings.gguf_file)
+    if settings.gguf_file and not files[0].is_file():
         there = sorted(path.name for path in folder.glob("*.gguf"))
         raise InputError(
-            f"model.gguf_file: no file {config.gguf_file!r} in {folder}; GGUF files there: {', '.join(there) or 'none'}"
+            f"model.gguf_file: no file {settings.gguf_file!r} in {folder}; GGUF files there:"
+            f" {', '.join(there) or 'none'}"
         )
     if not files:
         raise InputError(f"model.name: the folder {folder} holds no weights (*.safetensors, or set model.gguf_file)")
@@ -80,10 +86,31 @@ def local_identity(folder: Path, config: ModelConfig) -> dict[str, Any]:
     return {"digest": hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()}
 
 
-def hub_identity(config: ModelConfig) -> dict[str, Any]:
-    """The commit that a hub name and revision stand for now: a branch may hold other weights tomorrow."""
+def hub_identity(settings: ModelSettings) -> dict[str, Any]:
+    """Return the identity of a model on the hub: its name and the commit that the revision stands for now.
+
+    The commit is needed because a branch may hold other weights tomorrow. Raises OSError if the model is neither
+    reachable nor in the local cache.
+    """
     from transformers.utils.hub import cached_file, extract_commit_hash
 
-    file = cached_file(config.name, config.gguf_file or "config.json", revision=config.revision)
+    file = cached_file(settings.name, settings.gguf_file or "config.json", revision=settings.revision)
     commit = extract_commit_hash(file, None)
-    return {"name": config.name, "revision": commit or config.revision or "main", "gguf_file": config.gguf_file}
+    return {"name": settings.name, "revision": commit or settings.revision or "main", "gguf_file": settings.gguf_file}
+
+
+def module_identity(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the identity of a module in memory: a digest of its parameters and buffers, and of its config if any.
+
+    The digest covers every byte of these tensors, and their names, shapes and dtypes.
+    """
+    from xxhash import xxh3_128
+
+    config: Any = getattr(model, "config", None)
+    found = xxh3_128(type(model).__name__.encode())
+    found.update(config.to_json_string(use_diff=False).encode() if hasattr(config, "to_json_string") else b"")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content = tensor.detach().cpu().contiguous()
+        found.update(content.view(-1).view(torch.uint8).numpy().data if content.numel() else b"")
+    return {"digest": found.hexdigest()}

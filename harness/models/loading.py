@@ -1,21 +1,27 @@
-"""From the model settings to a model in memory: hub name, local folder, GGUF file, or the embedded default."""
+"""Load the model of the settings: by its name on the hub, from a local folder or GGUF file, or the embedded model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from harness.config import ModelConfig
 from harness.errors import InputError
 from harness.models.families import Family, blocks_of, family_of, matrices_of
 from harness.models.identity import hub_identity, local_identity
 from harness.models.matrices import Matrix
+from harness.models.settings import ModelSettings
+from harness.optional import require
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEMORY = "memory"  # the source of a model that the caller gave as a module
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -23,8 +29,9 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 class ModelDescription:
     """What is known of a model before its weights are read.
 
-    source: what `from_pretrained` takes (a hub name or a folder). identity: goes into every cell id, so it changes
-    when the weights do. dtype: the resolved name, never "auto".
+    source: a name on the hub or a folder, as `from_pretrained` takes it; "recall" for the embedded model; MEMORY.
+    identity: goes into the id of every cell, and changes when the weights change. config: the model's config of
+    transformers. dtype: a key of TORCH_DTYPES, never "auto". context_length: in tokens.
     """
 
     source: str
@@ -36,18 +43,20 @@ class ModelDescription:
 
     @property
     def revision(self) -> str | None:
-        """The commit to read from the hub, so that tokenizer and weights are those of one moment."""
+        """The commit on the hub from which tokenizer and weights are both read; None for a local model."""
         return self.identity.get("revision")
 
 
 @dataclass
 class LoadedModel:
-    """A model ready to be edited and scored. `blocks` are in execution order; `matrices` name their block by index.
+    """A model that can be edited and scored.
 
-    missing: weights of its head that the checkpoint does not hold, so that they are random; see `require_head`.
+    tokenizer: None for the embedded model. matrices: as `matrices_of` returns them. blocks: in order of execution.
+    missing: the names of the weights of its head that the checkpoint does not hold and that are random; see
+    `require_head`.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     description: ModelDescription
     matrices: tuple[Matrix, ...]
@@ -57,6 +66,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
+        """The longest sequence that the model accepts, in tokens."""
         return self.description.context_length
 
 
@@ -65,54 +75,62 @@ def _one_line(error: BaseException) -> str:
 
 
 def context_length_of(model_config: Any) -> int:
-    """The longest sequence the architecture accepts; 2048 where positions are relative and no limit is stated."""
+    """Return the longest sequence that the architecture accepts, in tokens; 2048 if the config states no limit."""
     for key in ("max_position_embeddings", "n_positions", "context_length", "n_ctx"):
         value = getattr(model_config, key, None)
         if isinstance(value, int) and value > 0:
-            # RoBERTa's position table starts after the padding index
+            # RoBERTa counts positions from its padding index + 1, which is 2
             return value - 2 if model_config.model_type == "roberta" else value
     return 2048
 
 
-def recall_identity(config: ModelConfig) -> dict[str, Any]:
+def recall_identity(settings: ModelSettings) -> dict[str, Any]:
+    """Return the identity of the embedded model: a digest of the settings of its training."""
     from harness.models.recall_training import training_digest
 
-    return {"digest": training_digest(config.recall)}
+    return {"digest": training_digest(settings.recall)}
 
 
-def describe(config: ModelConfig, classifier: bool = False) -> ModelDescription:
-    """Read a model's configuration, not its weights. Raises InputError for what does not exist or is not known.
+def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDescription:
+    """Read a model's configuration, but not its weights.
 
-    classifier: to be loaded with a classification head instead of the family's usual one.
+    classifier: the model will be loaded with a classification head instead of its family's usual head. Raises
+    InputError if the model does not exist, cannot be read, or is of an unknown architecture.
     """
-    if config.name == "recall":
+    if settings.name == "recall":
         from harness.models.recall import recall_config
 
-        model_config = recall_config(config.recall)
-        dtype = "float32" if config.dtype == "auto" else config.dtype
-        return ModelDescription("recall", recall_identity(config), model_config, family_of(model_config), dtype,
+        model_config = recall_config(settings.recall)
+        dtype: str = "float32" if settings.dtype == "auto" else settings.dtype
+        return ModelDescription("recall", recall_identity(settings), model_config, family_of(model_config), dtype,
                                 model_config.context_length)
     from transformers import AutoConfig
 
-    folder = Path(config.name).expanduser()
-    local = folder.is_dir()
-    if not local and (folder.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1):
+    if settings.gguf_file is not None:
+        require("gguf", "gguf", "model.gguf_file")
+    if settings.name.startswith(f"{MEMORY}/"):
         raise InputError(
-            f"model.name: {config.name!r} is not a folder; give a local folder, a Hugging Face name, or recall"
+            f"model.name: {settings.name!r} was handed over by a Python process; only that process can measure it"
         )
-    source = str(folder) if local else config.name
-    kwargs = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    folder = Path(settings.name).expanduser()
+    local = folder.is_dir()
+    if not local and (folder.exists() or settings.name.startswith((".", "/", "~")) or settings.name.count("/") > 1):
+        raise InputError(
+            f"model.name: {settings.name!r} is not a folder; give a local folder, a Hugging Face name, or recall"
+        )
+    source = str(folder) if local else settings.name
+    kwargs = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
     try:
-        identity = local_identity(folder, config) if local else hub_identity(config)
+        identity = local_identity(folder, settings) if local else hub_identity(settings)
         model_config = AutoConfig.from_pretrained(
-            source, revision=identity.get("revision"), trust_remote_code=config.trust_remote_code, **kwargs
+            source, revision=identity.get("revision"), trust_remote_code=settings.trust_remote_code, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
         where = "local folder" if local else "Hugging Face name (offline: download it first, or give a local folder)"
-        raise InputError(f"model.name: cannot read {config.name!r} as a {where}: {_one_line(error)}") from error
+        raise InputError(f"model.name: cannot read {settings.name!r} as a {where}: {_one_line(error)}") from error
     family = family_of(model_config).with_classifier() if classifier else family_of(model_config)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    dtype = config.dtype
+    dtype = settings.dtype
     if dtype == "auto":
         stated = getattr(model_config, "dtype", None) or getattr(text_config, "dtype", None)
         dtype = str(stated).removeprefix("torch.") if stated is not None else "float32"
@@ -120,25 +138,29 @@ def describe(config: ModelConfig, classifier: bool = False) -> ModelDescription:
     return ModelDescription(source, identity, model_config, family, dtype, context_length_of(text_config))
 
 
-def load_tokenizer(config: ModelConfig, description: ModelDescription) -> Any:
-    """The model's tokenizer; None for the embedded model, whose tasks make their own tokens."""
+def load_tokenizer(settings: ModelSettings, description: ModelDescription) -> Any:
+    """Return the model's tokenizer; None for the embedded model, whose tasks make their own tokens.
+
+    Raises InputError if there is no tokenizer.
+    """
     if description.source == "recall":
         return None
     from transformers import AutoTokenizer
 
-    kwargs = {"gguf_file": config.gguf_file} if config.gguf_file else {}
+    kwargs = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(
-            description.source, revision=description.revision, trust_remote_code=config.trust_remote_code, **kwargs
+            description.source, revision=description.revision, trust_remote_code=settings.trust_remote_code, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.name: no tokenizer for {config.name!r}: {_one_line(error)}") from error
+        raise InputError(f"model.name: no tokenizer for {settings.name!r}: {_one_line(error)}") from error
 
 
 def pick_device(name: str) -> torch.device:
-    """For `auto`: the accelerator of this process's local rank where there is one, else the CPU.
+    """Return the device of a name.
 
-    Raises InputError for a device that this machine does not have.
+    "auto" is the CUDA device of this process's local rank, or the CPU if there is no CUDA device. Raises InputError for
+    a device that this machine does not have.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -165,36 +187,41 @@ def _check_finite(model: torch.nn.Module, name: str) -> None:
 
 
 def load(
-    config: ModelConfig, description: ModelDescription | None = None, tokenizer: Any = None, progress: bool = True
+    settings: ModelSettings, description: ModelDescription | None = None, tokenizer: Any = None, progress: bool = True
 ) -> LoadedModel:
-    """Load weights (safetensors, or GGUF dequantised), check that they are finite, map them to matrices.
+    """Load the weights of a model, check that they are finite, and find its matrices.
 
-    Raises InputError where a file, a dtype, a device, or a weight of the body is not there. Weights that only the head
-    lacks are listed in `missing`: a spectrum does not need them, a score does.
+    description, tokenizer: given if they are known already. progress: show the progress of training the embedded model.
+    Weights come from safetensors or, dequantised, from a GGUF file. Raises InputError if a file or a device does not
+    exist, if a weight is not finite, or if the checkpoint lacks a weight outside of the head. Weights of the head that
+    it lacks are listed in `missing`, because spectra do not need them and scores do (see `require_head`).
     """
-    description = description or describe(config)
-    device = pick_device(config.device)
+    description = description or describe_model(settings)
+    device = pick_device(settings.device)
     dtype = TORCH_DTYPES[description.dtype]
+    model: PreTrainedModel
+    missing: tuple[str, ...]
     if description.source == "recall":
         from harness.models.recall import load_recall
         from harness.models.recall_training import ensure_trained
 
-        trained = ensure_trained(config.recall, device, progress)
-        model, missing = load_recall(trained, config.attn_implementation or "sdpa").to(dtype), ()
+        trained = ensure_trained(settings.recall, device, progress)
+        model = load_recall(trained, settings.attn_implementation or "sdpa")
+        model, missing = model.to(dtype), ()  # type: ignore[arg-type]  # transformers' wrapper of `to` loses `self`
     else:
-        model, missing = _from_pretrained(config, description, dtype)
-    if config.device_map is None:
-        model = model.to(device)
+        model, missing = _from_pretrained(settings, description, dtype)
+    if settings.device_map is None:
+        model = model.to(device)  # type: ignore[arg-type]
     else:
         device = next(model.parameters()).device
     model.eval().requires_grad_(False)
-    _check_finite(model, config.name)
-    tokenizer = tokenizer or load_tokenizer(config, description)
+    _check_finite(model, settings.name)
+    tokenizer = tokenizer or load_tokenizer(settings, description)
     return LoadedModel(model, tokenizer, description, matrices_of(model), blocks_of(model), device, missing)
 
 
 def require_head(loaded: LoadedModel) -> None:
-    """Raises InputError where weights of the head would be random: no score of such a model means anything."""
+    """Raise InputError if weights of the head are random, because the scores of such a model are meaningless."""
     if loaded.missing:
         saved_as = ", ".join(getattr(loaded.model.config, "architectures", None) or ["another class"])
         raise InputError(
@@ -209,9 +236,9 @@ def _some(names: tuple[str, ...], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _missing_of_head(model: torch.nn.Module, missing: set[str], name: str) -> tuple[str, ...]:
-    """The weights that a checkpoint does not hold, if all of them are of the head; else raises InputError."""
-    # where the body is the whole model (T5) its head stands beside the stacks
+def _missing_of_head(model: PreTrainedModel, missing: set[str], name: str) -> tuple[str, ...]:
+    """Return the names of the missing weights, sorted. Raises InputError if one of them is outside of the head."""
+    # the base model of T5 is the whole model, so that its head is among the modules of the body
     body = dict(model.named_modules() if model.base_model is model else model.base_model.named_modules())
     head = model.get_output_embeddings()
     of_body = {
@@ -219,7 +246,7 @@ def _missing_of_head(model: torch.nn.Module, missing: set[str], name: str) -> tu
         for module in body.values() if module is not head
         for parameter in module.parameters(recurse=False)
     }
-    # BERT's pooler counts as part of the head: only classifiers use it
+    # BERT's pooler counts as part of the head, because only classifiers use it
     lacking = sorted(key for key, p in model.named_parameters()
                      if key in missing and id(p) in of_body and ".pooler." not in f".{key}")
     if lacking:
@@ -231,50 +258,72 @@ def _missing_of_head(model: torch.nn.Module, missing: set[str], name: str) -> tu
 
 
 def _from_pretrained(
-    config: ModelConfig, description: ModelDescription, dtype: torch.dtype
-) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """The model, and the names of weights of its head that the checkpoint does not hold."""
+    settings: ModelSettings, description: ModelDescription, dtype: torch.dtype
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model, and the names of the weights of its head that the checkpoint does not hold."""
     from transformers.utils import logging as transformers_logging
 
-    kwargs: dict[str, Any] = {"gguf_file": config.gguf_file} if config.gguf_file else {"use_safetensors": True}
-    if config.device_map is not None:
-        kwargs["device_map"] = config.device_map
+    kwargs: dict[str, Any] = {"gguf_file": settings.gguf_file} if settings.gguf_file else {"use_safetensors": True}
+    if settings.device_map is not None:
+        kwargs["device_map"] = settings.device_map
     loader: Callable = description.family.auto_class().from_pretrained
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of missing weights is ours to make, in one line
+    transformers_logging.set_verbosity_error()  # instead of its report of missing weights there is an error of one line
     try:
         model, info = loader(
             description.source, revision=description.revision, dtype=dtype,
-            attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
+            attn_implementation=settings.attn_implementation, trust_remote_code=settings.trust_remote_code,
             output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"model.name: cannot load {config.name!r}: {_one_line(error)}") from error
+        raise InputError(f"model.name: cannot load {settings.name!r}: {_one_line(error)}") from error
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
             raise
         raise InputError(
-            f"model.name: {config.name!r} does not fit its config: weights that the model stores together (its experts)"
-            " are missing or of other sizes in the file; use another checkpoint"
+            f"model.name: {settings.name!r} does not fit its config: weights that the model stores together (its"
+            " experts) are missing or of other sizes in the file; use another checkpoint"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     for key, stored, expected in sorted(info["mismatched_keys"]):
         raise InputError(
-            f"model.name: {config.name!r} does not fit its config: {key} is {list(stored)} in the file and"
+            f"model.name: {settings.name!r} does not fit its config: {key} is {list(stored)} in the file and"
             f" {list(expected)} by config.json; use another checkpoint"
         )
-    return model, _missing_of_head(model, set(info["missing_keys"]), config.name)
+    return model, _missing_of_head(model, set(info["missing_keys"]), settings.name)
 
 
-def loaded_from(model: torch.nn.Module, tokenizer: Any = None, identity: dict[str, Any] | None = None) -> LoadedModel:
-    """Wrap a model that is already in memory (fine-tuned in this process, say) so that it can be edited and scored."""
-    model_config = model.config
+def loaded_from(
+    model: torch.nn.Module, tokenizer: Any = None, identity: dict[str, Any] | None = None, family: Family | None = None
+) -> LoadedModel:
+    """Return a model that is already in memory as a LoadedModel, so that it can be edited and scored.
+
+    The module itself is not changed: its training mode, gradients and weights are the caller's. identity: goes into the
+    ids of cells, see `module_identity`. family: needed for an architecture that is not in FAMILIES; raises InputError
+    if it is missing.
+    """
+    config = getattr(model, "config", None)
     parameter = next(model.parameters())
-    family = family_of(model_config)
+    family = family or family_of(config)
     if type(model).__name__.endswith("ForSequenceClassification"):
         family = family.with_classifier()
-    description = ModelDescription("memory", identity or {}, model_config, family,
-                                   str(parameter.dtype).removeprefix("torch."), context_length_of(model_config))
-    model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, description, matrices_of(model), blocks_of(model), parameter.device)
+    description = ModelDescription(
+        MEMORY, identity or {}, config, family, str(parameter.dtype).removeprefix("torch."), context_length_of(config)
+    )
+    return LoadedModel(
+        cast("PreTrainedModel", model),  # a module of another class can be edited but not scored
+        tokenizer, description, matrices_of(model, family), blocks_of(model, family), parameter.device,
+    )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for the time of the context, then restore the mode of each submodule."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,17 +1,19 @@
-"""The two-layer in-context-recall transformer of arXiv 2406.03068, as a transformers model.
+"""The two-layer in-context-recall transformer of arXiv 2406.03068, as a model of the transformers library.
 
-Two blocks of one attention head and a feed-forward layer with residuals; no normalisation, no biases. W_Q is the
-identity, so that `k_proj` holds the product W_QK. Token embeddings and absolute position embeddings are frozen at
-N(0, 1), the output matrix at the default of `nn.Linear`.
+It has two blocks, each with one attention head and a feed-forward layer, both with a residual connection. There is no
+normalisation, and there are no biases. W_Q is the identity, so that `k_proj` holds the product W_QK. The token
+embeddings and the absolute position embeddings are drawn from N(0, 1) and never trained; neither is the output matrix,
+which has the default initialisation of `nn.Linear`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +23,20 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
-from harness.config import RecallModelConfig
 from harness.errors import InputError
 from harness.models.recall_data import RecallProcess, recall_process
+from harness.models.settings import RecallModelSettings
 
 N_BLOCKS = 2
 
 
 class RecallConfig(PretrainedConfig):
-    """Shape of the model, how it was trained, and the distribution of its data: enough to draw more of it.
+    """The shape of the model, how it was trained, and the distribution of its data, from which more data can be drawn.
 
-    The settings of `harness.config.RecallModelConfig` under their own names (dim, hidden_dim and context_length also
-    under those that transformers uses), and what follows from them: the N characters of `vocabulary` (ids 0..N-1),
-    `trigger_ids`, `noise_token_id`, and `vocab_size`, which is N + 1 where the noise token is its own.
+    It holds the settings of `RecallModelSettings` under their own names; dim, hidden_dim and context_length also have
+    the names that transformers uses. It also holds what follows from the settings: the N characters of `vocabulary`,
+    whose ids are 0..N-1, `trigger_ids`, `noise_token_id`, and `vocab_size`, which is N + 1 if the noise token is an
+    additional one.
     """
 
     model_type = "recall"
@@ -53,7 +56,7 @@ class RecallConfig(PretrainedConfig):
         vocabulary: str = "",
         trigger_ids: tuple[int, ...] = (),
         noise_token_id: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -69,8 +72,8 @@ class RecallConfig(PretrainedConfig):
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
-def recall_config(config: RecallModelConfig) -> RecallConfig:
-    """The model's configuration for these settings. InputError as in `recall_process`."""
+def recall_config(config: RecallModelSettings) -> RecallConfig:
+    """Return the configuration of the model for these settings. Raises InputError as `recall_process` does."""
     process = recall_process(config)
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "cache_dir"}
     for ours, theirs in RecallConfig.attribute_map.items():
@@ -85,7 +88,8 @@ def recall_config(config: RecallModelConfig) -> RecallConfig:
 
 
 def process_of(model_config: RecallConfig) -> RecallProcess:
-    """The distribution of the sequences that a model with this configuration was trained on."""
+    """Return the distribution of the sequences on which a model with this configuration was trained."""
+    assert model_config.noise_token_id is not None  # `recall_config` has set it
     return RecallProcess(
         vocabulary=model_config.vocabulary,
         vocabulary_size=model_config.vocab_size,
@@ -96,7 +100,7 @@ def process_of(model_config: RecallConfig) -> RecallProcess:
 
 
 class SelfAttention(nn.Module):
-    """One causal head: softmax(x_t^T W_K x_s / sqrt(dim)) over s <= t, then W_O W_V x_s."""
+    """One causal head: the sum over s <= t of W_O W_V x_s with the weights softmax_s(x_t^T W_K x_s / sqrt(dim))."""
 
     def __init__(self, config: RecallConfig) -> None:
         super().__init__()
@@ -107,7 +111,10 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def weights(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention probabilities [B, T, T], rows are queries. mask: bool [B, T, T], True where t may look at s."""
+        """Return the attention probabilities [B, T, T] of hidden states [B, T, dim]; rows are queries.
+
+        mask: bool [B, T, T], True where position t may attend to position s; None for causal attention.
+        """
         length, dim = hidden_states.shape[1:]
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden_states.device).tril()
@@ -115,6 +122,7 @@ class SelfAttention(nn.Module):
         return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map hidden states [B, T, dim] to the output of the head, of the same shape. mask: as in `weights`."""
         value = self.v_proj(hidden_states)
         if self.eager:
             return self.o_proj(self.weights(hidden_states, mask) @ value)
@@ -125,7 +133,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W_2 relu(W_1 x) where `feed_forward` is "mlp"; one square map, `up_proj`, where it is "linear"."""
+    """W_2 relu(W_1 x) if `feed_forward` is "mlp"; one square linear map, `up_proj`, if it is "linear"."""
 
     def __init__(self, config: RecallConfig) -> None:
         super().__init__()
@@ -136,12 +144,13 @@ class FeedForward(nn.Module):
             self.down_proj = nn.Linear(hidden_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map hidden states [..., dim] to [..., dim], position by position."""
         hidden_states = self.up_proj(hidden_states)
         return hidden_states if self.linear else self.down_proj(F.relu(hidden_states))
 
 
 class RecallBlock(nn.Module):
-    """[..., T, dim] -> the same; `mlp` is None where feed_forward is "none"."""
+    """Attention and feed-forward layer, each added to its input. `mlp` is None if `feed_forward` is "none"."""
 
     def __init__(self, config: RecallConfig) -> None:
         super().__init__()
@@ -149,15 +158,19 @@ class RecallBlock(nn.Module):
         self.mlp = None if config.feed_forward == "none" else FeedForward(config)
 
     def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The second half of the block, position by position."""
+        """Apply the second half of the block to hidden states [..., dim], position by position."""
         return hidden_states if self.mlp is None else hidden_states + self.mlp(hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply the block to hidden states [B, T, dim]. mask: as in `SelfAttention.weights`."""
         return self.feed_forward(hidden_states + self.self_attn(hidden_states, mask))
 
 
 class RecallForCausalLM(PreTrainedModel):
-    """The model of this module; attn_implementation "sdpa" or "eager". InputError for an unknown feed_forward."""
+    """The model that the docstring of this module describes.
+
+    attn_implementation is "sdpa" or "eager". Raises InputError for an unknown feed_forward.
+    """
 
     config_class = RecallConfig
     base_model_prefix = ""
@@ -175,8 +188,13 @@ class RecallForCausalLM(PreTrainedModel):
         self.freeze_embeddings()
         self.post_init()
 
+    @property
+    def blocks(self) -> Sequence[RecallBlock]:
+        """`layers`, with a type that type checkers know."""
+        return cast("Sequence[RecallBlock]", self.layers)
+
     def freeze_embeddings(self) -> None:
-        """Leave only the blocks trainable."""
+        """Exclude embeddings and output matrix from training."""
         for module in (self.embed_tokens, self.embed_positions, self.lm_head):
             module.requires_grad_(False)
 
@@ -187,7 +205,10 @@ class RecallForCausalLM(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # the default of nn.Linear
 
     def embed(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """What enters the first block, [B, T, dim]. InputError where a position is beyond the context."""
+        """Return what enters the first block, [B, T, dim], for input_ids int64 [B, T].
+
+        Raises InputError for a sequence that is longer than the context, unless position_ids are given.
+        """
         if position_ids is None:
             if input_ids.shape[1] > self.config.max_position_embeddings:
                 raise InputError(
@@ -208,24 +229,28 @@ class RecallForCausalLM(PreTrainedModel):
         output_hidden_states: bool = False,
         use_cache: bool | None = None,
     ) -> CausalLMOutput:
-        """Next-token logits [B, T, vocabulary] for input_ids [B, T].
+        """Return the next-token logits [B, T, vocabulary] for input_ids [B, T].
 
-        attention_mask: [B, T], 0 for padding. position_ids: [B, T] or [T]; 0..T-1 where not given, also with padding
-        on the left. labels: [B, T], shifted here as elsewhere in transformers, -100 is ignored. logits_to_keep: only
-        the last so many positions, or those at the indices. output_attentions: probabilities [B, 1, T, T] per block,
-        computed once more for that. output_hidden_states: what enters each block, then what leaves the last.
-        use_cache is accepted and ignored: there is no cache of keys and values.
+        attention_mask: [B, T], 0 for padding. position_ids: [B, T] or [T]; 0..T-1 if None, even with padding on the
+        left. labels: [B, T], which are shifted here as elsewhere in transformers; -100 is ignored. logits_to_keep: the
+        number of last positions, or the indices of the positions, for which logits are computed; 0 for all.
+        output_attentions: also return the probabilities [B, 1, T, T] of each block, which are computed a second time.
+        output_hidden_states: also return what enters each block and what leaves the last one. use_cache is ignored,
+        because there is no cache of keys and values. Raises InputError as `embed` does.
         """
         hidden_states = self.embed(input_ids, position_ids)
         mask = _visible(attention_mask)
         streams, attentions = [hidden_states], []
-        for block in self.layers:
+        for block in self.blocks:
             if output_attentions:
                 attentions.append(block.self_attn.weights(hidden_states, mask)[:, None])
             hidden_states = block(hidden_states, mask)
             streams.append(hidden_states)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else kept
+        kept: slice | torch.Tensor = slice(None)
+        if isinstance(logits_to_keep, torch.Tensor):
+            kept = logits_to_keep
+        elif isinstance(logits_to_keep, int) and logits_to_keep:
+            kept = slice(-logits_to_keep, None)
         logits = self.lm_head(hidden_states[:, kept])
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
         return CausalLMOutput(
@@ -237,20 +262,20 @@ class RecallForCausalLM(PreTrainedModel):
 
 
 def _visible(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [B, T, T], True where position t may look at s; None where plain causal attention is the same."""
-    # Causal attention never reaches padding on the right, so a mask that never rises changes no real token.
+    """Return a mask, bool [B, T, T], True where position t may attend to s; None if causal attention does the same."""
+    # Causal attention never reaches padding on the right. A mask that never rises has padding only there.
     if attention_mask is None or not (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         return None
     length = attention_mask.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
-    # A padded position keeps itself: a softmax over nothing would be NaN and spread through the values.
+    # A padded position attends to itself, because a softmax over nothing would be NaN and spread to other positions.
     own = torch.eye(length, dtype=torch.bool, device=attention_mask.device)
     return causal & (attention_mask.bool()[:, None, :] | own)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers: for a file of a megabyte they only break our own."""
+    """Turn the progress bars of transformers off; they would break our own, and the file is only a megabyte."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -261,8 +286,10 @@ def quiet() -> Iterator[None]:
 
 
 def load_recall(path: str | Path, attn_implementation: str = "sdpa") -> RecallForCausalLM:
-    """Load a saved model in float32, in evaluation mode. InputError where the folder holds none, or where
-    attn_implementation is neither "sdpa" nor "eager"."""
+    """Load a saved model in float32 on the CPU, in evaluation mode.
+
+    Raises InputError if the folder holds none, and if attn_implementation is neither "sdpa" nor "eager".
+    """
     if attn_implementation not in ("sdpa", "eager"):
         raise InputError(f"model.attn_implementation is {attn_implementation!r}: the recall model has sdpa and eager")
     try:
@@ -272,7 +299,7 @@ def load_recall(path: str | Path, attn_implementation: str = "sdpa") -> RecallFo
             )
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a saved recall model ({error})".splitlines()[0]) from error
-    model.freeze_embeddings()  # transformers replaces the parameters, and forgets that they were frozen
+    model.freeze_embeddings()  # transformers has replaced the parameters by new ones, which are trainable
     return model.eval()
 
 

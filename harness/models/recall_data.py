@@ -1,9 +1,10 @@
-"""The data of the in-context recall task of arXiv 2406.03068: character bigrams, with triggers and noise.
+"""The data of the in-context recall task of arXiv 2406.03068: character bigrams with triggers and noise.
 
-A sequence starts with a character drawn from the unigram counts of tiny Shakespeare and goes on with its bigram counts,
-except after a trigger. Each sequence draws one output token per trigger, uniformly over the characters; after the
-trigger follows the noise token with probability `noise`, else that output. What follows the trigger can be recalled
-from the context; that noise may follow it is a global association.
+The first character of a sequence is drawn from the unigram counts of tiny Shakespeare, each later one from the counts
+of what follows the character before it, except after a trigger. For each trigger a sequence has one output token, which
+is drawn uniformly from the characters. A trigger is followed by the noise token with probability `noise`, and otherwise
+by its output token. The output token can be recalled from the context, once it has been seen. That the noise token
+follows triggers is an association that holds in all sequences.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.config import RecallModelConfig
 from harness.errors import InputError
+from harness.models.settings import RecallModelSettings
 
 COUNTS_FILE = Path(__file__).parent / "data" / "tinyshakespeare_bigrams.json"
 IGNORED = -100  # the label that torch's cross-entropy ignores
 
-# First words of the seeds: sequences of one use never appear in another, whatever the user's seeds are.
+# The first number of each seed. Training and evaluation therefore never draw the same sequences, whatever seeds the
+# user chooses.
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1
 
 
 def bigram_counts(text: str) -> dict:
-    """Count the characters of `text` and their pairs; the data file holds this of tiny Shakespeare, as JSON.
+    """Count the characters of a text and their pairs. The packaged data file holds the result for tiny Shakespeare.
 
-    Returns "vocabulary", its distinct characters sorted by code point (str of N); "unigram", their counts (N ints);
-    "bigram", row i column j: how often character j follows character i (N lists of N ints).
+    Returns "vocabulary", a string of the N distinct characters in the order of their code points; "unigram", their N
+    counts; and "bigram", N lists of N counts, where row i and column j say how often character j follows character i.
     """
     codes, ids = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
     n = len(codes)
@@ -43,17 +45,17 @@ def bigram_counts(text: str) -> dict:
 
 @functools.cache
 def load_counts() -> dict:
-    """`bigram_counts` of tiny Shakespeare, from the packaged file."""
+    """Return the `bigram_counts` of tiny Shakespeare from the packaged file."""
     return json.loads(COUNTS_FILE.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class RecallProcess:
-    """The distribution of sequences.
+    """The distribution of the sequences.
 
-    vocabulary: the N characters; their ids are 0..N-1. vocabulary_size: N, or N + 1 with a noise token of its own.
-    trigger_ids: the most frequent characters, the most frequent first. noise_token_id: N, or a character's id.
-    noise: probability in 0..1 that the noise token follows a trigger.
+    vocabulary: the N characters, whose ids are 0..N-1. vocabulary_size: N, or N + 1 if the noise token is an additional
+    one. trigger_ids: the ids of the most frequent characters, by descending frequency. noise_token_id: N, or the id of
+    a character. noise: the probability, in 0..1, that the noise token follows a trigger.
     """
 
     vocabulary: str
@@ -65,11 +67,11 @@ class RecallProcess:
 
 @dataclass(frozen=True)
 class RecallBatch:
-    """Sequences of one shape, B x T, each row independent.
+    """B independent sequences of T tokens; every array is [B, T].
 
-    tokens: int64, what the model reads. labels: int64, the token that follows, noise included.
-    scored: bool, the input is a trigger seen for the second time or later, so that its output can be recalled.
-    targets: int64, the sequence's output for that trigger where `scored`, else -100.
+    tokens: int64, the input of the model. labels: int64, the token that follows each input token; it may be the noise
+    token. scored: bool, whether the input token is a trigger that the sequence has had before, so that its output can
+    be recalled. targets: int64, the output token of that trigger where `scored` is True, and -100 elsewhere.
     """
 
     tokens: np.ndarray
@@ -78,11 +80,11 @@ class RecallBatch:
     targets: np.ndarray
 
 
-def recall_process(config: RecallModelConfig) -> RecallProcess:
-    """The distribution that `config` describes.
+def recall_process(config: RecallModelSettings) -> RecallProcess:
+    """Return the distribution that the settings describe.
 
-    InputError where n_triggers is not in 1..65, noise not in 0..1, or noise_token neither "own" nor a character of
-    tiny Shakespeare that is not a trigger.
+    Raises InputError if n_triggers is not in 1..65, if noise is not in 0..1, and if noise_token is neither "own" nor a
+    character of tiny Shakespeare, or is a trigger.
     """
     counts = load_counts()
     vocabulary, n = counts["vocabulary"], len(counts["vocabulary"])
@@ -112,9 +114,11 @@ def recall_process(config: RecallModelConfig) -> RecallProcess:
 
 @functools.cache
 def _counts_after(vocabulary_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Integer counts of what follows each token: cumulative over all rows [R * N], start and total of each row [R].
+    """Return how often each character follows each token, as integer counts in R rows of N characters.
 
-    Rows are the tokens (a noise token of its own is followed as by the unigram counts), then the unigram counts.
+    Returns the cumulative counts over all rows [R * N], and for each row its start in them and its total, [R] each.
+    There is one row for each token, where an additional noise token has the unigram counts, and a last row with the
+    unigram counts for the first character.
     """
     counts = load_counts()
     unigram = np.asarray(counts["unigram"], dtype=np.int64)
@@ -128,9 +132,9 @@ def _counts_after(vocabulary_size: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 def sample(
     process: RecallProcess, n_sequences: int, length: int, rng: np.random.Generator, noise: float | None = None
 ) -> RecallBatch:
-    """Draw `n_sequences` sequences of `length` tokens; all randomness, the noise coin included, comes from `rng`.
+    """Draw `n_sequences` sequences of `length` tokens. All randomness, including that of the noise, comes from `rng`.
 
-    noise: instead of the process's own, e.g. 0 for clean sequences.
+    noise: the probability of the noise token, instead of that of the process; 0 gives clean sequences.
     """
     n = len(process.vocabulary)
     cumulative, start, total = _counts_after(process.vocabulary_size)
@@ -139,7 +143,7 @@ def sample(
     outputs = rng.integers(n, size=(n_sequences, len(process.trigger_ids)))
 
     def draw(row: np.ndarray | int, u: np.ndarray) -> np.ndarray:
-        # Inverse of the cumulative counts in integers: exact, and a pair that never occurs is never drawn.
+        # The cumulative counts are inverted in integers, so that a pair with a count of zero is never drawn.
         return np.searchsorted(cumulative, start[row] + (u * total[row]).astype(np.int64), side="right") % n
 
     slot = np.full(process.vocabulary_size, -1)

@@ -1,4 +1,4 @@
-"""Training the in-context-recall transformer from a seed, and the cache of trained models."""
+"""Train the in-context-recall transformer from a seed, and cache the trained models."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harness.cache import user_cache
-from harness.config import RecallModelConfig
 from harness.errors import InputError
+from harness.files import user_cache
 from harness.models.recall import RecallForCausalLM, load_recall, quiet, recall_config
 from harness.models.recall_data import TRAINING_STREAM, recall_process, sample
+from harness.models.settings import RecallModelSettings
 
-# Raise when a change of code changes the trained weights: models in caches are then trained anew.
+# Increase this number when a change of the code changes the trained weights: cached models are then trained anew.
 TRAINING_VERSION = 1
-COMPLETE = "complete.json"  # digests of the files beside it; written last
+COMPLETE = "complete.json"  # holds the digests of the files beside it, and is written last
 OPTIMIZER_STATE = "optimizer.pt"  # beside the weights of a checkpoint before the last step
 
 
-def initial_model(config: RecallModelConfig) -> RecallForCausalLM:
-    """The model before training, on the CPU, drawn from `config.seed`; torch's global generator is left as it was."""
+def initial_model(config: RecallModelSettings) -> RecallForCausalLM:
+    """Return the model before training, on the CPU, drawn from `config.seed`; torch's global generator is not used."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return RecallForCausalLM(recall_config(config))
 
 
-def _optimizer(config: RecallModelConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(config: RecallModelSettings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
@@ -46,43 +46,49 @@ def _optimizer(config: RecallModelConfig, parameters: list[torch.nn.Parameter]) 
     raise InputError(f"model.recall.optimizer is {config.optimizer!r}: must be adamw or sgd")
 
 
-def _learning_rate(config: RecallModelConfig, step: int) -> float:
-    """SGD: constant, as published. AdamW: falls linearly to zero; at a constant rate the noise and the recalled token,
-    equally probable at noise 0.5, keep overtaking each other and accuracy depends on the step one stops at."""
+def _learning_rate(config: RecallModelSettings, step: int) -> float:
+    """Return the learning rate of a step: constant for SGD, as published; for AdamW it falls linearly to zero.
+
+    With AdamW at a constant rate the accuracy would depend on the step at which training stops: with noise 0.5 the
+    noise token and the recalled token are equally probable, and now one and now the other has the larger logit.
+    """
     return config.learning_rate * (1 - step / config.steps if config.optimizer == "adamw" else 1)
 
 
 def scored_logits(model: RecallForCausalLM, tokens: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Logits [n, vocabulary] at the n positions where `scored` [B, T] is True; the same numbers as the model's forward,
-    but the last feed-forward layer and the head run at those positions only."""
+    """Return the logits [n, vocabulary] at the n positions where `scored` (bool [B, T]) is True.
+
+    tokens: int64 [B, T]. The logits are those of the model's forward, but the last feed-forward layer and the output
+    matrix are applied at the scored positions only.
+    """
     hidden_states = model.embed(tokens)
-    for block in model.layers[:-1]:
+    for block in model.blocks[:-1]:
         hidden_states = block(hidden_states)
-    last = model.layers[-1]
+    last = model.blocks[-1]
     hidden_states = (hidden_states + last.self_attn(hidden_states))[scored]
     return model.lm_head(last.feed_forward(hidden_states))
 
 
 def train(
-    config: RecallModelConfig,
+    config: RecallModelSettings,
     device: str | torch.device = "cpu",
     progress: bool = True,
     resume_from: Path | None = None,
     optimizer_file: Path | None = None,
 ) -> RecallForCausalLM:
-    """Train from `config.seed` for `config.checkpoint` of `config.steps` steps (null: all of them); the result is in
-    evaluation mode, on `device`.
+    """Train a model from `config.seed` for the first `config.checkpoint` of `config.steps` steps (None: all steps).
 
-    The loss is the mean cross-entropy over scored positions (see RecallBatch), labels with their noise. The data are a
-    function of seed and step alone, so they do not depend on the device; weights on one CPU with one number of threads
-    repeat bit for bit, also when training resumes. resume_from: the folder of an earlier checkpoint of this training
-    with its optimizer state. optimizer_file: where to leave that state for later ones. InputError for settings that
-    cannot be.
+    The result is in evaluation mode, on `device`. The loss is the mean cross-entropy of the labels, noise included, at
+    scored positions (see RecallBatch). The data depend on the seed and the step alone, and not on the device. On the
+    same CPU with the same number of threads the weights repeat bit for bit, even if training is resumed.
+
+    resume_from: the folder of an earlier checkpoint of this training, with the state of its optimizer. optimizer_file:
+    where that state is written for later checkpoints. Raises InputError for wrong settings.
     """
     last = steps_trained(config)
     process = recall_process(config)
     model = initial_model(config) if resume_from is None else load_recall(resume_from)
-    model = model.to(device).train()
+    model = model.to(device).train()  # type: ignore[arg-type]  # transformers' wrapper of `to` loses `self`
     optimizer = _optimizer(config, [p for p in model.parameters() if p.requires_grad])
     first = 0
     if resume_from is not None:
@@ -99,7 +105,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(config, step)
         logits = scored_logits(model, tokens, scored)
-        # A tiny batch may have nothing to score: no gradient then, rather than 0 / 0.
+        # A tiny batch may have no scored position. Its gradient is then zero and not NaN.
         loss = F.cross_entropy(logits, labels[scored], reduction="sum") / max(1, len(logits))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -111,8 +117,8 @@ def train(
     return model.eval()
 
 
-def steps_trained(config: RecallModelConfig) -> int:
-    """How many of its steps the model of these settings has behind it. InputError for more than there are."""
+def steps_trained(config: RecallModelSettings) -> int:
+    """Return after how many steps the model of these settings is taken. Raises InputError for a wrong checkpoint."""
     if config.checkpoint is None:
         return config.steps
     if not 0 <= config.checkpoint <= config.steps:
@@ -120,8 +126,12 @@ def steps_trained(config: RecallModelConfig) -> int:
     return config.checkpoint
 
 
-def training_digest(config: RecallModelConfig) -> str:
-    """Names the trained model: 16 hex digits over every setting that it depends on and the version of this code."""
+def training_digest(config: RecallModelSettings) -> str:
+    """Return 16 hexadecimal digits that identify the trained model.
+
+    They are a hash over TRAINING_VERSION and every setting on which the weights depend. Raises InputError as
+    `steps_trained` does.
+    """
     unused = {"cache_dir"}
     if steps_trained(config) == config.steps:
         unused.add("checkpoint")
@@ -137,8 +147,8 @@ def training_digest(config: RecallModelConfig) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cache_folder(config: RecallModelConfig) -> Path:
-    """Where `ensure_trained` keeps this model."""
+def cache_folder(config: RecallModelSettings) -> Path:
+    """Return the folder in which `ensure_trained` keeps this model."""
     if config.cache_dir is not None:
         root = Path(config.cache_dir).expanduser()
     else:
@@ -159,8 +169,8 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _nearest_checkpoint(config: RecallModelConfig) -> Path | None:
-    """The latest checkpoint in the cache of the same training before this one."""
+def _nearest_checkpoint(config: RecallModelSettings) -> Path | None:
+    """Return the folder of the latest cached checkpoint of the same training that is earlier than this one."""
     for step in range(steps_trained(config) - 1, 0, -1):
         folder = cache_folder(replace(config, checkpoint=step))
         if folder.exists() and _is_complete(folder):
@@ -168,12 +178,12 @@ def _nearest_checkpoint(config: RecallModelConfig) -> Path | None:
     return None
 
 
-def ensure_trained(config: RecallModelConfig, device: str | torch.device = "cpu", progress: bool = True) -> Path:
-    """The folder of the trained model: from the cache where it is there and intact, else trained now, from the latest
-    earlier checkpoint that the cache holds.
+def ensure_trained(config: RecallModelSettings, device: str | torch.device = "cpu", progress: bool = True) -> Path:
+    """Return the folder of the trained model. The model is trained now if the cache does not hold it intact.
 
-    It appears under its name complete or not at all. Processes that train the same model at once are safe: the first to
-    finish wins, and all return the same folder. InputError where the cache cannot be written.
+    Training starts from the latest earlier checkpoint that the cache holds. The folder appears complete or not at all.
+    Several processes may train the same model at once: the first to finish wins, and all return the same folder. Raises
+    InputError if the cache cannot be written, and for wrong settings.
     """
     folder = cache_folder(config)
     if _is_complete(folder):
@@ -198,7 +208,7 @@ def ensure_trained(config: RecallModelConfig, device: str | torch.device = "cpu"
 
 
 def _install(finished: Path, folder: Path, work: Path) -> None:
-    """Rename `finished` to `folder`; keep what is there if it is complete, and move it into `work` if it is not."""
+    """Rename `finished` to `folder`. A folder that is already there stays if it is complete, else moves into `work`."""
     for attempt in range(10):
         try:
             os.rename(finished, folder)
@@ -211,5 +221,5 @@ def _install(finished: Path, folder: Path, work: Path) -> None:
         try:
             os.rename(folder, work / f"broken-{attempt}")
         except FileNotFoundError:
-            pass  # another process moved it away first
+            pass  # another process has moved it
     raise InputError(f"model.recall.cache_dir: cannot replace {folder}; remove it")

@@ -1,6 +1,7 @@
-"""Matrices of a model one at a time: streamed from its checkpoint where its layout allows, else from the loaded model.
+"""Read the matrices of a model one at a time: from its checkpoint if the layout of that allows, else from memory.
 
-Streaming holds one parameter in memory, whatever the size of the model. It reads the same numbers as `load` does.
+A matrix that is streamed from the checkpoint needs the memory of one parameter, whatever the size of the model, and has
+the same values as in a model that `load` returns.
 """
 
 from __future__ import annotations
@@ -9,24 +10,30 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.config import ModelConfig
 from harness.errors import InputError
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import TORCH_DTYPES, LoadedModel, ModelDescription, load, pick_device
 from harness.models.matrices import Matrix
+from harness.models.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
 class MatrixSource:
-    """matrices: of the model, ordered by block. read: a copy [out, in] in the model's dtype, on the chosen device.
-    how: "streamed", "loaded" or "initialised"."""
+    """The matrices of a model, and a way to read them.
+
+    matrices: as `matrices_of` returns them. read: a function from a matrix to a copy [out, in] in the model's dtype, on
+    the device of the settings. how: where the values come from, "streamed", "loaded" or "initialised".
+    """
 
     matrices: tuple[Matrix, ...]
     read: Callable[[Matrix], Tensor]
@@ -35,65 +42,78 @@ class MatrixSource:
 
 @dataclass
 class _Checkpoint:
-    """Stands for the model in `Matrix.read`: its parameters come from the checkpoint, and the last one is kept, which
-    several matrices may share (fused q, k and v; experts)."""
+    """Takes the place of the model in `Matrix.read`: its parameters are read from the checkpoint.
+
+    The last parameter is kept, because the next matrix may be in the same one (fused q, k and v; experts).
+    """
 
     tensor: Callable[[str], Tensor]
     last: tuple[str, Tensor] | None = None
 
     def get_parameter(self, name: str) -> Tensor:
         if self.last is None or self.last[0] != name:
-            self.last = None  # one parameter at a time
+            self.last = None  # so that there is never more than one parameter in memory
             self.last = (name, self.tensor(name))
         return self.last[1]
 
 
 def from_model(loaded: LoadedModel, how: str = "loaded") -> MatrixSource:
-    """The matrices of a model in memory."""
+    """Return the matrices of a model that is in memory. how: as in MatrixSource."""
     return MatrixSource(loaded.matrices, lambda matrix: matrix.read(loaded.model), how)
 
 
-def open_source(config: ModelConfig, description: ModelDescription) -> MatrixSource:
-    """Stream the checkpoint: safetensors whose tensors have the model's own names, or a GGUF file. What is stored
-    otherwise (experts in separate tensors, *.bin) is loaded whole. Raises InputError as `load` does."""
-    if description.source != "recall" and config.device_map is None:
+def open_source(settings: ModelSettings, description: ModelDescription) -> MatrixSource:
+    """Return the matrices of a model, streamed from its checkpoint if that is possible.
+
+    It is possible for a GGUF file, and for safetensors whose tensors have the model's own names. Other checkpoints
+    (*.bin, experts in separate tensors) are loaded whole. Raises InputError as `load` does.
+    """
+    if description.source != "recall" and settings.device_map is None:
         model = skeleton(description.config)
-        tensor = _gguf_tensors(config, description, model) if config.gguf_file else None
-        tensor = tensor or (None if config.gguf_file else _safetensors(config, description, model))
+        tensor = _gguf_tensors(settings.gguf_file, description, model) if settings.gguf_file else None
+        tensor = tensor or (None if settings.gguf_file else _safetensors(settings, description, model))
         if tensor is not None:
-            device, dtype = pick_device(config.device), TORCH_DTYPES[description.dtype]
+            device, dtype = pick_device(settings.device), TORCH_DTYPES[description.dtype]
             checkpoint = _Checkpoint(tensor)
             return MatrixSource(
                 matrices_of(model), lambda matrix: matrix.read(checkpoint).to(device, dtype), "streamed"
             )
-    return from_model(load(config, description))
+    return from_model(load(settings, description))
 
 
-def initialised(config: ModelConfig, description: ModelDescription, seed: int) -> LoadedModel:
-    """The model with fresh weights, as its own code initialises them: float32 draws on the CPU from `seed`, then cast.
+def initialised(settings: ModelSettings, description: ModelDescription, seed: int) -> LoadedModel:
+    """Return the model with random weights, as its own code initialises them.
 
-    The embedded model is drawn from its own `model.recall.seed`: these are its weights before training.
+    They are drawn in float32 on the CPU from `seed`, and then cast to the model's dtype. Those of the embedded model
+    are drawn from its `model.recall.seed` instead: they are its weights before training. Raises InputError for a device
+    that this machine does not have.
     """
     from harness.models.families import blocks_of
 
-    device = pick_device(config.device)
+    device = pick_device(settings.device)
     if description.source == "recall":
         from harness.models.recall_training import initial_model
 
-        model: nn.Module = initial_model(config.recall)
+        model: PreTrainedModel = initial_model(settings.recall)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = description.family.auto_class().from_config(description.config, dtype=torch.float32)
-    model = model.to(TORCH_DTYPES[description.dtype]).to(device).eval().requires_grad_(False)
+    model = model.to(TORCH_DTYPES[description.dtype])  # type: ignore[arg-type]  # transformers' wrapper loses `self`
+    model = model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     return LoadedModel(model, None, description, matrices_of(model), blocks_of(model), device)
 
 
-def _safetensors(config: ModelConfig, description: ModelDescription, model: nn.Module) -> Callable | None:
-    """Parameter name -> tensor, or None where the checkpoint does not hold every parameter under its own name."""
+def _safetensors(
+    settings: ModelSettings, description: ModelDescription, model: PreTrainedModel
+) -> Callable[[str], Tensor] | None:
+    """Return a function from the name of a parameter to its tensor, which it reads from safetensors.
+
+    None if the checkpoint does not hold the parameters of all matrices under their own names and in their own shapes.
+    """
     from safetensors import SafetensorError, safe_open
 
-    files = _safetensors_files(config, description)
+    files = _safetensors_files(settings, description)
     where: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, list[int]] = {}
     for path in files:
@@ -107,7 +127,7 @@ def _safetensors(config: ModelConfig, description: ModelDescription, model: nn.M
     found: dict[str, tuple[Path, str]] = {}
     for name in {matrix.parameter for matrix in matrices_of(model)}:
         shape = list(model.get_parameter(name).shape)
-        # a checkpoint of the bare model has no prefix, and the other way round
+        # a checkpoint that was saved without a head lacks the prefix; one with a head has it though this model may not
         for key in (name, name.removeprefix(prefix), prefix + name):
             if shapes.get(key) == shape:
                 found[name] = where[key]
@@ -123,7 +143,7 @@ def _safetensors(config: ModelConfig, description: ModelDescription, model: nn.M
     return tensor
 
 
-def _safetensors_files(config: ModelConfig, description: ModelDescription) -> list[Path]:
+def _safetensors_files(settings: ModelSettings, description: ModelDescription) -> list[Path]:
     folder = Path(description.source).expanduser()
     if folder.is_dir():
         def fetch(name: str) -> Path | None:
@@ -140,13 +160,18 @@ def _safetensors_files(config: ModelConfig, description: ModelDescription) -> li
 
     index = fetch(INDEX_FILE)
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else [SINGLE_FILE]
-    files = [fetch(name) for name in names]
-    return [] if None in files else files
+    files = [file for file in map(fetch, names) if file is not None]
+    return files if len(files) == len(names) else []
 
 
-def _gguf_tensors(config: ModelConfig, description: ModelDescription, model: nn.Module) -> Callable | None:
-    """Parameter name -> dequantised tensor, named and permuted by transformers' own code; None where that code is not
-    there (other versions of transformers) or makes one parameter of several tensors (experts)."""
+def _gguf_tensors(
+    file: str, description: ModelDescription, model: PreTrainedModel
+) -> Callable[[str], Tensor] | None:
+    """Return a function from the name of a parameter to its tensor, which it reads from a GGUF file and dequantises.
+
+    The code of transformers names and permutes the tensors. None if this version of transformers does not have that
+    code, and if it makes one parameter of several tensors, as for experts.
+    """
     try:
         from gguf import GGUFReader, dequantize
         from transformers.modeling_gguf_pytorch_utils import (
@@ -158,7 +183,7 @@ def _gguf_tensors(config: ModelConfig, description: ModelDescription, model: nn.
         return None
     if any(matrix.expert is not None for matrix in matrices_of(model)):
         return None
-    path = Path(description.source).expanduser() / config.gguf_file
+    path = Path(description.source).expanduser() / file
     if not path.is_file():
         return None
     try:
@@ -166,11 +191,11 @@ def _gguf_tensors(config: ModelConfig, description: ModelDescription, model: nn.
     except (OSError, ValueError) as error:
         raise InputError(f"model.gguf_file: cannot read {path}: {' '.join(str(error).split())}") from error
     field = reader.get_field("general.architecture")
-    settings = description.config.to_dict()
-    processor = TENSOR_PROCESSORS.get(field.contents() if field else None, TensorProcessor)(config=settings)
+    architecture = field.contents() if field else ""
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=description.config.to_dict())
     try:
         names = get_gguf_hf_weights_map(model, processor)
-    except NotImplementedError:  # an architecture that GGUF has under another name
+    except NotImplementedError:  # an architecture that has another name in GGUF
         return None
     stored: dict[str, Any] = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
     if not {matrix.parameter for matrix in matrices_of(model)} <= set(stored):

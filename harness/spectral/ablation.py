@@ -1,4 +1,7 @@
-"""Removing singular values from a matrix: W - U_r (U_r^T W) in float64, rounded once, and what that achieved."""
+"""Remove singular values from a matrix, and measure what was really removed.
+
+The removal is W - U_r (U_r^T W) with the removed singular vectors U_r. It is computed in float64 and rounded once.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,13 @@ from harness.spectral.decomposition import Decomposition
 class Removal:
     """What one edit took away from a matrix.
 
-    energy_removed: share of the squared Frobenius norm, sum of removed sigma^2 / sum of sigma^2 (0 for a zero matrix).
-    sigma_max_removed, sigma_min_removed: None when nothing was removed.
-    realised_removal: 1 - |U_r^T W'|_F / |U_r^T W|_F, W' the new weight AFTER rounding to its dtype and U_r the removed
-        vectors: 1 means gone, 0 that rounding put as much back as was taken. None when there was nothing to take
-        (no indices, or only zero singular values).
+    n_removed, n_values: the number of removed singular values, and of all singular values of the matrix.
+    energy_removed: the removed share of the squared Frobenius norm, which is the sum of the removed sigma^2 over the
+        sum of all sigma^2; 0 for a zero matrix.
+    sigma_max_removed, sigma_min_removed: the largest and the smallest removed singular value; None if none was removed.
+    realised_removal: 1 - |U_r^T W'|_F / |U_r^T W|_F, where W' is the new weight after rounding to its dtype and U_r
+        holds the removed vectors. It is 1 if the removed part is gone, and 0 if rounding has put as much back as was
+        taken. None if there was nothing to take: no indices, or only singular values of zero.
     """
 
     n_removed: int
@@ -30,9 +35,11 @@ class Removal:
 
 
 def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> Tensor:
-    """weight [out, in] without the singular values at `indices` (int64 [n]): float64 [out, in] on weight's device.
+    """Return weight [out, in] without the singular values at `indices` (int64 [n]), as float64 [out, in].
 
-    No indices give the weight exactly, all of them exactly zero. Raises ValueError for another shape or bad indices.
+    decomposition: that of this weight. The result is on the weight's device. Without indices it is exactly the weight;
+    with all indices it is exactly zero. Raises ValueError if the weight has another shape than its decomposition, and
+    if an index is out of range or appears twice.
     """
     _check(weight, decomposition, indices)
     matrix = weight.detach().to(torch.float64)
@@ -47,13 +54,19 @@ def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> Ten
 
 
 def edit(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> tuple[Tensor, Removal]:
-    """The ablated weight, rounded once to weight's dtype [out, in], and what was really removed."""
+    """Return the ablated weight [out, in], rounded once to the dtype of `weight`, and what was really removed.
+
+    Arguments and errors are those of `ablate`.
+    """
     edited = ablate(weight, decomposition, indices).to(weight.dtype)
     return edited, removal(edited, decomposition, indices)
 
 
 def removal(after: Tensor, decomposition: Decomposition, indices: Tensor) -> Removal:
-    """What an edit of the decomposed weight that gave `after` [out, in], of any dtype, took away."""
+    """Describe what an edit took away from the decomposed weight.
+
+    after: the weight after the edit, [out, in], of any dtype. indices: int64 [n], the removed singular values.
+    """
     sigma = decomposition.sigma
     removed = sigma[indices.to(sigma.device)]
     total = float((sigma**2).sum())
@@ -68,17 +81,23 @@ def removal(after: Tensor, decomposition: Decomposition, indices: Tensor) -> Rem
 
 
 def realised_removal(after: Tensor, decomposition: Decomposition, indices: Tensor) -> float | None:
-    """1 - |U_r^T W'|_F / |U_r^T W|_F for W the decomposed weight, W' = after [out, in]; None if nothing was there."""
+    """Return 1 - |U_r^T W'|_F / |U_r^T W|_F, where W is the decomposed weight and W' is `after` [out, in].
+
+    None if there was nothing to remove (see `Removal`).
+    """
     if len(indices) == 0:
         return None
-    # U_r^T W has the removed singular values for norms of its rows, so that W itself is not needed
+    # The rows of U_r^T W have the removed singular values as their norms, so W itself is not needed.
     there = float(torch.linalg.vector_norm(decomposition.sigma[indices.to(decomposition.sigma.device)]))
     left = float(torch.linalg.vector_norm(_coordinates(after.to(torch.float64), decomposition, indices)))
     return 1 - left / there if there else None
 
 
 def low_rank_factors(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The removed part as factors: float64 (A [out, n], B [n, in]) with A @ B = weight - ablate(weight)."""
+    """Return the removed part as two factors: float64 A [out, n] and B [n, in] with A @ B = weight - ablate(weight).
+
+    Arguments and errors are those of `ablate`.
+    """
     _check(weight, decomposition, indices)
     matrix = weight.detach().to(torch.float64)
     vectors = _vectors(decomposition, indices, matrix)

@@ -1,8 +1,9 @@
 """Exact singular values of a weight matrix and the singular vectors of its smaller side, in float64.
 
-Accuracy contract: for any set of singular values whose boundary is not degenerate, the removed part U_r (U_r^T W)
-agrees with float64 LAPACK gesdd within 1e-5 relative (or within gesdd's own backward error, a few eps |W|, where
-that is larger). Vectors of the longer side are never formed: that would divide by small singular values.
+Accuracy contract: take any set of singular values that is separated from the others by a gap. The part U_r (U_r^T W)
+that is removed with them agrees with the one from LAPACK's gesdd in float64 to a relative error of 1e-5, or to gesdd's
+own backward error (a few eps |W|) where that is larger. The singular vectors of the longer side are never formed,
+because that would divide by small singular values.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Raise when a change of the code changes what `decompose` returns: stored decompositions are then computed anew.
+# Increase this number when a change of the code changes what `decompose` returns: stored decompositions are then
+# computed anew.
 DECOMPOSITION_VERSION = 1
-# An eigenvector of the Gram matrix is wrong by eps (sigma_max / sigma)^2 / (relative gap), one of the matrix itself
-# by eps (sigma_max / sigma) / gap. Cutting at 1e-2 keeps the first within 1e-12 / gap in every round of deflation.
+# The error of an eigenvector of the Gram matrix is eps (sigma_max / sigma)^2 / (relative gap), that of a singular
+# vector of the matrix itself eps (sigma_max / sigma) / (relative gap). With a cut at 1e-2 the first stays below
+# 1e-12 / (relative gap) in every round of deflation.
 DEFLATION_CUT = 1e-2
-# Measured on graded spectra (64 to 400 values): at 1e-8 the smallest decile of the deflated Gram method is within
-# 6e-8 of gesdd, at 1e-10 within 4e-6, at 1e-12 within 2e-4. The guard leaves two orders of magnitude.
+# Measured on graded spectra of 64 to 400 values, as the difference from gesdd in the smallest decile of the deflated
+# Gram method: 6e-8 at sigma_min / sigma_max = 1e-8, 4e-6 at 1e-10, 2e-4 at 1e-12. The contract allows 1e-5, so the
+# guard leaves two orders of magnitude.
 GUARD = 1e-8
 
 
-# Left singular vectors U [k, k], singular values [k] (descending but for rounding) and U^T W [k, long].
+# Left singular vectors U [k, k], singular values [k] (in descending order up to rounding) and U^T W [k, long].
 Solution = tuple[Tensor, Tensor, Tensor]
 
 
@@ -32,13 +36,16 @@ Solution = tuple[Tensor, Tensor, Tensor]
 class Decomposition:
     """The spectrum of one matrix W [out, in] with the singular vectors of its smaller side; r = min(out, in).
 
-    sigma: float64 [r], descending, never negative.
-    vectors: float64 [r, r], orthonormal columns: left singular vectors if side is "left" (out <= in), else right ones.
-    method: what produced it: gram, gesdd or gesvd; "auto" shows what it chose.
-    reconstruction_error: the largest |cosine| between two of the implied vectors of the longer side, W^T u / sigma.
-        W = sum of sigma u (W^T u / sigma)^T holds identically, so this is all that can be wrong with it as an SVD.
-        Singular values below r eps sigma_max, which are rounding noise, are left out.
-    orthogonality_error: max |U^T U - I|.
+    sigma: float64 [r], in descending order, never negative.
+    vectors: float64 [r, r] with orthonormal columns: the left singular vectors if `side` is "left" (out <= in), else
+        the right ones.
+    shape: (out, in).
+    method: the method that was used: "gram", "gesdd" or "gesvd". For "auto" it is the method that was chosen.
+    reconstruction_error: the largest |cosine| between two of the vectors of the longer side, W^T u / sigma, that the
+        decomposition implies. W = sum of sigma u (W^T u / sigma)^T holds identically, so vectors that are not
+        orthogonal are the only way in which this can fail to be a singular value decomposition. Singular values below
+        r eps sigma_max are rounding noise and are left out.
+    orthogonality_error: the largest entry of |U^T U - I|.
     """
 
     sigma: Tensor
@@ -50,11 +57,21 @@ class Decomposition:
     orthogonality_error: float
 
 
-def _deflate(wide: Tensor, vectors: Tensor) -> Solution:
-    """Refine Gram eigenvectors [k, m] of `wide` [k, long] that belong to small values.
+def decomposition_flops(out: int, width: int) -> float:
+    """Return about how many floating-point operations the decomposition of a matrix [out, width] takes.
 
-    The small ones span an accurate subspace but mix within it. Projecting the matrix on that subspace gives one of
-    small norm, whose own Gram matrix resolves them relative to its own largest value; repeat.
+    With the smaller side k these are the Gram matrix, the projection, and 9 k^3 for the symmetric eigendecomposition.
+    """
+    small, large = sorted((out, width))
+    return 4.0 * small * small * large + 9.0 * small**3
+
+
+def _deflate(wide: Tensor, vectors: Tensor) -> Solution:
+    """Refine the eigenvectors [k, m] of the Gram matrix of `wide` [k, long] that belong to small singular values.
+
+    These eigenvectors span an accurate subspace, but within it they are mixtures of each other. The projection of the
+    matrix on that subspace has a small norm, and its own Gram matrix resolves the values relative to the largest of
+    them. This is repeated until no value is small beside the others.
     """
     projected = vectors.T @ wide
     sigma = torch.linalg.vector_norm(projected, dim=1)
@@ -72,7 +89,7 @@ def _deflate(wide: Tensor, vectors: Tensor) -> Solution:
 
 
 def _gram_vectors(wide: Tensor) -> Tensor:
-    """Eigenvectors of wide wide^T, largest first; batches allowed. The Gram matrix of the smaller side only."""
+    """Return the eigenvectors of the Gram matrix wide wide^T by descending eigenvalue; `wide` may be a batch."""
     return torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(-1)
 
 
@@ -81,14 +98,14 @@ def _gram(wide: Tensor) -> Solution:
 
 
 def _lapack(wide: Tensor, driver: str | None = None) -> Solution:
-    # The triangular factor has the same left vectors and values, and no long side to carry.
+    # The triangular factor has the same left singular vectors and values, but no long side.
     core = torch.linalg.qr(wide.T, mode="r").R.T if wide.shape[1] > 2 * wide.shape[0] else wide
     left, sigma, _ = torch.linalg.svd(core, full_matrices=False, driver=driver)
     return left, sigma, left.T @ wide
 
 
 def _gesdd(wide: Tensor) -> Solution:
-    # cuSOLVER has no gesdd, and LAPACK's is the reference of the contract.
+    # On the CPU, because cuSOLVER has no gesdd and the accuracy contract refers to LAPACK's.
     vectors, sigma, projected = _lapack(wide.cpu())
     return vectors.to(wide.device), sigma.to(wide.device), projected.to(wide.device)
 
@@ -99,16 +116,17 @@ def _gesvd(wide: Tensor) -> Solution:
     return _lapack(wide, "gesvd")
 
 
-# Each takes a float64 matrix [k, long] with k <= long.
+# Each method takes a float64 matrix [k, long] with k <= long.
 METHODS: dict[str, Callable[[Tensor], Solution]] = {"gram": _gram, "gesdd": _gesdd, "gesvd": _gesvd}
 
 
 def decompose(weight: Tensor, method: str = "auto") -> Decomposition:
-    """Decompose weight [out, in] (any floating dtype, any device) once, for every region.
+    """Decompose weight [out, in], of any floating dtype on any device. One decomposition serves every region.
 
-    method: "auto" (gram, and gesdd where gram cannot hold the accuracy contract: sigma_min < 1e-8 sigma_max,
-        rank-deficient or zero matrices, no convergence) or a name in METHODS. The result is on the weight's device.
-    Raises ValueError for a matrix that is not 2-D, is empty or holds non-finite values, or for an unknown method.
+    method: a name in METHODS, or "auto". That takes gram, and gesdd where gram cannot hold the accuracy contract:
+        sigma_min < 1e-8 sigma_max (a rank-deficient or zero matrix, too), or no convergence.
+    The result is on the weight's device. Raises ValueError for a matrix that is not 2-D, is empty or holds values that
+    are not finite, and for an unknown method.
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"expected a non-empty matrix [out, in], got shape {tuple(weight.shape)}")
@@ -121,7 +139,10 @@ def decompose(weight: Tensor, method: str = "auto") -> Decomposition:
 
 
 def decompose_many(weights: Tensor, method: str = "auto") -> list[Decomposition]:
-    """Decompose weights [n, out, in] (experts, heads) with one batched eigendecomposition; as `decompose` for each."""
+    """Decompose each of weights [n, out, in] (experts, heads) as `decompose` does, by one batched eigendecomposition.
+
+    Raises ValueError as `decompose` does.
+    """
     if weights.ndim != 3 or weights.numel() == 0:
         raise ValueError(f"expected non-empty matrices [n, out, in], got shape {tuple(weights.shape)}")
     if method not in ("auto", "gram"):
@@ -140,16 +161,22 @@ def decompose_many(weights: Tensor, method: str = "auto") -> list[Decomposition]
 
 
 def _prepare(weight: Tensor) -> tuple[Tensor, float]:
-    """The matrix in float64, smaller side first, its largest entry scaled into [1, 2) by a power of two (exact)."""
+    """Return the matrix in float64 with its smaller side first, multiplied by a power of two, and that power.
+
+    The power brings the largest entry into [1, 2), so that squares neither overflow nor vanish; it rounds nothing.
+    """
     wide = weight.detach().to(torch.float64, copy=True)
     wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
     largest = max(-float(wide.min()), float(wide.max()))
-    scale = 2.0 ** (1 - math.frexp(largest)[1]) if largest else 1.0  # so that squares neither overflow nor vanish
+    scale = 2.0 ** (1 - math.frexp(largest)[1]) if largest else 1.0
     return wide.mul_(scale), scale
 
 
 def _solve(wide: Tensor, method: str, first_guess: Tensor | None = None) -> tuple[Solution, str]:
-    """The solution and the name of the method that gave it; `first_guess` are Gram eigenvectors if known."""
+    """Return the solution and the name of the method that gave it.
+
+    first_guess: the eigenvectors of the Gram matrix if they are known.
+    """
     if method not in ("auto", "gram"):
         return METHODS[method](wide), method
     try:
@@ -168,9 +195,9 @@ def _finish(weight: Tensor, scale: float, solution: Solution, method: str) -> De
     vectors, sigma, projected = solution
     norms = torch.linalg.vector_norm(projected, dim=1)
     signal = norms > len(sigma) * torch.finfo(torch.float64).eps * norms.max()
-    # Normalised after the product: a normalised copy of the long side would double the peak memory.
+    # The product is normalised and not its factors: a normalised copy of the long side would double the peak memory.
     cosines = ((projected @ projected.T) / (norms * norms[:, None])).fill_diagonal_(0)[signal][:, signal]
-    sigma, order = sigma.sort(descending=True)  # two values at the deflation cut may have changed places by rounding
+    sigma, order = sigma.sort(descending=True)  # rounding may have swapped two values at a deflation cut
     vectors = vectors[:, order]
     return Decomposition(
         sigma=sigma / scale,

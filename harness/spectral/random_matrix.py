@@ -1,8 +1,10 @@
-"""The null model of a weight matrix: i.i.d. entries, whose singular values follow Marchenko and Pastur (1967).
+"""The null model of a weight matrix: entries that are independent and identically distributed.
 
-Notation: a matrix [out, in] has k = min(out, in) singular values and n = max(out, in); aspect = k / n. `noise` is the
-standard deviation of its entries. Functions with an `aspect` work in units of noise sqrt(n), where the bulk is
-[1 - sqrt(aspect), 1 + sqrt(aspect)]; functions with a `shape` work in the units of the weights.
+The singular values of such a matrix follow the law of Marchenko and Pastur (1967), here "the law". Notation: a matrix
+[out, in] has k = min(out, in) singular values, n = max(out, in), and aspect = k / n. `noise` is the standard deviation
+of its entries. Functions with an argument `aspect` work in units of noise sqrt(n), where the bulk of the singular
+values is the interval [1 - sqrt(aspect), 1 + sqrt(aspect)]. Functions with an argument `shape` work in the units of the
+weights.
 """
 
 from __future__ import annotations
@@ -17,22 +19,25 @@ from torch import Tensor
 # Quantiles of the Tracy-Widom law for real matrices (beta = 1); tests/spectral recompute them from its Fredholm
 # determinant, F1(s) = det(1 - V_s), V_s(x, y) = Ai((x + y) / 2) / 2 on (s, inf) (Ferrari and Spohn 2005).
 TRACY_WIDOM_1 = {0.90: 0.4501, 0.95: 0.9793, 0.99: 2.0234, 0.999: 3.2724}
-TRACY_WIDOM_LEVEL = 0.99  # an edge of pure noise is crossed by one matrix in a hundred
+TRACY_WIDOM_LEVEL = 0.99  # of a hundred matrices of pure noise, one has a singular value beyond this edge
 
 
 def aspect_of(shape: tuple[int, int]) -> float:
+    """Return the smaller side of a matrix over its larger side, in (0, 1]."""
     return min(shape) / max(shape)
 
 
 def mp_cdf(values: Tensor, aspect: float) -> Tensor:
-    """Share of singular values (units of noise sqrt(n)) below each of `values`; float64, closed form.
+    """Return the share of singular values below each of `values` by the law: float64, of the shape of `values`.
 
-    With x = y^2, a = y-^2, b = y+^2: [sqrt((x-a)(b-x)) + (1+aspect) theta - (1-aspect) phi] / (2 pi aspect),
-    theta = 2 atan2(sqrt(x-a), sqrt(b-x)), phi = 2 atan2(sqrt(b(x-a)), sqrt(a(b-x))).
+    Values are in units of noise sqrt(n). For a value y inside the bulk [y-, y+], with x = y^2, a = y-^2 and b = y+^2,
+    the share is [sqrt((x-a)(b-x)) + (1+aspect) theta - (1-aspect) phi] / (2 pi aspect), where
+    theta = 2 atan2(sqrt(x-a), sqrt(b-x)) and phi = 2 atan2(sqrt(b(x-a)), sqrt(a(b-x))). Raises ValueError for an
+    aspect outside (0, 1].
     """
     y, low, high = _unit_support(values, aspect)
     y = y.clamp(low, high)
-    # Products of differences of y: differences of squares would lose the digits near the edges.
+    # x - a and b - x as products, because a difference of squares would lose digits near the edges.
     above_low, below_high = (y - low) * (y + low), (high - y) * (high + y)
     theta = 2 * torch.atan2(above_low.sqrt(), below_high.sqrt())
     phi = 2 * torch.atan2(high * above_low.sqrt(), low * below_high.sqrt())
@@ -41,7 +46,10 @@ def mp_cdf(values: Tensor, aspect: float) -> Tensor:
 
 
 def mp_quantile(shares: Tensor, aspect: float) -> Tensor:
-    """Inverse of `mp_cdf`, by bisection to the last digit: float64, shape of `shares`, in units of noise sqrt(n)."""
+    """Return the inverse of `mp_cdf` at `shares`: float64, of the shape of `shares`, in units of noise sqrt(n).
+
+    It is found by bisection to the last digit. Raises ValueError for an aspect outside (0, 1].
+    """
     shares, low, high = _unit_support(shares, aspect)
     lower, upper = torch.full_like(shares, low), torch.full_like(shares, high)
     for _ in range(60):
@@ -53,16 +61,16 @@ def mp_quantile(shares: Tensor, aspect: float) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def mp_median(aspect: float) -> float:
-    """Median singular value of pure noise in units of noise sqrt(n): sqrt(mu_beta) of Gavish and Donoho."""
+    """Return the median singular value of pure noise in units of noise sqrt(n): sqrt(mu_beta) of Gavish and Donoho."""
     return float(mp_quantile(torch.tensor(0.5), aspect))
 
 
 def mp_edges(noise: float, shape: tuple[int, int], tracy_widom: bool = False) -> tuple[float, float]:
-    """Lower and upper edge of the bulk, noise (sqrt(n) -+ sqrt(k)).
+    """Return the lower and the upper edge of the bulk, noise (sqrt(n) - sqrt(k)) and noise (sqrt(n) + sqrt(k)).
 
-    With tracy_widom the edges move outwards to the 99 % quantiles of the smallest and largest singular value of a
-    finite Gaussian matrix, centred and scaled after Johnstone (2001) with the halves of Ma (2012). The lower edge of
-    a square matrix stays 0 (a hard edge, where nothing can lie below).
+    With tracy_widom the edges move outwards to the 99 % quantiles of the smallest and the largest singular value of a
+    finite Gaussian matrix. Their centre and scale are those of Johnstone (2001), with n - 1/2 and k - 1/2 in place of
+    n and k as in Ma (2012). The lower edge of a square matrix stays 0, because no singular value can be smaller.
     """
     n, k = max(shape), min(shape)
     if not tracy_widom:
@@ -75,16 +83,18 @@ def mp_edges(noise: float, shape: tuple[int, int], tracy_widom: bool = False) ->
 
 
 def bbp_threshold(noise: float, shape: tuple[int, int]) -> float:
-    """A planted singular value leaves the bulk only above noise (k n)^(1/4) (Baik, Ben Arous and Peche 2005;
-    Benaych-Georges and Nadakuditi 2012 for rectangular matrices)."""
+    """Return noise (k n)^(1/4): a singular value that is added to noise leaves the bulk only if it is larger than this.
+
+    Baik, Ben Arous and Peche (2005); for rectangular matrices Benaych-Georges and Nadakuditi (2012).
+    """
     return noise * (shape[0] * shape[1]) ** 0.25
 
 
 def hard_threshold(sigma: Tensor, shape: tuple[int, int], noise: float | None = None) -> float:
-    """The optimal hard threshold of Gavish and Donoho (2014, IEEE Trans. Inf. Theory 60(8)).
+    """Return the optimal hard threshold of Gavish and Donoho (2014, IEEE Trans. Inf. Theory 60(8)).
 
-    lambda(aspect) sqrt(n) noise where the noise is known, else lambda / sqrt(mu) times the median of sigma [k]
-    (4 / sqrt(3) and 2.858 for square matrices).
+    With a known noise it is lambda(aspect) sqrt(n) noise, where lambda is 4 / sqrt(3) for a square matrix. Without it
+    (None) it is lambda / sqrt(mu) times the median of sigma [k], where that factor is 2.858 for a square matrix.
     """
     noise = noise_gavish_donoho(sigma, shape) if noise is None else noise
     b = aspect_of(shape)
@@ -93,9 +103,10 @@ def hard_threshold(sigma: Tensor, shape: tuple[int, int], noise: float | None = 
 
 
 def noise_gavish_donoho(sigma: Tensor, shape: tuple[int, int]) -> float:
-    """median(sigma) / sqrt(n mu): the median of the values against that of the law (Gavish and Donoho 2014).
+    """Return median(sigma) / sqrt(n mu): the median of sigma [k] over the median of the law (Gavish and Donoho 2014).
 
-    5 % of outliers above raise it by 2 to 3 %, because the median of all values is then not that of the bulk.
+    If 5 % of the values are outliers above the bulk, the estimate is 2 to 3 % too large, because the median of all
+    values is then above the median of the bulk.
     """
     ordered = sigma.detach().to("cpu", torch.float64).sort().values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
@@ -103,12 +114,13 @@ def noise_gavish_donoho(sigma: Tensor, shape: tuple[int, int]) -> float:
 
 
 def noise_bulk_fit(sigma: Tensor, shape: tuple[int, int]) -> float:
-    """The noise whose law fits best to the values between its own edges, at least half of all.
+    """Return the noise whose law fits best to those of sigma [k] that lie between its own edges.
 
-    Minimises the Kolmogorov-Smirnov distance between the values inside the edges and the law, over a grid refined
-    three times around the median estimate (x 1/3 to x 3), so that outliers on either side do not count. If no noise
-    leaves half of the values inside, the median estimate is returned. 5 % of outliers above lower it by 1 to 3 %:
-    they repel the bulk, which narrows as that of a matrix with as many rows and columns fewer.
+    It minimises the Kolmogorov-Smirnov distance between these values and the law, so that outliers on either side do
+    not count. The search runs over a grid from 1/3 to 3 times the estimate by the median, which is refined three
+    times. A noise is considered only if at least half of the values lie between its edges; if there is none, the
+    estimate by the median is returned. If 5 % of the values are outliers above the bulk, the estimate is 1 to 3 % too
+    small, because outliers repel the bulk: it narrows to the bulk of a matrix with as many rows and columns fewer.
     """
     ordered = sigma.detach().to("cpu", torch.float64).sort().values
     best = noise_gavish_donoho(sigma, shape)
@@ -132,8 +144,8 @@ def _inside_distance(ordered: Tensor, noise: float, shape: tuple[int, int]) -> f
     return _distance(inside, noise, shape)
 
 
-# For its variance the small-singular-values paper (2410.17770) cites Azadkia (arXiv 1801.10015, "via USVT"). The
-# estimator there IS Gavish and Donoho's median: the paper bounds its error and then thresholds by USVT. Two names.
+# The paper on small singular values (arXiv 2410.17770) takes its variance from Azadkia (arXiv 1801.10015, "via USVT").
+# Azadkia's estimator is the median of Gavish and Donoho, so that both names stand for one function.
 NOISE_ESTIMATORS: dict[str, Callable[[Tensor, tuple[int, int]], float]] = {
     "gavish_donoho": noise_gavish_donoho,
     "usvt": noise_gavish_donoho,
@@ -142,9 +154,9 @@ NOISE_ESTIMATORS: dict[str, Callable[[Tensor, tuple[int, int]], float]] = {
 
 
 def estimate_noise(sigma: Tensor, shape: tuple[int, int], estimator: str = "gavish_donoho") -> float:
-    """Standard deviation of the entries that explains the bulk of the singular values sigma [k].
+    """Return the standard deviation of i.i.d. entries that explains the bulk of the singular values sigma [k].
 
-    Raises ValueError for an unknown estimator or the wrong number of values.
+    estimator: a name in NOISE_ESTIMATORS. Raises ValueError for an unknown one, and for a wrong number of values.
     """
     if estimator not in NOISE_ESTIMATORS:
         raise ValueError(f"unknown noise estimator {estimator!r}: use {', '.join(NOISE_ESTIMATORS)}")
@@ -156,18 +168,19 @@ def estimate_noise(sigma: Tensor, shape: tuple[int, int], estimator: str = "gavi
 def mp_region_bounds(
     sigma: Tensor, shape: tuple[int, int], estimator: str = "gavish_donoho", tracy_widom: bool = False
 ) -> tuple[int, int]:
-    """Positions (start, stop) of the bulk in descending sigma [k]: above is [0, start), below is [stop, k).
+    """Return where the bulk begins and ends in the descending singular values sigma [k], as (start, stop).
 
-    The counts right and left of the bulk are start and k - stop.
+    The values above the bulk are those at [0, start), the values below it those at [stop, k). Raises ValueError as
+    `estimate_noise` does.
     """
     lower, upper = mp_edges(estimate_noise(sigma, shape, estimator), shape, tracy_widom)
     return int((sigma > upper).sum()), int((sigma >= lower).sum())
 
 
 def mp_distance(sigma: Tensor, noise: float, shape: tuple[int, int], inside_only: bool = False) -> float:
-    """Kolmogorov-Smirnov distance of singular values sigma [k] to the law; of those between the edges if inside_only.
+    """Return the Kolmogorov-Smirnov distance between the singular values sigma [k] and the law.
 
-    NaN if no value lies inside.
+    inside_only: use only the values between the edges of the bulk; NaN if there is none.
     """
     ordered = sigma.detach().to("cpu", torch.float64).sort().values
     ordered = _inside(ordered, noise, shape) if inside_only else ordered

@@ -1,6 +1,7 @@
-"""What the singular values of one matrix say: sizes, entropies, and the tail as a power law.
+"""Statistics of the singular values of one matrix: ranks, entropies, and the tail as a power law.
 
-Everything takes sigma [r], the singular values in any order, and is invariant to a scale. r = min(out, in).
+Every function takes sigma [r], the r = min(out, in) singular values in any order. No result but the `xmin` of
+`power_law` changes when the matrix is multiplied by a number.
 """
 
 from __future__ import annotations
@@ -12,45 +13,55 @@ import warnings
 import torch
 from torch import Tensor
 
-# Entries of the table of candidate cut-offs that are held at once: 2^20 float64 are 8 MiB.
+# `_power_law_cut_off` compares every candidate with every value, in tables of so many float64 entries (8 MiB).
 _CHUNK_ELEMENTS = 1 << 20
 
 
 def stable_rank(sigma: Tensor) -> float:
-    """Squared Frobenius norm over squared spectral norm, sum sigma^2 / max sigma^2: 1 to r; NaN for a zero matrix."""
+    """Return the squared Frobenius norm over the squared spectral norm, sum sigma^2 / max sigma^2.
+
+    It lies between 1 and r; NaN for a zero matrix.
+    """
     energy = _energies(sigma)
     return float(energy.sum() / energy.max())
 
 
 def participation_ratio(sigma: Tensor) -> float:
-    """(sum sigma^2)^2 / sum sigma^4: how many values share the energy, 1 to r; NaN for a zero matrix."""
+    """Return (sum sigma^2)^2 / sum sigma^4: how many singular values share the squared Frobenius norm.
+
+    It lies between 1 and r; NaN for a zero matrix.
+    """
     energy = _energies(sigma)
     return float(energy.sum() ** 2 / (energy**2).sum())
 
 
 def spectral_entropy(sigma: Tensor) -> float:
-    """-sum p ln p in nats, p = sigma^2 / sum sigma^2: 0 to ln r; NaN for a zero matrix."""
+    """Return the entropy -sum p ln p of p = sigma^2 / sum sigma^2 in nats, from 0 to ln r; NaN for a zero matrix."""
     return _entropy(_energies(sigma))
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """exp(-sum p ln p), p = sigma / sum sigma (Roy and Vetterli 2007, EUSIPCO): 1 to r; NaN for a zero matrix."""
+    """Return exp(-sum p ln p) of p = sigma / sum sigma (Roy and Vetterli 2007, EUSIPCO).
+
+    It lies between 1 and r; NaN for a zero matrix.
+    """
     return math.exp(_entropy(_scaled(sigma)))
 
 
 def condition(sigma: Tensor) -> float:
-    """max sigma / min sigma; infinite where a value is zero, NaN for a zero matrix."""
+    """Return max sigma / min sigma; infinite if a singular value is zero, NaN for a zero matrix."""
     scaled = _scaled(sigma)
     return float(scaled.max() / scaled.min())
 
 
 def power_law(sigma: Tensor) -> tuple[float, float, float, int]:
-    """The tail of the eigenvalues x = sigma^2 as p(x) ~ x^-alpha: (alpha, KS distance, xmin, values in the tail).
+    """Fit a power law p(x) ~ x^-alpha to the tail x >= xmin of the eigenvalues x = sigma^2.
 
-    The cut-off xmin is the one with the least Kolmogorov-Smirnov distance among all values but the largest (Clauset,
-    Shalizi and Newman 2009, eq. 3.9), found here for all of them at once; the fit above it is that of the `powerlaw`
-    package, whose own search gives the same and takes seconds to minutes. xmin is in the units of sigma^2. All NaN,
-    and no values, with fewer than three distinct values.
+    Returns alpha, the Kolmogorov-Smirnov distance of the fit, xmin in the units of sigma^2, and the number of values
+    in the tail. The cut-off xmin is the value, the largest excluded, that gives the least distance (Clauset, Shalizi
+    and Newman 2009, eq. 3.9). It is searched here, for all values at once; the fit above it is that of the package
+    `powerlaw`, whose own search gives the same and takes seconds to minutes. With fewer than three distinct positive
+    values the result is (NaN, NaN, NaN, 0).
     """
     x = (sigma.detach().to("cpu", torch.float64) ** 2).sort().values
     x = x[x > 0]
@@ -59,7 +70,7 @@ def power_law(sigma: Tensor) -> tuple[float, float, float, int]:
     xmin = _power_law_cut_off(x)
     import powerlaw
 
-    # Version 2 looks for alpha below 3 only, unless it is told otherwise; version 1 has no limit.
+    # Version 2 of powerlaw looks for alpha below 3 only, unless it is told otherwise; version 1 has no limit.
     new = "parameter_ranges" in inspect.signature(powerlaw.Fit).parameters
     wide = {"parameter_ranges": {"alpha": [1.0, 1e4]}} if new else {}
     with warnings.catch_warnings():
@@ -69,11 +80,14 @@ def power_law(sigma: Tensor) -> tuple[float, float, float, int]:
 
 
 def _power_law_cut_off(x: Tensor) -> float:
-    """The xmin of least KS distance for ascending positive x. The empirical share of the tail below its j-th value is
-    j / n, as in Clauset's own code and in powerlaw."""
+    """Return the xmin of the least Kolmogorov-Smirnov distance for positive x in ascending order.
+
+    The empirical share of a tail of n values below its j-th value, counted from 0, is j / n, as in the code of Clauset
+    and in powerlaw.
+    """
     n, logs = len(x), x.log()
-    first = torch.cat([torch.tensor([True]), x[1:] > x[:-1]]).nonzero()[:, 0]  # where a distinct value begins
-    # As many values as are equal to the first have no share below them.
+    first = torch.cat([torch.tensor([True]), x[1:] > x[:-1]]).nonzero()[:, 0]
+    # Equal values have the same share below them, that of the first of them.
     below = torch.zeros(n, dtype=torch.float64)
     below[first] = first.to(torch.float64)
     below = below.cummax(0).values
@@ -95,7 +109,10 @@ def _power_law_cut_off(x: Tensor) -> float:
 
 
 def _scaled(sigma: Tensor) -> Tensor:
-    """float64 on the CPU, the largest value 1: squares then neither overflow nor vanish. A zero matrix becomes NaN."""
+    """Return the values as float64 on the CPU, divided by the largest; NaN for a zero matrix.
+
+    Squares of the result neither overflow nor vanish.
+    """
     values = sigma.detach().to("cpu", torch.float64)
     return values / values.max()
 

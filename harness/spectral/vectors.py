@@ -1,8 +1,8 @@
-"""What the singular vectors of one matrix say: are their entries Gaussian, are they localised, what do they overlap.
+"""Statistics of the singular vectors of one matrix: Gaussian entries, localisation, and overlap with other vectors.
 
-The null model of a vector is a uniformly random unit vector. For the sums over entries that are tested here its
-entries are nearly, but not quite, independent N(0, 1/n): normalising correlates them, so that tabulated
-Kolmogorov-Smirnov p-values are biased and the null is drawn instead (Staats, Thamm and Rosenow, arXiv 2410.17770 v1).
+The null model of a singular vector is a unit vector of uniformly random direction. Its n entries are nearly independent
+N(0, 1/n), but the normalisation correlates them. Tabulated Kolmogorov-Smirnov p-values are therefore biased, and the
+null distribution is drawn instead (Staats, Thamm and Rosenow, arXiv 2410.17770 v1).
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from harness.spectral.decomposition import Decomposition
 
 NULL_DRAWS = 1000
 NULL_SEED = 20241023
-NEIGHBOURS = 15  # singular values over which the paper averages a p-value
-_CHUNK_ELEMENTS = 1 << 20  # entries of vectors held at once; of float64 that is 8 MiB, of which a few at a time
+NEIGHBOURS = 15  # neighbouring singular values over which the paper averages its p-values
+_CHUNK_ELEMENTS = 1 << 20  # entries of vectors that are held at once: 8 MiB of float64, and a few copies of it
 
 
 def vector_chunks(weight: Tensor, decomposition: Decomposition) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(positions, output vectors [c, out], input vectors [c, in]) of weight [out, in], a few at a time; float64 rows.
+    """Yield the singular vectors of weight [out, in], a few at a time.
 
-    Output vectors are left singular vectors, input vectors right ones. Those of the smaller side are the
-    decomposition's. Those of the longer side are W^T u (or W v) in float64, divided by their own norm and not by
-    sigma: the error of such a vector is about eps sigma_max / sigma, and `decomposition.reconstruction_error`, the
-    largest cosine between two of them, has measured it. Where sigma is rounding noise (<= r eps sigma_max) no such
-    vector is determined by the matrix, and the row is NaN; so is, for a zero matrix, every row of both sides.
+    Yields (positions, output vectors, input vectors): the slice of positions in the spectrum, the c left singular
+    vectors as rows of float64 [c, out], and the right ones as rows of float64 [c, in]. Vectors of the smaller side are
+    those of the decomposition. Vectors of the longer side are W^T u (or W v) in float64, divided by their own norm and
+    not by sigma: their error is about eps sigma_max / sigma, and `decomposition.reconstruction_error`, the largest
+    cosine between two of them, has measured it. Where sigma is rounding noise (at most r eps sigma_max) the matrix
+    does not determine the vector of the longer side, and its row is NaN. For a zero matrix all rows of both sides are
+    NaN.
     """
     small, left = decomposition.vectors, decomposition.side == "left"
     wide = weight.detach().to(torch.float64)
@@ -50,9 +52,10 @@ def vector_chunks(weight: Tensor, decomposition: Decomposition) -> Iterator[tupl
 
 
 def normality_distance(vectors: Tensor) -> Tensor:
-    """Kolmogorov-Smirnov distance of sqrt(n) times the entries of unit vectors [c, n] from N(0, 1): float64 [c].
+    """Return the Kolmogorov-Smirnov distance between N(0, 1) and sqrt(n) times the entries of each unit vector.
 
-    The Porter-Thomas law of random-matrix theory for the components of eigenvectors. NaN rows give NaN.
+    vectors: [c, n]. Returns float64 [c], on their device; NaN for a row of NaN. That the entries of eigenvectors of
+    random matrices are Gaussian is the Porter-Thomas law.
     """
     n = vectors.shape[1]
     share = torch.special.ndtr((vectors.to(torch.float64) * math.sqrt(n)).sort(dim=1).values)
@@ -61,21 +64,21 @@ def normality_distance(vectors: Tensor) -> Tensor:
 
 
 def porter_thomas_p(vectors: Tensor) -> Tensor:
-    """p-value of each unit vector [c, n] against NULL_DRAWS random unit vectors: float64 [c], on the CPU.
+    """Return the p-value of each unit vector of [c, n] against NULL_DRAWS random ones: float64 [c], on the CPU.
 
-    (1 + number of draws at least as far from N(0, 1)) / (1 + NULL_DRAWS), so it is never below 1 / (1 + NULL_DRAWS).
-    The draws depend on n alone and are the same in every process. NaN rows give NaN.
+    It is (1 + number of draws that are at least as far from N(0, 1)) / (1 + NULL_DRAWS), and therefore never below
+    1 / (1 + NULL_DRAWS). The draws depend on n alone and are the same in every process. NaN for a row of NaN.
     """
     distance = normality_distance(vectors).cpu()
     null = _null_distances(vectors.shape[1])
-    below = torch.searchsorted(null, distance)  # strictly smaller draws
+    below = torch.searchsorted(null, distance)  # the number of draws that are strictly smaller
     return torch.where(distance.isnan(), distance, (1 + len(null) - below).to(torch.float64) / (1 + len(null)))
 
 
 def smoothed(values: Tensor, width: int = NEIGHBOURS) -> Tensor:
-    """Mean of values [r] over the `width` neighbouring positions (fewer at the ends), NaN left out; float64 [r].
+    """Return the mean of `values` [r] over a window of `width` positions around each: float64 [r].
 
-    width must be odd.
+    width must be odd. At the ends the window is shorter. NaN values are left out; a window of NaN alone gives NaN.
     """
     known = ~values.isnan()
     padding = torch.zeros(width // 2, dtype=torch.float64)
@@ -88,28 +91,40 @@ def smoothed(values: Tensor, width: int = NEIGHBOURS) -> Tensor:
 
 
 def inverse_participation(vectors: Tensor) -> Tensor:
-    """Sum of the fourth powers of the entries of unit vectors [c, n]: 1 for one entry alone, 3 / (n + 2) on average
-    for a random one, 1 / n for equal entries; float64 [c]."""
+    """Return the sum of the fourth powers of the entries of each unit vector of [c, n]: float64 [c].
+
+    It is 1 if only one entry is not zero, 1 / n if all are equally large, and 3 / (n + 2) on average for a random unit
+    vector.
+    """
     return (vectors.to(torch.float64) ** 4).sum(1)
 
 
 def largest_component(vectors: Tensor) -> Tensor:
-    """max |entry| of each vector [c, n]: the localisation control M_k of arXiv 2410.17770, app. C; float64 [c]."""
+    """Return the largest |entry| of each vector of [c, n]: float64 [c].
+
+    This is the localisation control M_k of arXiv 2410.17770, appendix C.
+    """
     return vectors.to(torch.float64).abs().amax(1)
 
 
 def overlaps(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """O_k = max_j |v_k . f_j| of unit vectors [c, n] and orthonormal columns f_j of basis [n, m] (arXiv 2410.17770,
-    eq. 7; the sign of either is arbitrary), and the j where it is reached: float64 [c], int64 [c]."""
+    """Return the overlap O_k = max_j |v_k . f_j| of each vector with a basis, and the j that gives it.
+
+    vectors: [c, n], the unit vectors v_k. basis: [n, m], whose orthonormal columns are the f_j. Returns the overlaps
+    [c], in the dtype of the vectors, and int64 [c]. This is eq. 7 of arXiv 2410.17770, with an absolute value because
+    the sign of a singular vector is arbitrary.
+    """
     values, where = (vectors @ basis).abs().max(dim=1)
     return values, where
 
 
 @lru_cache(maxsize=64)
 def random_overlap(n: int, m: int) -> tuple[float, float]:
-    """Mean and standard deviation of max_j |v . f_j| for a random unit vector v in n dimensions and m orthonormal f_j;
-    from NULL_DRAWS draws. The band of the paper is the mean -+ 3 of the latter. m = n is also the null of
-    `largest_component`."""
+    """Return mean and standard deviation of max_j |v . f_j| for a random unit vector v and orthonormal f_1 ... f_m.
+
+    v has n dimensions; the numbers come from NULL_DRAWS draws. The paper's band is the mean plus and minus three
+    standard deviations. With m = n this is also the null distribution of `largest_component`.
+    """
     largest = torch.cat([chunk[:, :m].abs().amax(1) for chunk in _random_unit_vectors(n)])
     return float(largest.mean()), float(largest.std())
 

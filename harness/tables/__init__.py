@@ -1,1 +1,1 @@
-"""Schema, atomic parquet store, provenance, report and plots. Imports no torch."""
+"""Tables of any measurement: schema, atomic parquet store, provenance, and what reports share. It imports no torch."""

@@ -1,21 +1,23 @@
-"""Merge the many small files of a study into few, while it is being read and written.
+"""Merge the many small files of a run into few large ones, even while the run is being read and written.
 
-The difficulty: no reader may see a row twice or not at all, not even pandas or DuckDB that list the folder and know
-nothing of us. Files cannot be swapped many for one in one step, but a folder can. So the successor of `metrics/` is
-built beside it (`.metrics.next`: the new merged part, and hard links to everything that stays) and the two folders
-change places in one system call, renameat2(RENAME_EXCHANGE). A listing therefore shows either all small files and not
-the merged part, or the merged part and not the small files. A reader that listed before the swap and opens after it
-gets FileNotFoundError: loud, and reading again works (our own readers do). Nothing that it can open is counted twice.
+No reader may see a row twice or not at all, not even pandas or DuckDB, which list the folder and do not know this
+module. Many files cannot be replaced by one in a single step, but a folder can be replaced by a folder. The successor
+of a table's folder, for example of `metrics/`, is therefore built beside it as `.metrics.next`, with the new merged
+part and hard links to everything that stays. Then the two folders change places in one system call,
+renameat2(RENAME_EXCHANGE). Every listing thus shows either the small files or the merged part, but never both. A reader
+that listed the folder before the swap and opens a file after it gets FileNotFoundError, and can read again, as the
+readers of this package do.
 
-Writers: a cell published while the merged part was being written is linked into the successor under the exclusive
-lock that publishing shares, so it is in the folder before and after. Where there are no locks a straggler can land in
-the retired folder; it is moved over before that folder is deleted.
+Writers: a unit that was published while the merged part was written is linked into the successor. This is done under
+the exclusive lock, of which publishing takes a share, so that the unit is in the folder before and after the swap.
+Without locks a unit may be published into the folder that was just replaced; it is moved over before that folder is
+deleted.
 
-Where RENAME_EXCHANGE is missing (NFS, Lustre, not Linux) the swap is two renames. Between them the folder is not
-there at all, which again is FileNotFoundError and never a wrong count; if we die between them, the next reader uses
-the successor and the next writer moves it into place.
+If there is no RENAME_EXCHANGE (NFS, Lustre, other systems than Linux) the swap takes two renames. Between them the
+folder does not exist, which again gives FileNotFoundError and never a wrong count. If the compaction dies between them,
+readers use the successor, and the next writer moves it into place.
 
-Killed at any other moment: an unfinished successor is deleted by the next compaction, a retired folder likewise.
+If the compaction is killed at any other moment, the next one deletes the unfinished successor or the retired folder.
 """
 
 from __future__ import annotations
@@ -32,63 +34,63 @@ from harness.tables.parts import (
     MERGED_LIST,
     MERGED_PREFIX,
     SUFFIX,
-    cells_file,
     list_table,
     locked,
     looks_like_parquet,
     merged_parts,
     open_writer,
-    part_cells,
+    part_units,
     recover,
     sort_names,
+    units_file,
 )
 from harness.tables.reader import check_version, read_part
-from harness.tables.schema import TABLES
+from harness.tables.schema import TableSet
 
 ROWS_PER_GROUP = 200_000
 STALE_SECONDS = 24 * 3600
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def compact(folder: str | os.PathLike, grace: float = 2.0) -> dict[str, int]:
-    """Merge the loose files of done cells; returns how many files were merged, by table.
+def compact(folder: str | os.PathLike, tables: TableSet, grace: float = 2.0) -> dict[str, int]:
+    """Merge the loose files of done units, and return the number of merged files of each table.
 
     grace: seconds for which the retired files stay, so that a reader that has just opened the folder can list it.
-    Failed and damaged cells stay loose, so that a retry can replace them; parts merged earlier stay as they are.
-    Safe beside running writers, readers and other compactions. Needs free space for one more copy of the loose rows.
-    Raises FileNotFoundError when there is no study, SchemaVersionError.
+    Failed and damaged units stay loose, so that a new run can replace them; parts that were merged before stay as they
+    are. Writers, readers and other compactions may run at the same time. There must be free disk space for one more
+    copy of the loose rows. Raises FileNotFoundError if there is no such folder, and SchemaVersionError.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such study")
+        raise FileNotFoundError(f"{folder}: no such folder")
     with locked(folder, exclusive=True, name=".compact.lock"):
-        check_version(folder)
-        for table in TABLES:
-            _clean_up(folder, table)
-        merged = {table: _compact_table(folder, table) for table in TABLES}
+        check_version(folder, tables)
+        for table in tables.names():
+            _clean_up(folder, tables, table)
+        merged = {table: _compact_table(folder, tables, table) for table in tables.names()}
         if any(merged.values()):
             time.sleep(grace)
-        for table in TABLES:
-            _clean_up(folder, table)
+        for table in tables.names():
+            _clean_up(folder, tables, table)
         _remove_stale(folder / ".tmp")
     return merged
 
 
-def _compact_table(folder: Path, table: str) -> int:
+def _compact_table(folder: Path, tables: TableSet, table: str) -> int:
     live, successor, retired = folder / table, folder / f".{table}.next", folder / f".{table}.old"
-    already = _merged_cells(live)
+    already = _merged_units(live, tables.key)
     loose = {
-        cell: name
-        for cell, name in list_table(folder, table).done.items()
-        if cell not in already and looks_like_parquet(live / name)
+        unit: name
+        for unit, name in list_table(folder, table).done.items()
+        if unit not in already and looks_like_parquet(live / name)
     }
     if len(loose) < 2:
         return 0
     successor.mkdir()
     try:
         part = f"{MERGED_PREFIX}{secrets.token_hex(8)}{SUFFIX}"
-        merged = _merge(live, loose, successor / part, table)
-        _write_text(cells_file(successor / part), merged)
+        merged = _merge(live, loose, successor / part, tables, table)
+        _write_text(units_file(successor / part), merged)
         with locked(folder, exclusive=True):
             gone = already.union(merged)
             for name in os.listdir(live):
@@ -103,36 +105,38 @@ def _compact_table(folder: Path, table: str) -> int:
     return len(merged)
 
 
-def _merged_cells(live: Path) -> frozenset[str]:
-    return frozenset().union(*(part_cells(path) for path in merged_parts(live) if looks_like_parquet(path)))
+def _merged_units(live: Path, key: str) -> frozenset[str]:
+    return frozenset().union(*(part_units(path, key) for path in merged_parts(live) if looks_like_parquet(path)))
 
 
-def _merge(live: Path, loose: dict[str, str], part: Path, table: str) -> list[str]:
-    """Write the rows of the loose files into `part`, sorted by cell; returns the cells that could be read."""
+def _merge(live: Path, loose: dict[str, str], part: Path, tables: TableSet, table: str) -> list[str]:
+    """Write the rows of the loose files into `part`, sorted by unit, and return the units that could be read."""
     from multiprocessing.pool import ThreadPool
 
     import pyarrow as pa
 
-    cells, pending = [], []
-    with open_writer(part, table) as writer, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+    units: list[str] = []
+    pending: list[pa.Table] = []
+    with open_writer(part, tables, table) as writer, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
 
-        def flush():
+        def flush() -> None:
             if pending:
                 writer.write_table(pa.concat_tables(pending), row_group_size=ROWS_PER_GROUP)
                 pending.clear()
 
         order = sorted(loose)
-        # In slices, because imap would read everything ahead of the writer: examples may not fit into memory.
+        # Files are read in slices, because imap would read all of them before they are written, and memory may not
+        # hold all examples.
         for start in range(0, len(order), 64):
             chunk = order[start : start + 64]
-            for cell, content in zip(chunk, pool.map(lambda cell: read_part(live / loose[cell], table), chunk)):
+            for unit, content in zip(chunk, pool.map(lambda u: read_part(live / loose[u], tables, table), chunk)):
                 if content is not None:
-                    cells.append(cell)
+                    units.append(unit)
                     pending.append(content)
             if sum(content.num_rows for content in pending) >= ROWS_PER_GROUP:
                 flush()
         flush()
-    return cells
+    return units
 
 
 def _write_text(path: Path, lines: list[str]) -> None:
@@ -146,13 +150,13 @@ def _link(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except FileNotFoundError:
-        pass  # without locks a writer may remove a failed cell's file; its success is a file of its own
+        pass  # without locks a writer may have replaced the file of a failed unit by that of its success
     except OSError:
         shutil.copy2(source, destination)  # a file system without hard links
 
 
 def swap(live: Path, successor: Path, retired: Path) -> None:
-    """Put the folder `successor` in the place of `live`, which becomes `retired`; in one step where possible."""
+    """Put the folder `successor` in the place of `live`, and rename `live` to `retired`, in one step if possible."""
     try:
         _exchange(live, successor)
     except OSError as problem:
@@ -173,26 +177,26 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
-def _clean_up(folder: Path, table: str) -> None:
-    """Delete what this or a killed compaction left, after moving any straggler among it to the table."""
+def _clean_up(folder: Path, tables: TableSet, table: str) -> None:
+    """Delete the folders that this or a killed compaction has left, after moving units that are only there."""
     live = folder / table
     for left in (folder / f".{table}.next", folder / f".{table}.old"):
         with locked(folder, exclusive=True):
             recover(folder, table)
             if left.exists() and live.exists():
-                _rescue(folder, table, left)
+                _rescue(folder, tables, table, left)
         if live.exists():
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _rescue(folder: Path, table: str, left: Path) -> None:
+def _rescue(folder: Path, tables: TableSet, table: str, left: Path) -> None:
     live = folder / table
     there = list_table(folder, table)
-    cells = _merged_cells(live).union(there.done)
+    units = _merged_units(live, tables.key).union(there.done)
     stragglers = sort_names(os.listdir(left), left)
-    for files, known in ((stragglers.done, cells), (stragglers.failed, cells.union(there.failed))):
-        for cell, name in files.items():
-            if cell not in known and looks_like_parquet(left / name):
+    for files, known in ((stragglers.done, units), (stragglers.failed, units.union(there.failed))):
+        for unit, name in files.items():
+            if unit not in known and looks_like_parquet(left / name):
                 os.rename(left / name, live / name)
 
 

@@ -1,19 +1,22 @@
-"""Cells on disk: one small parquet file per cell and table, renamed into place, later merged by `compact`.
+"""Units on disk: one small parquet file for each unit and table, which is renamed into place, and later merged.
 
-    <folder>/metrics/<cell_id>.parquet          the cell is done
-    <folder>/metrics/<cell_id>.error.parquet    the cell failed; its rows say why
-    <folder>/metrics/merged-<id>.parquet        many done cells (compact); failed ones are never merged
-    <folder>/examples/...                       the same names; written before metrics, so a done cell has its examples
-    <folder>/.tmp/                              files being written
-    <folder>/.redo/<cell_id>                    the cell is done but lost its examples: it counts as missing
-    <folder>/corrupt/                           damaged files, moved aside by `quarantine` or by the rerun of their cell
+The folder of a run has a folder for every table; <primary> is the table that says which units are done:
 
-A cell's state is read off the file names, so 100,000 cells are one directory listing. Where a cell has several files
-(two runs of one study, a crash between two steps), done wins over failed and a loose file over a merged one.
+    <primary>/<unit id>.parquet          the unit is done
+    <primary>/<unit id>.error.parquet    the unit failed; its rows say why
+    <primary>/merged-<id>.parquet        many done units, merged by `compact`; failed ones are never merged
+    <other table>/...                    the same names; written before the primary table, so that a done unit has them
+    .tmp/                                files that are being written
+    .redo/<unit id>                      the unit is done but has lost rows of another table, so it counts as missing
+    corrupt/                             damaged files, moved there by `quarantine` or by a new run of their unit
 
-Locks: publishing a file takes a shared flock on <folder>/.lock for the instant of the rename, the swap of `compact`
-takes it exclusively. Where the file system has no flock nothing is locked: no row is lost there either, but compact
-only when nothing writes if readers are not to miss a row for a moment.
+A file of one unit is called loose. The state of a unit is read off the file names, so that one listing of a folder is
+enough for 100,000 units. A unit may have several files, after two runs of one study or a crash between two steps. Then
+done wins over failed, and a loose file wins over a merged one.
+
+Locks: publishing a file takes a shared flock on .lock for the instant of the rename, and `compact` takes an exclusive
+one to swap a folder. On a file system without flock nothing is locked. No row is lost there either, but a reader may
+miss a row for a moment if a run is compacted while units are written.
 """
 
 from __future__ import annotations
@@ -25,31 +28,36 @@ import functools
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from harness.tables.schema import arrow_schema
+from harness.files import sync
+from harness.tables.schema import TableSet
 
 OK, ERROR = "ok", "error"
 SUFFIX, ERROR_SUFFIX, MERGED_PREFIX = ".parquet", ".error.parquet", "merged-"
-# Lives inside the table's folder, so that whoever sees a folder sees the list of merged parts that belongs to it.
+# This file is inside the table's folder, so that whoever opens the folder sees the list that belongs to it.
 MERGED_LIST = ".merged"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The parts of one table at one moment, as file names."""
+    """The parts (parquet files) of one table at one moment, by their file names."""
 
     folder: Path
-    done: dict[str, str]  # cell id -> file
-    failed: dict[str, str]  # cell id -> file
+    done: dict[str, str]  # unit id -> file
+    failed: dict[str, str]  # unit id -> file
     merged: tuple[str, ...]
 
 
 def list_table(folder: str | os.PathLike, table: str) -> Listing:
-    """The parts of "metrics" or "examples"; empty when there is no such folder. Opens no part."""
+    """List the parts of a table without opening them. The listing is empty if there is no such folder.
+
+    Raises OSError if the folder is swapped again and again.
+    """
     folder = Path(folder)
     live = folder / table
     for attempt in range(40):
@@ -59,7 +67,7 @@ def list_table(folder: str | os.PathLike, table: str) -> Listing:
             successor = folder / f".{table}.next"
             if live == successor or not successor.exists():
                 return Listing(live, {}, {}, ())
-            # Between the two steps of a swap; if the compaction died there the successor is the table.
+            # A compaction is between the two steps of its swap. If it died there, the successor is the table.
             if attempt == 20:
                 live = successor
             time.sleep(0.05)
@@ -67,7 +75,7 @@ def list_table(folder: str | os.PathLike, table: str) -> Listing:
         try:
             with os.scandir(fd) as entries:
                 names = [entry.name for entry in entries]
-            # A folder that was swapped out while we listed it may have been emptied under us.
+            # A folder that was swapped out while it was listed may have been emptied at the same time.
             if os.fstat(fd).st_ino == os.stat(live).st_ino:
                 return sort_names(names, live)
         except FileNotFoundError:
@@ -78,7 +86,7 @@ def list_table(folder: str | os.PathLike, table: str) -> Listing:
 
 
 def sort_names(names: Iterable[str], folder: Path) -> Listing:
-    """The listing of the file names of one table's folder; what is not a part is left out."""
+    """Return the listing for the file names in a table's folder, without files that are not parts."""
     done, failed, merged = {}, {}, []
     for name in names:
         if name.startswith((".", "_")) or not name.endswith(SUFFIX):
@@ -93,38 +101,44 @@ def sort_names(names: Iterable[str], folder: Path) -> Listing:
 
 
 def merged_parts(live: Path) -> list[Path]:
-    """The merged parts in a table's folder, without listing it."""
+    """Return the merged parts in a table's folder, which are read from MERGED_LIST, so that nothing is listed."""
     try:
         names = (live / MERGED_LIST).read_text().split()
     except FileNotFoundError:
         return []
-    return [live / name for name in names if (live / name).exists()]  # one may have been set aside as damaged
+    return [live / name for name in names if (live / name).exists()]  # a damaged one may have been set aside
 
 
-def cells_file(part: Path) -> Path:
-    """Where the cell ids of a merged part are listed, one per line."""
-    return part.with_name(f".{part.name}.cells")
+def units_file(part: Path) -> Path:
+    """Return the path of the file that lists the unit ids of a merged part, one per line."""
+    return part.with_name(f".{part.name}.units")
 
 
-def part_cells(part: Path) -> frozenset[str]:
-    """The cell ids in a merged part; from its list beside it, so also when the part itself is damaged."""
-    return _part_cells(str(part))
+def part_units(part: Path, key: str) -> frozenset[str]:
+    """Return the unit ids in a merged part. They are read from its list, so that the part itself may be damaged.
+
+    key: the column with the ids, which is read if there is no list.
+    """
+    return _part_units(str(part), key)
 
 
 @functools.lru_cache(maxsize=64)
-def _part_cells(part: str) -> frozenset[str]:
-    # Cached by name: a merged part has a unique name and never changes.
+def _part_units(part: str, key: str) -> frozenset[str]:
+    # The cache goes by the name, because a merged part has a unique name and never changes.
     import pyarrow.parquet as pq
 
     path = Path(part)
-    ids = cells_file(path)
+    ids = units_file(path)
     if ids.exists():
         return frozenset(ids.read_text().split())
-    return frozenset(pq.read_table(path, columns=["cell_id"])["cell_id"].unique().to_pylist())
+    return frozenset(pq.read_table(path, columns=[key])[key].unique().to_pylist())
 
 
 def looks_like_parquet(path: Path) -> bool:
-    """Whether the file starts and ends as parquet does; catches empty, truncated and overwritten files cheaply."""
+    """Return whether a file begins and ends as parquet files do.
+
+    This is a cheap way to find empty, truncated and overwritten files. Raises OSError if the file cannot be read.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
@@ -134,36 +148,37 @@ def looks_like_parquet(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_writer(path: Path, table: str, small: bool = False):
-    """A ParquetWriter of the table's schema; the file is on disk (fsync) when the block ends, gone if it raises."""
+def open_writer(path: Path, tables: TableSet, table: str, small: bool = False) -> Iterator[Any]:
+    """Yield a ParquetWriter with the schema of a table.
+
+    When the block ends, the file is on the disk (fsync); if it raises, the file is removed. small: leave out
+    dictionaries and statistics, which are useless for the few rows of one unit.
+    """
     import pyarrow.parquet as pq
 
+    schema = tables.arrow_schema(table)
     try:
-        # Without the serialised Arrow schema a cell's file is a third smaller; the types are plain parquet ones.
+        # Without the serialised Arrow schema the file of a unit is a third smaller. All types are plain parquet types.
         with pq.ParquetWriter(
             path,
-            arrow_schema(table),
+            schema,
             compression="zstd",
             store_schema=False,
             write_page_checksum=True,
             use_dictionary=not small,
             write_statistics=not small,
         ) as writer:
-            writer.add_key_value_metadata(dict(arrow_schema(table).metadata))
+            writer.add_key_value_metadata(dict(schema.metadata))
             yield writer
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(path)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
 
 
 @contextlib.contextmanager
-def locked(folder: Path, exclusive: bool = False, name: str = ".lock"):
-    """Hold the folder's lock; shared unless `exclusive`. Released by the system if the process dies."""
+def locked(folder: Path, exclusive: bool = False, name: str = ".lock") -> Iterator[None]:
+    """Hold a lock of the folder, shared or exclusive. The system releases it if the process dies."""
     fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -177,27 +192,32 @@ def locked(folder: Path, exclusive: bool = False, name: str = ".lock"):
 
 
 def recover(folder: Path, table: str) -> None:
-    """Finish the two-step swap of a compaction that died between its steps (see compact.swap). Needs the lock."""
+    """Finish the swap of a compaction that died between its two steps (see `compact.swap`).
+
+    The caller must hold the exclusive lock.
+    """
     live, successor = folder / table, folder / f".{table}.next"
     if not live.exists() and successor.exists():
         os.rename(successor, live)
 
 
 def set_aside(folder: Path, table: str, path: Path) -> None:
+    """Move a damaged file to corrupt/ under a unique name."""
     (folder / "corrupt").mkdir(exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # another writer was faster
+    with contextlib.suppress(FileNotFoundError):  # another writer has moved it
         os.rename(path, folder / "corrupt" / f"{table}-{path.name}.{secrets.token_hex(4)}")
 
 
-def redo_cells(folder: Path) -> list[str]:
-    """Done cells that count as missing because their examples were damaged."""
+def redo_units(folder: Path) -> list[str]:
+    """Return the done units that count as missing because their rows of another table were damaged."""
     try:
         return os.listdir(folder / ".redo")
     except FileNotFoundError:
         return []
 
 
-def mark_redo(folder: Path, cells: Iterable[str]) -> None:
+def mark_redo(folder: Path, units: Iterable[str]) -> None:
+    """Make done units count as missing."""
     (folder / ".redo").mkdir(exist_ok=True)
-    for cell in cells:
-        (folder / ".redo" / cell).touch()
+    for unit in units:
+        (folder / ".redo" / unit).touch()

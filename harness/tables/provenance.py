@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, commit, machine, time."""
+"""Where a number comes from: versions, commit, machine and time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from harness import __version__
 
 
 def provenance() -> dict[str, str | None]:
-    """The provenance columns of the metrics table; call once per process. Imports none of the packages it names.
+    """Return the values of the columns PROVENANCE, without importing the packages that they name.
 
-    Keys: harness_version, git_commit, torch_version, transformers_version, python_version, hostname, started_at.
+    Call it once per process, because started_at is the time of the call, in UTC.
     """
     return {
         "harness_version": __version__,
@@ -29,8 +29,8 @@ def provenance() -> dict[str, str | None]:
 
 
 def git_commit(checkout: Path) -> str | None:
-    """The commit of `checkout`, "+dirty" added when tracked files differ from it; None where it is no checkout."""
-    # The package may lie inside somebody else's repository (a venv in a checkout): that commit would say nothing.
+    """Return the commit of a checkout, followed by "+dirty" if tracked files differ; None if it is not a checkout."""
+    # The package may be inside of another repository, for example in a venv. The commit of that would mean nothing.
     if not (checkout / ".git").exists():
         return None
     commit = _git(checkout, "rev-parse", "HEAD")

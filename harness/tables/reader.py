@@ -1,13 +1,14 @@
-"""Read a study's folder: the state of every cell, the two tables, and which parts are damaged."""
+"""Read the folder of a run: the states of its units, its tables, and which parts are damaged."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from harness.tables.parts import (
     ERROR,
@@ -16,93 +17,101 @@ from harness.tables.parts import (
     locked,
     looks_like_parquet,
     mark_redo,
-    part_cells,
-    redo_cells,
+    part_units,
+    redo_units,
     set_aside,
 )
-from harness.tables.schema import TABLES, arrow_schema, check_metadata
+from harness.tables.schema import TableSet
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
 
 
-def cell_states(folder: str | os.PathLike, verify: bool = False) -> dict[str, str]:
-    """cell id -> "ok" | "error" for every cell that has rows; a cell that is not here is missing.
+def unit_states(folder: str | os.PathLike, tables: TableSet, verify: bool = False) -> dict[str, str]:
+    """Return the state "ok" or "error" of every unit that has rows, by unit id. All other units are missing.
 
-    verify=False reads file names only (100,000 cells in well under a second). verify=True also looks at the first and
-    last bytes of every part: cells whose metrics or examples part is damaged count as missing. A run wants this;
-    `harness status` does not. Raises SchemaVersionError when the folder was written under another schema version.
+    With verify=False only file names are read, which takes well under a second for 100,000 units. With verify=True the
+    first and last bytes of every part are read, too, and units with a damaged part of any table count as missing.
+    Raises SchemaVersionError if the folder was written under another schema version.
     """
     folder = Path(folder)
     for _ in range(20):
         try:
-            return _cell_states(folder, verify)
+            return _unit_states(folder, tables, verify)
         except FileNotFoundError:
-            continue  # swapped by a compaction after we listed it
+            continue  # a compaction has swapped the folder since it was listed
     raise OSError(f"{folder}: the folder keeps changing; is it being compacted again and again?")
 
 
-def _cell_states(folder, verify):
-    check_version(folder)
-    listing = list_table(folder, "metrics")
-    damaged = {part.path: part.cells for part in corrupt_parts(folder)} if verify else {}
-    states = {cell: ERROR for cell, name in listing.failed.items() if listing.folder / name not in damaged}
+def _unit_states(folder: Path, tables: TableSet, verify: bool) -> dict[str, str]:
+    check_version(folder, tables)
+    primary = tables.primary.name
+    listing = list_table(folder, primary)
+    damaged = {part.path: part.units for part in corrupt_parts(folder, tables)} if verify else {}
+    states = {unit: ERROR for unit, name in listing.failed.items() if listing.folder / name not in damaged}
     for name in listing.merged:
         if looks_like_parquet(listing.folder / name):
-            states.update(dict.fromkeys(part_cells(listing.folder / name), OK))
-    states.update((cell, OK) for cell, name in listing.done.items() if listing.folder / name not in damaged)
-    without_examples = {cell for path, cells in damaged.items() if path.parent.name != "metrics" for cell in cells}
-    for cell in without_examples.union(redo_cells(folder)):
-        states.pop(cell, None)
+            states.update(dict.fromkeys(part_units(listing.folder / name, tables.key), OK))
+    states.update((unit, OK) for unit, name in listing.done.items() if listing.folder / name not in damaged)
+    incomplete = {unit for path, units in damaged.items() if path.parent.name != primary for unit in units}
+    for unit in incomplete.union(redo_units(folder)):
+        states.pop(unit, None)
     return states
 
 
-def failed_since(folder: str | os.PathLike, when: float) -> set[str]:
-    """Cells whose error rows were written at or after `when` (st_mtime of the same file system)."""
-    listing, found = list_table(folder, "metrics"), set()
-    for cell, name in listing.failed.items():
-        with contextlib.suppress(FileNotFoundError):  # replaced by a success since it was listed
+def failed_since(folder: str | os.PathLike, tables: TableSet, when: float) -> set[str]:
+    """Return the units whose error rows were written at or after `when`, an st_mtime of the same file system."""
+    listing, found = list_table(folder, tables.primary.name), set()
+    for unit, name in listing.failed.items():
+        with contextlib.suppress(FileNotFoundError):  # a success has replaced it since it was listed
             if os.stat(listing.folder / name).st_mtime >= when:
-                found.add(cell)
+                found.add(unit)
     return found
 
 
-def check_version(folder: str | os.PathLike) -> None:
-    """Raise SchemaVersionError if the merged parts, or the first loose part, of a table have another version."""
+def check_version(folder: str | os.PathLike, tables: TableSet) -> None:
+    """Raise SchemaVersionError if a merged part, or the first loose part, of a table has another version."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for table in TABLES:
+    for table in tables.names():
         listing = list_table(folder, table)
         loose = [*listing.done.values(), *listing.failed.values()][:1]
         for name in [*listing.merged, *loose]:
             path = listing.folder / name
-            # a part that is gone since it was listed was replaced by a writer that checked the version, too
+            # a part that no longer exists was replaced by a writer, which has checked the version
             with contextlib.suppress(pa.ArrowInvalid, FileNotFoundError):
                 if looks_like_parquet(path):
-                    check_metadata(path, pq.read_metadata(path).metadata)
+                    tables.check_metadata(path, pq.read_metadata(path).metadata, table)
 
 
 @dataclass(frozen=True)
 class CorruptPart:
+    """A damaged file, and the units whose rows were in it."""
+
     path: Path
     reason: str
-    cells: tuple[str, ...]  # whose rows were in it
+    units: tuple[str, ...]
 
 
-def corrupt_parts(folder: str | os.PathLike, deep: bool = False) -> list[CorruptPart]:
-    """The damaged parts of both tables. deep=True decodes every part whole and checks its page checksums."""
+def corrupt_parts(folder: str | os.PathLike, tables: TableSet, deep: bool = False) -> list[CorruptPart]:
+    """Return the damaged parts of all tables. deep=True decodes every part completely and checks its page checksums."""
     folder = Path(folder)
     found = []
-    for table in TABLES:
+    for table in tables.names():
         listing = list_table(folder, table)
-        loose = [(name, (cell,)) for files in (listing.done, listing.failed) for cell, name in files.items()]
-        for name, cells in [*loose, *((name, None) for name in listing.merged)]:
+        loose = [(name, (unit,)) for files in (listing.done, listing.failed) for unit, name in files.items()]
+        parts: list[tuple[str, tuple[str, ...] | None]] = [*loose, *((name, None) for name in listing.merged)]
+        for name, known in parts:
             path = listing.folder / name
             try:
                 reason = _damage(path, deep)
             except FileNotFoundError:
-                continue  # replaced or merged since it was listed
+                continue  # the part was replaced or merged since it was listed
             if reason:
-                cells = tuple(sorted(_cells_of_damaged(path))) if cells is None else cells
-                found.append(CorruptPart(path, reason, cells))
+                units = tuple(sorted(_units_of_damaged(path, tables.key))) if known is None else known
+                found.append(CorruptPart(path, reason, units))
     return found
 
 
@@ -122,108 +131,103 @@ def _damage(path: Path, deep: bool) -> str | None:
     return None
 
 
-def _cells_of_damaged(part: Path) -> frozenset[str]:
+def _units_of_damaged(part: Path, key: str) -> frozenset[str]:
     import pyarrow as pa
 
     try:
-        return part_cells(part)
+        return part_units(part, key)
     except (pa.ArrowException, OSError):
-        return frozenset()  # nobody knows any more; their metrics rows are gone too, so they count as missing
+        return frozenset()  # the ids are lost; for a part of the primary table that already makes its units missing
 
 
-def quarantine(folder: str | os.PathLike, deep: bool = False) -> list[CorruptPart]:
-    """Move damaged parts to <folder>/corrupt/ and return them as they were found: for the start of a run.
+def quarantine(folder: str | os.PathLike, tables: TableSet, deep: bool = False) -> list[CorruptPart]:
+    """Move damaged parts to <folder>/corrupt/, and return them with their former paths. deep: as in `corrupt_parts`.
 
-    From then on `cell_states` counts as missing the cells whose metrics or examples were in them.
+    This is called when a run starts. After it `unit_states` counts units as missing if these parts held rows of them.
     """
     folder = Path(folder)
-    found = corrupt_parts(folder, deep)
+    found = corrupt_parts(folder, tables, deep)
     if found:
         with locked(folder, exclusive=True):
             for part in found:
                 if part.path.exists() and _damage(part.path, deep):
                     table = part.path.parent.name
-                    if table == "examples":
-                        mark_redo(folder, part.cells)
+                    if table != tables.primary.name:
+                        mark_redo(folder, part.units)
                     set_aside(folder, table, part.path)
     return found
 
 
-def read_metrics(folder: str | os.PathLike, cell_ids: Iterable[str] | None = None):
-    """The metrics table, of the given cells or all, as a pandas.DataFrame with the schema's columns, sorted by cell.
+def read_table(
+    folder: str | os.PathLike, tables: TableSet, table: str, units: Iterable[str] | None = None,
+    where: Mapping[str, str] | None = None,
+) -> pandas.DataFrame:
+    """Return a table as a DataFrame with the columns of its schema, sorted by unit id.
 
-    Each cell appears once, whatever is being written or compacted meanwhile. A damaged part is skipped with a warning.
-    Raises SchemaVersionError.
+    units: the ids of the units to read; None for all. where: column -> the value that its rows must have. Each unit
+    appears once, even if units are written or compacted meanwhile, and its rows keep the order in which they were
+    written. A damaged part is skipped with a warning. Raises SchemaVersionError.
     """
-    return _read(folder, "metrics", None if cell_ids is None else set(cell_ids), None)
-
-
-def read_examples(folder: str | os.PathLike, cell_ids: Iterable[str] | None = None, task: str | None = None):
-    """The examples table as a pandas.DataFrame: of the given cells and task, or all. As `read_metrics` otherwise."""
-    return _read(folder, "examples", None if cell_ids is None else set(cell_ids), task)
-
-
-def _read(folder, table, cell_ids, task):
+    wanted = None if units is None else set(units)
     for _ in range(20):
         try:
-            result = _read_once(Path(folder), table, cell_ids, task)
-            break
+            return _read_once(Path(folder), tables, table, wanted, where or {}).to_pandas()
         except FileNotFoundError:
-            continue  # swapped by a compaction, or retried with success, after we listed it
-    else:
-        raise OSError(f"{folder}: the folder keeps changing; is it being compacted again and again?")
-    return result.to_pandas()
+            continue  # a compaction has swapped the folder, or a success has replaced a failure, since it was listed
+    raise OSError(f"{folder}: the folder keeps changing; is it being compacted again and again?")
 
 
-def _read_once(folder, table, cell_ids, task):
+def _read_once(
+    folder: Path, tables: TableSet, table: str, units: set[str] | None, where: Mapping[str, str]
+) -> pyarrow.Table:
     from multiprocessing.pool import ThreadPool
 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    listing, schema = list_table(folder, table), arrow_schema(table)
+    listing, schema = list_table(folder, table), tables.arrow_schema(table)
 
-    def keep(content, seen):
+    def keep(content: Any, seen: set[str] | None) -> Any:
         mask = None
-        for column, values, wanted in (("cell_id", cell_ids, True), ("cell_id", seen, False), ("task", task, True)):
+        of_rows = [(name, {value}, True) for name, value in where.items()]
+        for column, values, wanted in [(tables.key, units, True), (tables.key, seen, False), *of_rows]:
             if values:
-                values = pa.array([values] if isinstance(values, str) else sorted(values), pa.string())
-                inside = pc.is_in(content[column], value_set=values)
+                inside = pc.is_in(content[column], value_set=pa.array(sorted(values), pa.string()))
                 inside = inside if wanted else pc.invert(inside)
                 mask = inside if mask is None else pc.and_(mask, inside)
         return content if mask is None else content.filter(mask)
 
-    def load(names):
+    def load(names: list[str]) -> dict[str, Any]:
         with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-            parts = pool.map(lambda name: read_part(listing.folder / name, table), names)
+            parts = pool.map(lambda name: read_part(listing.folder / name, tables, table), names)
         return {name: part for name, part in zip(names, parts) if part is not None}
 
-    def chosen(files, seen):
-        wanted = files.keys() - seen if cell_ids is None else (files.keys() & cell_ids) - seen
-        return {files[cell]: cell for cell in wanted}
+    def chosen(files: dict[str, str], seen: set[str]) -> dict[str, str]:
+        wanted = files.keys() - seen if units is None else (files.keys() & units) - seen
+        return {files[unit]: unit for unit in wanted}
 
-    if cell_ids is not None and not cell_ids:
+    if units is not None and not units:
         return schema.empty_table()
     done = chosen(listing.done, set())
     loaded = load(list(done))
     contents, seen = [keep(part, None) for part in loaded.values()], {done[name] for name in loaded}
     for name in listing.merged:
-        part = read_part(listing.folder / name, table, cell_ids)
+        part = read_part(listing.folder / name, tables, table, units)
         if part is not None:
             contents.append(keep(part, seen))
-            seen |= set(pc.unique(part["cell_id"]).to_pylist())
+            seen |= set(pc.unique(part[tables.key]).to_pylist())
     contents += [keep(part, None) for part in load(list(chosen(listing.failed, seen))).values()]
     if not contents:
         return schema.empty_table()
-    # A stable sort: the metrics of a cell keep the order in which they were written, the primary one first.
+    # The sort is stable: the rows of a unit keep their order, in which the primary metric of a task comes first.
     whole = pa.concat_tables(contents)
-    return whole.take(pc.sort_indices(whole["cell_id"]))
+    return whole.take(pc.sort_indices(whole[tables.key]))
 
 
-def read_part(path: Path, table: str, cell_ids: set[str] | None = None):
-    """The rows of one part (of some cells) as a pyarrow.Table; None, with a warning, when it is damaged.
+def read_part(path: Path, tables: TableSet, table: str, units: set[str] | None = None) -> pyarrow.Table | None:
+    """Return the rows of one part, of some units or of all (None); None, with a warning, if the part is damaged.
 
-    Raises SchemaVersionError, FileNotFoundError.
+    Raises SchemaVersionError and FileNotFoundError.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -231,13 +235,13 @@ def read_part(path: Path, table: str, cell_ids: set[str] | None = None):
     try:
         if not looks_like_parquet(path):
             raise pa.ArrowInvalid("truncated or not a parquet file")
-        check_metadata(path, pq.read_metadata(path).metadata)
-        if cell_ids is None:
+        tables.check_metadata(path, pq.read_metadata(path).metadata, table)
+        if units is None:
             content = pq.ParquetFile(path, page_checksum_verification=True).read()
-        else:  # merged parts are sorted by cell, so that most row groups are skipped by their statistics
-            filters = [("cell_id", "in", cell_ids)]
+        else:  # merged parts are sorted by unit, so that most row groups are skipped by their statistics
+            filters = [(tables.key, "in", units)]
             content = pq.read_table(path, filters=filters, partitioning=None, page_checksum_verification=True)
-        return content.cast(arrow_schema(table))
+        return content.cast(tables.arrow_schema(table))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as problem:

@@ -1,30 +1,29 @@
-"""The store of a study's tables: write, read, states, damage and compaction (see parts.py for the layout)."""
+"""The store of tables: write, read, states of units, damaged files and compaction; parts.py describes its layout."""
 
 from harness.tables.compact import compact
 from harness.tables.parts import Listing, list_table
 from harness.tables.reader import (
     CorruptPart,
-    cell_states,
     check_version,
     corrupt_parts,
     failed_since,
     quarantine,
-    read_examples,
-    read_metrics,
+    read_table,
+    unit_states,
 )
-from harness.tables.writer import write_cell
+from harness.tables.writer import Rows, write_unit
 
 __all__ = [
     "CorruptPart",
     "Listing",
-    "cell_states",
+    "Rows",
     "check_version",
     "compact",
     "corrupt_parts",
     "failed_since",
     "list_table",
     "quarantine",
-    "read_examples",
-    "read_metrics",
-    "write_cell",
+    "read_table",
+    "unit_states",
+    "write_unit",
 ]

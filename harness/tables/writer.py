@@ -1,13 +1,14 @@
-"""Write one cell: checked against the schema, then renamed into place."""
+"""Write the rows of one unit: check them against the schema, and rename their files into place."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from harness.tables.parts import (
     ERROR,
@@ -19,98 +20,109 @@ from harness.tables.parts import (
     looks_like_parquet,
     merged_parts,
     open_writer,
-    part_cells,
+    part_units,
     recover,
     set_aside,
 )
-from harness.tables.schema import TABLES, arrow_schema, column_names
+from harness.tables.schema import Column, TableSet
 
-_CELL_ID = re.compile(r"[A-Za-z0-9_\-]+")
+if TYPE_CHECKING:
+    import pyarrow
+
+_UNIT_ID = re.compile(r"[A-Za-z0-9_\-]+")
+
+# Rows of one table: either one mapping for each row, or columns, where a single value holds for every row.
+Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 
-def write_cell(
-    folder: str | os.PathLike,
-    cell_id: str,
-    metric_rows: Sequence[Mapping[str, object]],
-    example_rows: Mapping[str, object] | None = None,
-) -> None:
-    """Write one cell atomically: when this returns the cell is done (or failed); if killed before, it never was.
+@dataclass(frozen=True)
+class _Unit:
+    """A unit that is being written: its id, and whether it failed."""
 
-    metric_rows: one mapping per metric, with every column of the schema as a key (`blank_row()`); all of this cell.
-        If any has status "error" the cell is a failed one. A later success replaces it; a failure never replaces a
-        success, and a cell that was merged is not written again (its id says that the numbers are the same).
-    example_rows: column -> array of length n, or a single string standing for all n; every column of "examples".
-    Raises ValueError for missing, unknown or ill-typed columns and for an ok row whose value is not finite;
-    OSError (disk full, ...) with nothing left behind.
+    id: str
+    failed: bool
+
+
+def write_unit(folder: str | os.PathLike, tables: TableSet, unit_id: str, rows: Mapping[str, Rows]) -> None:
+    """Write one unit atomically. When this returns, the unit is done or failed; if it is killed before, it is missing.
+
+    rows: name of a table -> the rows of this unit, with every column of the table. The primary table must be there. If
+    one of its rows has the status "error", the unit is a failed one. A later success replaces a failed unit; a failure
+    never replaces a success. A unit that was merged is not written again, because the same id means the same numbers.
+    NaN is written as null if the column may be null. Raises ValueError for missing, unknown or ill-typed columns, and
+    OSError, for example if the disk is full; no file is left behind then.
     """
     folder = Path(folder)
-    if not _CELL_ID.fullmatch(cell_id) or cell_id.startswith(MERGED_PREFIX):
-        raise ValueError(f"cell_id: {cell_id!r} is not letters, digits, '-' and '_' only")
-    metrics = _metrics_table(cell_id, metric_rows)
-    examples = _examples_table(cell_id, example_rows) if example_rows is not None else None
-    failed = any(row["status"] == ERROR for row in metric_rows)
-    if examples is not None:
-        _publish(folder, "examples", cell_id, examples, failed)
-    _publish(folder, "metrics", cell_id, metrics, failed)
-    if not failed:
-        (folder / ".redo" / cell_id).unlink(missing_ok=True)
+    if not _UNIT_ID.fullmatch(unit_id) or unit_id.startswith(MERGED_PREFIX):
+        raise ValueError(f"unit id: {unit_id!r} is not letters, digits, '-' and '_' only")
+    if not rows.get(tables.primary.name):
+        raise ValueError(f"unit {unit_id}: no rows of {tables.primary.name}; a failed unit needs one with its error")
+    content = {name: _arrow_table(tables, name, unit_id, of_table) for name, of_table in rows.items()}
+    states = content[tables.primary.name]["status"].to_pylist()
+    errors = content[tables.primary.name]["error"].to_pylist()
+    for state, error in zip(states, errors):
+        if state not in (OK, ERROR):
+            raise ValueError(f"unit {unit_id}: status is {state!r}, must be 'ok' or 'error'")
+        if state == ERROR and not error:
+            raise ValueError(f"unit {unit_id}: status is 'error' but there is no error text")
+    unit = _Unit(unit_id, ERROR in states)
+    for table in (*tables.others, tables.primary):
+        if table.name in content:
+            _publish(folder, tables, table.name, unit, content[table.name])
+    if not unit.failed:
+        (folder / ".redo" / unit_id).unlink(missing_ok=True)
 
 
-def _metrics_table(cell_id, rows):
-    if not rows:
-        raise ValueError(f"cell {cell_id}: no metric rows; a failed cell needs a row with status 'error'")
-    names = column_names("metrics")
-    for row in rows:
-        _check_keys(cell_id, "metrics", row, names)
-        if row["status"] not in (OK, ERROR):
-            raise ValueError(f"cell {cell_id}: status is {row['status']!r}, must be 'ok' or 'error'")
-        if row["status"] == OK and (row["value"] is None or not math.isfinite(row["value"])):
-            raise ValueError(f"cell {cell_id}: {row['metric']} is {row['value']} but its status is 'ok'")
-        if row["status"] == ERROR and not row["error"]:
-            raise ValueError(f"cell {cell_id}: {row['metric']} has status 'error' but no error text")
-    return _table(cell_id, "metrics", {name: [row[name] for row in rows] for name in names})
-
-
-def _examples_table(cell_id, columns):
-    _check_keys(cell_id, "examples", columns, column_names("examples"))
-    lengths = {len(values) for values in columns.values() if not isinstance(values, str)}
+def _columns(tables: TableSet, name: str, unit_id: str, rows: Rows) -> dict[str, Any]:
+    names = tables[name].names()
+    for row in [rows] if isinstance(rows, Mapping) else rows:
+        if row.keys() != set(names):
+            missing, unknown = sorted(set(names) - row.keys()), sorted(row.keys() - set(names))
+            raise ValueError(f"unit {unit_id}: a row of {name} lacks columns {missing} and has unknown ones {unknown}")
+    if not isinstance(rows, Mapping):
+        return {column: [row[column] for row in rows] for column in names}
+    lengths = {len(values) for values in rows.values() if not _is_single(values)}
     if len(lengths) != 1:
-        raise ValueError(f"cell {cell_id}: columns of examples have lengths {sorted(lengths)}, must be one length")
+        raise ValueError(f"unit {unit_id}: columns of {name} have lengths {sorted(lengths)}, must be one length")
     n = lengths.pop()
-    return _table(cell_id, "examples", {k: [v] * n if isinstance(v, str) else v for k, v in columns.items()})
+    return {column: [values] * n if _is_single(values) else values for column, values in rows.items()}
 
 
-def _check_keys(cell_id, table, row, names):
-    if row.keys() != set(names):
-        missing, unknown = sorted(set(names) - row.keys()), sorted(row.keys() - set(names))
-        raise ValueError(f"cell {cell_id}: {table} row has missing columns {missing} and unknown columns {unknown}")
+def _is_single(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float))
 
 
-def _table(cell_id, table, columns):
+def _arrow_table(tables: TableSet, name: str, unit_id: str, rows: Rows) -> pyarrow.Table:
     import pyarrow as pa
 
-    schema = arrow_schema(table)
-    arrays = []
-    for column, field in zip(TABLES[table], schema):
-        try:
-            array = pa.array(columns[column.name], type=field.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as problem:
-            raise ValueError(f"cell {cell_id}: column {column.name} is not {column.type}: {problem}") from None
-        if column.required and array.null_count:
-            raise ValueError(f"cell {cell_id}: column {column.name} must not be null")
-        if column.name == "cell_id" and set(array.to_pylist()) - {cell_id}:
-            raise ValueError(f"cell {cell_id}: {table} row belongs to cell {array[0].as_py()}")
-        arrays.append(array)
-    return pa.Table.from_arrays(arrays, schema=schema)
+    columns, schema = _columns(tables, name, unit_id, rows), tables.arrow_schema(name)
+    arrays = [_array(column, columns[column.name], schema.field(column.name).type, unit_id)
+              for column in tables[name].columns]
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    if set(table[tables.key].to_pylist()) - {unit_id}:
+        raise ValueError(f"unit {unit_id}: a row of {name} belongs to unit {table[tables.key][0].as_py()}")
+    return table
 
 
-def _publish(folder: Path, table: str, cell_id: str, content, failed: bool) -> None:
+def _array(column: Column, values: Any, type: pyarrow.DataType, unit_id: str) -> pyarrow.Array:
+    import pyarrow as pa
+
+    try:
+        array = pa.array(values, type=type, from_pandas=not column.required)  # from_pandas turns NaN into null
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as problem:
+        raise ValueError(f"unit {unit_id}: column {column.name} is not {column.type}: {problem}") from None
+    if column.required and array.null_count:
+        raise ValueError(f"unit {unit_id}: column {column.name} must not be null")
+    return array
+
+
+def _publish(folder: Path, tables: TableSet, table: str, unit: _Unit, content: pyarrow.Table) -> None:
     live = folder / table
     (folder / ".tmp").mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".tmp" / f"{cell_id}.{table}.{os.getpid()}.{secrets.token_hex(4)}"
-    with open_writer(temporary, table, small=table == "metrics") as writer:
+    temporary = folder / ".tmp" / f"{unit.id}.{table}.{os.getpid()}.{secrets.token_hex(4)}"
+    with open_writer(temporary, tables, table, small=table == tables.primary.name) as writer:
         writer.write_table(content)
-    ok_file, error_file = live / (cell_id + SUFFIX), live / (cell_id + ERROR_SUFFIX)
+    ok_file, error_file = live / (unit.id + SUFFIX), live / (unit.id + ERROR_SUFFIX)
     try:
         if not live.is_dir():
             with locked(folder, exclusive=True):
@@ -120,10 +132,10 @@ def _publish(folder: Path, table: str, cell_id: str, content, failed: bool) -> N
             for existing in (ok_file, error_file):
                 if existing.exists() and not looks_like_parquet(existing):
                     set_aside(folder, table, existing)
-            merged = any(cell_id in part_cells(p) for p in merged_parts(live) if looks_like_parquet(p))
-            if not merged and not (failed and ok_file.exists()):
-                os.rename(temporary, error_file if failed else ok_file)
-            # Looked at after the rename: of two writers, the later one to look sees both files.
+            merged = any(unit.id in part_units(p, tables.key) for p in merged_parts(live) if looks_like_parquet(p))
+            if not merged and not (unit.failed and ok_file.exists()):
+                os.rename(temporary, error_file if unit.failed else ok_file)
+            # This test comes after the rename: of two writers, the one that tests later sees both files.
             if merged or ok_file.exists():
                 error_file.unlink(missing_ok=True)
     finally:

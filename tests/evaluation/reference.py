@@ -63,7 +63,7 @@ def tiny_model(context_length: int = 64):
 def tiny(bos: bool = False, context_length: int = 64):
     """(model, TaskContext) of the tiny model and tokenizer."""
     model = tiny_model(context_length)
-    return model, TaskContext(tiny_tokenizer(bos), model.config, context_length)
+    return model, TaskContext(tiny_tokenizer(bos), model.config, context_length, "causal")
 
 
 def real(folder):
@@ -71,7 +71,8 @@ def real(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, TaskContext(AutoTokenizer.from_pretrained(folder), model.config, model.config.max_position_embeddings)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, TaskContext(tokenizer, model.config, model.config.max_position_embeddings, "causal")
 
 
 def lm_eval_run(model, tokenizer, task_file, data_files, limit, max_length=None):

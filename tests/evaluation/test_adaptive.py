@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.config import AdaptiveConfig
 from harness.evaluation.adaptive import Sampler, decided, draw, measure_sampled, score_all
-from harness.evaluation.requests import ExampleScores, PreparedTask, Request, Scores
+from harness.evaluation.requests import ExampleScores, Request, ScoredTask, Scores
 from harness.evaluation.sequential import Interval
+from harness.evaluation.settings import AdaptiveSettings
 from harness.evaluation.statistics import estimate, paired
 
 SIZE = 400
@@ -26,7 +26,7 @@ def _windows(seed=0):
         return {"perplexity": ExampleScores(nll, lengths.astype(float), "exp", higher_is_better=False),
                 "nll": ExampleScores(nll, lengths.astype(float), higher_is_better=False)}
 
-    return PreparedTask("text", {}, requests, [str(i) for i in range(SIZE)], measure)
+    return ScoredTask("text", {}, requests, [str(i) for i in range(SIZE)], measure)
 
 
 def _choices():
@@ -39,7 +39,7 @@ def _choices():
         return {"accuracy": ExampleScores((logprob.argmax(0) == 0).astype(float), np.ones(SIZE), bounds=(0.0, 1.0)),
                 "logprob": ExampleScores(logprob[0], np.ones(SIZE))}
 
-    return PreparedTask("choices", {}, requests, [str(i) for i in range(SIZE)], measure, example_of=example_of)
+    return ScoredTask("choices", {}, requests, [str(i) for i in range(SIZE)], measure, example_of=example_of)
 
 
 def _scores(task, seed, shift, noise):
@@ -95,14 +95,14 @@ def test_a_shared_context_counts_once():
     context = list(range(100, 190))
     requests = [Request(np.array([*context, choice, *range(choice)]), np.array([89]), np.array([choice]))
                 for choice in (3, 4, 5) for _ in range(2)]
-    task = PreparedTask("choices", {}, requests, ["a", "b"], None, example_of=np.array([0, 1, 0, 1, 0, 1]))
+    task = ScoredTask("choices", {}, requests, ["a", "b"], None, example_of=np.array([0, 1, 0, 1, 0, 1]))
     # 90 + 4 + 5 + 6 tokens each
     assert [len(draw(task, limit, 0).tasks) for limit in (210, 209)] == [1, 2]
 
 
 def test_a_task_that_does_not_say_whose_its_requests_are_is_refused():
     task = _choices()
-    unknown = PreparedTask("choices", {}, task.requests, task.example_ids, task.measure)
+    unknown = ScoredTask("choices", {}, task.requests, task.example_ids, task.measure)
     with pytest.raises(ValueError, match="1200 requests for 400 known examples"):
         draw(unknown, 100, 0)
 
@@ -113,7 +113,7 @@ def test_an_undecided_cell_ends_with_the_numbers_of_exact(task):
     draws = draw(task, 500, seed=0)
     everything = score_all(draws, _scorer(task, draws, ablated)[0])
     assert np.array_equal(everything.logprob, ablated.logprob)
-    settings = AdaptiveConfig(relative=1e-9, of_baseline=None)
+    settings = AdaptiveSettings(relative=1e-9, of_baseline=None)
     score, calls = _scorer(task, draws, ablated)
     found = measure_sampled(draws, score, baseline, settings)
     assert calls == list(range(len(draws.tasks)))
@@ -127,9 +127,9 @@ def test_an_undecided_cell_ends_with_the_numbers_of_exact(task):
 
 
 @pytest.mark.parametrize(("make", "settings"), [
-    (_windows, AdaptiveConfig(relative=0.2, of_baseline=0.05)),
-    (_windows, AdaptiveConfig(relative=None, of_baseline=None, sign=True)),
-    (_choices, AdaptiveConfig(relative=None, of_baseline=None, absolute=0.06)),
+    (_windows, AdaptiveSettings(relative=0.2, of_baseline=0.05)),
+    (_windows, AdaptiveSettings(relative=None, of_baseline=None, sign=True)),
+    (_choices, AdaptiveSettings(relative=None, of_baseline=None, absolute=0.06)),
 ], ids=["text", "sign", "choices"])
 def test_stopped_intervals_hold_the_delta_of_all_examples(make, settings):
     """Over many cells and seeds, with every metric of the task, at the stated rate; and precision is as asked."""
@@ -161,12 +161,12 @@ def test_standard_errors_are_of_all_examples_as_a_sample():
         base = rng.normal(3, 1, SIZE)
         ablated = base + 0.3 + rng.normal(0, 0.5, SIZE)
         requests = [Request(np.zeros(5, np.int64), np.array([4]), np.array([0]))] * SIZE
-        task = PreparedTask("mean", {}, requests, [str(i) for i in range(SIZE)],
+        task = ScoredTask("mean", {}, requests, [str(i) for i in range(SIZE)],
                             lambda scores: {"mean": ExampleScores(scores.request_logprob(), np.ones(SIZE))})
         as_scores = [Scores(x, x > 0, None, np.arange(SIZE + 1)) for x in (base, ablated)]
         draws = draw(task, 250, seed)
         found = measure_sampled(draws, _scorer(task, draws, as_scores[1])[0], as_scores[0],
-                                AdaptiveConfig(relative=None, of_baseline=None, absolute=0.2))
+                                AdaptiveSettings(relative=None, of_baseline=None, absolute=0.2))
         metric = found.metrics["mean"]
         assert metric.n == 100 or metric.n == 50
         deltas.append(metric.delta - 0.3)
@@ -182,7 +182,7 @@ def test_a_group_is_not_scored_once_the_delta_is_decided():
     task = _windows()
     draws = draw(task, 200, 0)
     score, calls = _scorer(task, draws, _scores(task, 5, -0.5, 0.02))
-    found = measure_sampled(draws, score, _scores(task, 1, 0, 0), AdaptiveConfig(relative=0.5, min_examples=40))
+    found = measure_sampled(draws, score, _scores(task, 1, 0, 0), AdaptiveSettings(relative=0.5, min_examples=40))
     assert calls == list(range(len(calls))) and len(calls) < len(draws.tasks)
     assert 40 <= len(found.used) == sum(len(draws.examples[i]) for i in calls)
     assert np.array_equal(found.used, np.sort(np.concatenate([draws.examples[i] for i in calls])))
@@ -195,16 +195,14 @@ def test_no_difference_anywhere_is_not_taken_for_no_difference_at_all():
         same = _scores(task, 1, 0, 0)
         draws = draw(task, 200, 0)
         found = measure_sampled(draws, _scorer(task, draws, same)[0], same,
-                                AdaptiveConfig(relative=None, of_baseline=None, absolute=0.1))
+                                AdaptiveSettings(relative=None, of_baseline=None, absolute=0.1))
         assert (len(found.used) < SIZE) == stops
         assert found.metrics[next(iter(found.metrics))].p_value == 1
 
 
 def test_sampler_needs_and_keeps_the_baseline():
-    from harness.config import RuntimeConfig
-
     task = _windows()
-    sampler = Sampler({"text": task}, RuntimeConfig(batch_tokens=200, precision="adaptive"), seed=3)
+    sampler = Sampler({"text": task}, AdaptiveSettings(), batch_tokens=200, seed=3)
     groups = sampler.groups(["text"])
     assert list(groups)[:2] == ["text#0", "text#1"]
     draws = draw(task, 200, 3)

@@ -111,7 +111,7 @@ def test_a_large_mean_does_not_swallow_the_variance(monkeypatch):
         [m for m in loaded.matrices if m.layer_type == "q_proj"]
     ).values()
     rows = model.model.embed_tokens.weight[torch.from_numpy(np.concatenate([r.tokens[r.positions] for r in asked]))]
-    expected = float((rows[:, 0].double() - 1e6).var(correction=0))
+    expected = float((rows[:, 0].detach().double() - 1e6).var(correction=0))
     assert float(covariance.covariance[0, 0]) == pytest.approx(expected, rel=1e-7)  # (1e6)^2 eps is 2e-4
 
 

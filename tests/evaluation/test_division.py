@@ -1,4 +1,4 @@
-"""One pass over several processes (threads here; tests/execution/test_ranks.py has real ones): the numbers of one
+"""One pass over several processes (threads here; tests/engine/test_ranks.py has real ones): the numbers of one
 alone, every batch run once, and all of them at the same step or none."""
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from harness.evaluation.division import Division, LostStep
-from harness.evaluation.generation import continuations
 from harness.evaluation.scoring import Scorer
+from harness.evaluation.settings import ScoringOptions
 from harness.models.loading import loaded_from
+from harness.tasks.lm_eval.generation import Decoding, continuations
 from tests.evaluation.test_scoring import requests_for, task
 from tests.models.tiny import tiny_model
 
@@ -48,8 +49,8 @@ def together(n: int, work: Callable[[Division], Any]) -> list[Any]:
 @pytest.mark.parametrize("n", [2, 3, 20])  # more processes than batches, too
 @pytest.mark.parametrize("model_type", ["llama", "bert", "t5"])
 def test_divided_scores_are_those_of_one_process(model_type, n):
-    requests, options = requests_for(model_type), {"batch_tokens": 40}
-    alone = Scorer(loaded_from(tiny_model(model_type)), {"task": task(requests)}, **options)
+    requests, options = requests_for(model_type), ScoringOptions(batch_tokens=40)
+    alone = Scorer(loaded_from(tiny_model(model_type)), {"task": task(requests)}, options)
     n_batches = len(alone.packed["task"].batches)
     assert n_batches > 3
     expected = []
@@ -59,7 +60,7 @@ def test_divided_scores_are_those_of_one_process(model_type, n):
     models, ran = [loaded_from(tiny_model(model_type)) for _ in range(n)], [[] for _ in range(n)]
 
     def work(division):
-        scorer = Scorer(models[division.rank], {"task": task(requests)}, **options, division=division)
+        scorer = Scorer(models[division.rank], {"task": task(requests)}, options, division)
         score_batch, found = scorer._score_batch, []
         scorer._score_batch = lambda key, rank: ran[division.rank].append(key[1]) or score_batch(key, rank)
         for block in (0, 1):
@@ -93,7 +94,7 @@ def test_divided_texts_are_those_of_one_process(monkeypatch):
         def batch_decode(self, rows):
             return [self.decode(row) for row in rows]
 
-    monkeypatch.setattr("harness.evaluation.tokenization.encode", lambda tokenizer, text: tokenizer.encode(text))
+    monkeypatch.setattr("harness.tasks.tokenization.encode", lambda tokenizer, text: tokenizer.encode(text))
     contexts = ["a" * k + "xyz" for k in (1, 5, 2, 9, 4, 7, 3)]
 
     models = [tiny_model("llama") for _ in range(3)]  # here, because their seed is global
@@ -101,7 +102,7 @@ def test_divided_texts_are_those_of_one_process(monkeypatch):
     def generate(division=None):
         model = models[division.rank if division else 0]
         loaded = SimpleNamespace(model=model, tokenizer=Letters(), context_length=40, device=torch.device("cpu"))
-        return continuations(loaded, contexts, ["q"], 6, None, division, batch_tokens=40)
+        return continuations(loaded, contexts, Decoding(["q"], 6), division, batch_tokens=40)
 
     alone = generate()
     assert len(set(alone)) > 3

@@ -10,8 +10,9 @@ import torch
 
 from harness.evaluation import scoring
 from harness.evaluation.packing import Sharing, pack, sharing_of, tree_mask
-from harness.evaluation.requests import PreparedTask, Request
+from harness.evaluation.requests import Request, ScoredTask
 from harness.evaluation.scoring import Scorer
+from harness.evaluation.settings import ScoringOptions
 from harness.models.families import FAMILIES, skeleton
 from harness.models.loading import loaded_from
 from tests.models.tiny import TINY, tiny_config, tiny_model
@@ -47,13 +48,13 @@ def multiple_choice(seed: int = 0) -> list[Request]:
     return found
 
 
-def task(requests: list[Request], needs_rank: bool = False) -> PreparedTask:
-    return PreparedTask("task", {}, requests, [str(i) for i in range(len(requests))], None, needs_rank)
+def task(requests: list[Request], needs_rank: bool = False) -> ScoredTask:
+    return ScoredTask("task", {}, requests, [str(i) for i in range(len(requests))], None, needs_rank)
 
 
 def _scores(model, requests, monkeypatch, sharing, **options):
-    monkeypatch.setattr(scoring, "sharing_of", lambda _: sharing)
-    scorer = Scorer(model, {"task": task(requests)}, **options)
+    monkeypatch.setattr(scoring, "sharing_of", lambda model, family: sharing)
+    scorer = Scorer(model, {"task": task(requests)}, ScoringOptions(**options))
     return scorer, scorer.score("task")
 
 
@@ -83,8 +84,8 @@ def test_shared_tokens_are_fed_once() -> None:
     prefixes = {tuple(request.tokens[: n + 1]) for request in requests for n in range(len(request.tokens))}
     assert packed.n_tokens == len(prefixes)
     assert packed.n_rows == len({tuple(r.tokens[: p + 1]) for r in requests for p in r.positions})
-    assert packed.n_tokens_asked == sum(len(request.tokens) for request in requests)
-    assert packed.n_tokens < pack(requests, 4096).n_tokens < packed.n_tokens_asked
+    one_by_one = sum(len(request.tokens) for request in requests)
+    assert packed.n_tokens < pack(requests, 4096).n_tokens < one_by_one
 
 
 @pytest.mark.parametrize("batch_tokens", [30, 60, 200])
@@ -146,7 +147,7 @@ def test_the_flag_of_every_family_is_right(model_type: str, monkeypatch) -> None
     model = loaded_from(tiny_model(model_type, **UNLIMITED.get(model_type, {})))
     requests = multiple_choice()
     _, alone = _scores(model, requests, monkeypatch, None, batch_tokens=1)
-    assert (sharing_of(model.model) is not None) == FAMILIES[model_type].trees
+    assert (sharing_of(model.model, model.description.family) is not None) == FAMILIES[model_type].trees
     scorer, shared = _scores(model, requests, monkeypatch, FREE)
     assert any(batch.last is not None for batch in scorer.packed["task"].batches)
     if FAMILIES[model_type].trees:
@@ -158,18 +159,18 @@ def test_the_flag_of_every_family_is_right(model_type: str, monkeypatch) -> None
 
 @pytest.mark.parametrize("model_type", [name for name in TINY if name not in CAUSAL])
 def test_models_that_read_both_ways_share_nothing(model_type: str) -> None:
-    assert sharing_of(skeleton(tiny_config(model_type))) is None
+    assert sharing_of(skeleton(tiny_config(model_type)), FAMILIES[model_type]) is None
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text", "gemma3"])
 def test_longer_than_a_sliding_window_is_fed_alone(model_type: str) -> None:
     model = loaded_from(tiny_model(model_type))  # windows of 8 tokens
-    assert sharing_of(model.model).deepest == 8
+    assert sharing_of(model.model, model.description.family).deepest == 8
     requests = multiple_choice()
     short = choices(np.random.default_rng(1), np.arange(3, 8), (2, 3, 1))
-    _, alone = scores = [Scorer(model, {"task": task(requests + short)}, share_context=s) for s in (True, False)]
-    assert any(batch.last is not None for batch in scores[0].packed["task"].batches)
-    np.testing.assert_allclose(*(scorer.score("task").logprob for scorer in scores), rtol=1e-5, atol=1e-6)
+    scorers = [Scorer(model, {"task": task(requests + short)}, ScoringOptions(share_context=s)) for s in (True, False)]
+    assert any(batch.last is not None for batch in scorers[0].packed["task"].batches)
+    np.testing.assert_allclose(*(scorer.score("task").logprob for scorer in scorers), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -191,7 +192,7 @@ def test_trees_in_low_precision_err_no_more_than_sequences_do(monkeypatch) -> No
 def test_another_attention_gets_no_trees() -> None:
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
-    assert sharing_of(model) is None
+    assert sharing_of(model, FAMILIES["llama"]) is None
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -216,17 +217,17 @@ def test_scores_do_not_depend_on_the_other_tasks_of_a_study() -> None:
 @pytest.mark.assets
 def test_questions_of_a_real_model(assets) -> None:
     """Real weights, contexts that begin alike by chance or not at all, and what a task costs with trees and without."""
-    from harness.config import ModelConfig
     from harness.models.loading import load
+    from harness.models.settings import ModelSettings
 
-    model = load(ModelConfig(name=str(assets / "models" / "stories260K"), device="cpu"))
+    model = load(ModelSettings(name=str(assets / "models" / "stories260K"), device="cpu"))
     rng = np.random.default_rng(0)
     requests = []
     for question in ("Once upon a time there was a little girl", "One day, Tom went to the park with his mom and"):
         context = np.array(model.tokenizer.encode(question))
         requests += choices(rng, context, (1, 2, 3, 4))
     scorer = Scorer(model, {"task": task(requests)})
-    plain = Scorer(model, {"task": task(requests)}, share_context=False)
+    plain = Scorer(model, {"task": task(requests)}, ScoringOptions(share_context=False))
     assert scorer.packed["task"].n_tokens < plain.packed["task"].n_tokens
     shared, alone = scorer.score("task"), plain.score("task")
     np.testing.assert_allclose(shared.logprob, alone.logprob, rtol=1e-5)

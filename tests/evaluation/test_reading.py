@@ -42,7 +42,7 @@ def test_against_float64(vocabulary, bias, softcap, logit_rows, tiled, monkeypat
     head = head_of(module, softcap)
     assert head.weight is module.weight
     head = head if tiled else reading.Head(head.logits)
-    plan = reading_of(rows, entry_row, targets, np.arange(100, 161), logit_rows, torch.device("cpu"))
+    plan = reading_of(rows, entry_row, targets, np.arange(100, 161), logit_rows)
     logprob, greedy, rank = read(head, hidden, plan, needs_rank=False)
     expected, expected_greedy = _expected(module, hidden, entry_row, targets, softcap)
     back = torch.from_numpy(plan.entries - 100)
@@ -61,7 +61,7 @@ def test_of_equal_logits_the_first_is_the_greedy_one(monkeypatch) -> None:
     hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     targets = torch.tensor([3, 7, 600, 1535, 1200, 1199])
     entry_row = torch.tensor([0, 0, 0, 0, 1, 1])
-    plan = reading_of(torch.arange(2), entry_row, targets, np.arange(6), 10, torch.device("cpu"))
+    plan = reading_of(torch.arange(2), entry_row, targets, np.arange(6), 10)
     _, greedy, _ = read(head_of(head), hidden, plan, needs_rank=False)
     assert greedy.tolist() == [True, False, False, False, True, False]
 
@@ -70,7 +70,7 @@ def test_of_equal_logits_the_first_is_the_greedy_one(monkeypatch) -> None:
 def test_a_head_that_is_not_finite_gives_scores_that_are_not(monkeypatch) -> None:
     monkeypatch.setattr(reading, "TILE_ELEMENTS", 1)
     module, hidden, rows, entry_row, targets = _case(1300)
-    plan = reading_of(rows, entry_row, targets, np.arange(61), 10, torch.device("cpu"))
+    plan = reading_of(rows, entry_row, targets, np.arange(61), 10)
     hidden[entry_row[4]] = torch.nan
     logprob, greedy, _ = read(head_of(module), hidden, plan, needs_rank=False)
     bad = torch.from_numpy((entry_row == entry_row[4]).numpy()[plan.entries])

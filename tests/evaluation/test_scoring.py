@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from harness.evaluation.requests import PreparedTask, Request
+from harness.evaluation.requests import Request, ScoredTask
 from harness.evaluation.scoring import Scorer
+from harness.evaluation.settings import ScoringOptions
 from harness.models.loading import LoadedModel, loaded_from
 from tests.models.tiny import TINY, tiny_config, tiny_model
 
@@ -38,8 +39,8 @@ def requests_for(model_type: str, seed: int = 0) -> list[Request]:
     return found
 
 
-def task(requests: list[Request], needs_rank: bool = True) -> PreparedTask:
-    return PreparedTask("task", {}, requests, [str(i) for i in range(len(requests))], None, needs_rank)
+def task(requests: list[Request], needs_rank: bool = True) -> ScoredTask:
+    return ScoredTask("task", {}, requests, [str(i) for i in range(len(requests))], None, needs_rank)
 
 
 @cache
@@ -51,7 +52,7 @@ def loaded(model_type: str) -> LoadedModel:
 def classifier(model_type: str) -> LoadedModel:
     torch.manual_seed(0)
     config = tiny_config(model_type, num_labels=3, initializer_range=0.2)
-    model = loaded_from(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32))
+    model = loaded_from(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval())
     model.description = replace(
         model.description, family=replace(model.description.family, kind="classification")
     )
@@ -88,7 +89,7 @@ def reference(model: torch.nn.Module, request: Request) -> tuple[np.ndarray, np.
 
 
 def assert_equal_to_transformers(model: LoadedModel, requests: list[Request], **options) -> None:
-    scores = Scorer(model, {"task": task(requests)}, **options).score("task")
+    scores = Scorer(model, {"task": task(requests)}, ScoringOptions(**options)).score("task")
     assert scores.offsets.tolist() == np.cumsum([0, *(len(r.targets) for r in requests)]).tolist()
     for i, request in enumerate(requests):
         logprob, greedy, rank = reference(model.model, request)
@@ -122,13 +123,13 @@ def _zero_one_matrix(model: LoadedModel, block: int):
 
 def assert_resumed_is_full(model: LoadedModel, requests: list[Request], one_at_a_time: bool) -> None:
     """Advance block by block, or from the start to every boundary; with an edit of the block there and without."""
-    tasks, options = {"task": task(requests)}, {"batch_tokens": 60}
-    full, resumed = Scorer(model, tasks, **options, reuse=False), Scorer(model, tasks, **options)
+    tasks, options = {"task": task(requests)}, ScoringOptions(batch_tokens=60)
+    full, resumed = Scorer(model, tasks, replace(options, reuse=False)), Scorer(model, tasks, options)
     whole = torch.from_numpy(full.score("task").logprob)
     seen = [whole]
     for block in range(len(model.blocks)):
         if not one_at_a_time:
-            resumed = Scorer(model, tasks, **options)
+            resumed = Scorer(model, tasks, options)
         resumed.advance(block)
         assert torch.equal(torch.from_numpy(resumed.score("task", block).logprob), whole)
         restore = _zero_one_matrix(model, block)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from harness.config import Config, ModelConfig, RuntimeConfig, validate
 from harness.errors import InputError
-from harness.evaluation.scoring import Scorer, scorer_of
+from harness.evaluation.scoring import Scorer
+from harness.evaluation.settings import RuntimeSettings, ScoringOptions
 from harness.evaluation.stream import START, Kept, StreamStore
+from harness.measurements.ablation.settings import StudySettings
 from harness.models.loading import loaded_from
+from harness.settings.validation import validated
 from tests.evaluation.test_scoring import loaded, requests_for, task
 from tests.models.tiny import tiny_model
 
@@ -60,14 +64,14 @@ def test_the_rest_goes_to_host_memory_and_comes_back_whole() -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "bert", "t5"])
 def test_no_budget_changes_a_score(model_type: str) -> None:
     model, tasks = loaded(model_type), {"task": task(requests_for(model_type))}
-    options = {"batch_tokens": 60}
-    free = Scorer(model, tasks, **options)
+    options = ScoringOptions(batch_tokens=60)
+    free = Scorer(model, tasks, options)
     n_batches = len(free.packed["task"].batches)
     free.advance(1)
     needed = kept_bytes(free._store)
     assert n_batches > 2
     for share in (0.0, 0.6, 1.0):
-        tight = Scorer(model, tasks, **options, stream_bytes=needed * share)
+        tight = Scorer(model, tasks, replace(options, stream_bytes=needed * share))
         for block in range(1, len(model.blocks)):
             tight.advance(block)
             free.advance(block)
@@ -84,8 +88,8 @@ def test_no_budget_changes_a_score(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "t5"])
 def test_on_a_gpu_a_stream_in_pinned_host_memory_gives_the_same_bits(model_type: str) -> None:
     model = loaded_from(tiny_model(model_type).to("cuda"))
-    tasks, options = {"task": task(requests_for(model_type))}, {"batch_tokens": 60}
-    free, host, half = (Scorer(model, tasks, **options, **budget) for budget in
+    tasks, options = {"task": task(requests_for(model_type))}, ScoringOptions(batch_tokens=60)
+    free, host, half = (Scorer(model, tasks, replace(options, **budget)) for budget in
                         ({}, {"stream_bytes": 0, "host_bytes": 2**30}, {"stream_bytes": 2000, "host_bytes": 2000}))
     for block in range(1, len(model.blocks)):
         for scorer in (free, host, half):
@@ -97,10 +101,10 @@ def test_on_a_gpu_a_stream_in_pinned_host_memory_gives_the_same_bits(model_type:
 
 def test_the_settings_reach_the_scorer() -> None:
     model, tasks = loaded("gpt2"), {"task": task(requests_for("gpt2"))}
-    scorer = scorer_of(model, tasks, RuntimeConfig(stream_gib=0.0, batch_tokens=60))
+    scorer = Scorer(model, tasks, RuntimeSettings(stream_gib=0.0, batch_tokens=60).scoring())
     scorer.advance(2)
     assert kept_bytes(scorer._store) == 0
-    scorer = scorer_of(model, tasks, RuntimeConfig(batch_tokens=60, share_context=False))
+    scorer = Scorer(model, tasks, RuntimeSettings(batch_tokens=60, share_context=False).scoring())
     scorer.advance(2)
     assert kept_bytes(scorer._store) > 0
 
@@ -108,5 +112,4 @@ def test_the_settings_reach_the_scorer() -> None:
 @pytest.mark.parametrize("key", ["stream_gib", "stream_host_gib", "decomposition_gib"])
 def test_a_budget_below_zero_is_refused(key: str) -> None:
     with pytest.raises(InputError, match=rf"runtime\.{key}: -1.0 is wrong; it must be at least 0"):
-        settings = RuntimeConfig(**{key: -1.0})
-        validate(Config(ModelConfig(name="recall"), tasks={"recall": {"kind": "recall"}}, runtime=settings))
+        validated(StudySettings, {"runtime": {key: -1.0}})

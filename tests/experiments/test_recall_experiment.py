@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.compose import compose_config
-from harness.execution.runner import run
-from harness.tables.reader import read_metrics
+from harness.measurements import compose_settings
+from harness.measurements.ablation.tables import read_metrics
+from tests.studies import run_settings
 
 FOLDER = Path(__file__).parents[2] / "experiments/recall"
 
@@ -34,14 +34,14 @@ def test_every_job_is_one_study_of_the_product(experiment):
     over_training = {(job.seed, job.checkpoint) for job in jobs if job.is_default}
     assert over_training == {(seed, step) for seed in script.SEEDS for step in script.CHECKPOINTS}
     assert len(script.SEEDS) >= 5
-    config = compose_config(jobs[0].overrides(Path("somewhere")))
+    config = compose_settings("ablation", jobs[0].overrides(Path("somewhere")))
     assert (config.model.recall.seed, config.model.recall.noise) == (jobs[0].seed, jobs[0].noise)
     assert config.model.recall.steps == script.CHECKPOINTS[-1]
     # 0, 1, 2, 4, 10 % and 20 % of the rank
     dim = config.model.recall.dim
-    assert config.region.intervals == [f"{kept}:" for kept in (0, 1, 2, 4, int(0.1 * dim), int(0.2 * dim))]
-    published = compose_config(["experiment=recall_published"])
-    assert published.region.intervals == [f"{kept}:" for kept in (0, 1, 2, 4, 25, 51)]
+    assert config.region.rule.intervals == [f"{kept}:" for kept in (0, 1, 2, 4, int(0.1 * dim), int(0.2 * dim))]
+    published = compose_settings("ablation", ["experiment=recall_published"])
+    assert published.region.rule.intervals == [f"{kept}:" for kept in (0, 1, 2, 4, 25, 51)]
     recall = published.model.recall
     assert (recall.dim, recall.context_length, recall.batch_size, recall.steps) == (256, 256, 512, 5000)
 
@@ -51,9 +51,10 @@ def test_report_of_two_seeds(experiment, tmp_path):
     jobs = [script.Job(0.5, 1, "mlp", seed, 2) for seed in (0, 1)]
     studies = tmp_path / "studies"
     for job in jobs:
-        config = compose_config([*job.overrides(studies), "model.recall.steps=2", "model.recall.context_length=16",
-                                 "model.recall.batch_size=4", "tasks.recall.n_sequences=20"])
-        run(config, progress=False, report_to=lambda line: None)
+        run_settings(compose_settings("ablation", [
+            *job.overrides(studies), "model.recall.steps=2", "model.recall.context_length=16",
+            "model.recall.batch_size=4", "tasks.recall.n_sequences=20",
+        ]))
     output = tmp_path / "output"
     output.mkdir()
     report.write_report(jobs, studies, output)

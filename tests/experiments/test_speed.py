@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.tasks.text import TextTask
+from tests.checkpoints import save_checkpoint, text_file
+
 FOLDER = Path(__file__).parents[2] / "experiments" / "speed"
 
 
@@ -63,3 +66,20 @@ def test_the_page_follows_from_the_committed_numbers(contest, tmp_path) -> None:
     contest.report(tmp_path)
     assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
     assert (tmp_path / "contest.png").stat().st_size > 10_000
+
+
+def test_a_repeat_times_every_part_of_every_contestant_and_their_numbers_agree(contest, tmp_path) -> None:
+    """On a tiny model; what is timed is patched in by name, so a name that moved would show here."""
+    pytest.importorskip("lm_eval")
+    model, text = save_checkpoint(tmp_path / "model"), text_file(tmp_path / "text.txt")
+    tasks = {"text": TextTask(data_files=str(text), window=16, limit=6)}
+    settings = contest._settings(str(model), tasks, (0.5,), str(tmp_path / "study"))
+    rows, parts, _ = contest.repeat("tiny", 0, settings, None, 1, {"tiny": {"text": 8}})
+    assert [row["contestant"] for row in rows] == list(contest.CONTESTANTS)
+    assert rows[0]["ablations"] == 6 and max(row["relative_difference"] for row in rows) < 1e-4
+    seconds = {(row["contestant"], row["part"]): row["seconds_per_cell"] for row in parts}
+    assert all(seconds["harness", part] > 0 for part in contest.PARTS)
+    assert all(seconds[who, "forward"] > 0 for who in contest.CONTESTANTS)
+    assert {cell.name.split(".")[0] for cell in (tmp_path / "study" / "metrics").iterdir()} >= {
+        cell.id for cell in contest.plan(settings).units
+    }

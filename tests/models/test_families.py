@@ -15,6 +15,8 @@ from harness.models.families import (
     FAMILIES,
     GROUPS,
     LAYER_TYPES,
+    Family,
+    Stored,
     blocks_of,
     expand_layer_types,
     family_of,
@@ -132,7 +134,7 @@ def test_recall_feed_forward_may_be_two_matrices_one_or_none() -> None:
 
 
 def test_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"'mamba'.*gpt2.*llama.*harness/models/families\.py") as refused:
+    with pytest.raises(InputError, match=r"'mamba'.*gpt2.*llama.*docs/architecture.md says how") as refused:
         skeleton(MambaConfig())
     assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match="None"):
@@ -158,6 +160,17 @@ def test_packed_integer_weights_are_refused() -> None:
     packed = nn.Parameter(torch.zeros(288, 1, dtype=torch.uint8), requires_grad=False)
     model.model.layers[0].self_attn.q_proj.weight = packed
     with pytest.raises(InputError, match=r"self_attn\.q_proj\.weight is quantised \(torch\.uint8\)"):
+        matrices_of(model)
+
+
+def test_a_module_without_a_config_needs_a_family_only() -> None:
+    block = nn.ModuleDict({"up": nn.Linear(4, 8), "down": nn.Linear(8, 4)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block])})
+    weights = {"up.weight": Stored(("up_proj",)), "down.weight": Stored(("down_proj",))}
+    assert [m.name for m in matrices_of(model, Family({"": "layers"}, weights))] == ["0.up_proj", "0.down_proj"]
+    with pytest.raises(InputError, match="ModuleDict has none of the blocks of None"):
+        matrices_of(model, Family({"": "blocks"}, weights))
+    with pytest.raises(InputError, match="model type None is not known"):
         matrices_of(model)
 
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from safetensors import safe_open
 
-from harness.config import ModelConfig
 from harness.models import identity
 from harness.models.identity import file_digest
-from harness.models.loading import describe
+from harness.models.loading import describe_model
+from harness.models.settings import ModelSettings
 from tests.checkpoints import save_checkpoint
 
 
@@ -24,7 +24,7 @@ def test_any_byte_of_any_tensor_counts(tmp_path):
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     offsets = json.loads(path.read_bytes()[8 : 8 + header])
-    found = {describe(ModelConfig(name=str(folder))).identity["digest"]}
+    found = {describe_model(ModelSettings(name=str(folder))).identity["digest"]}
     for name in names:
         start, stop = offsets[name]["data_offsets"]
         at = 8 + header + (start + stop) // 2
@@ -33,12 +33,12 @@ def test_any_byte_of_any_tensor_counts(tmp_path):
             byte = file.read(1)
             file.seek(at)
             file.write(bytes([byte[0] ^ 1]))
-        found.add(describe(ModelConfig(name=str(folder))).identity["digest"])
+        found.add(describe_model(ModelSettings(name=str(folder))).identity["digest"])
         with path.open("r+b") as file:
             file.seek(at)
             file.write(byte)
     assert len(found) == 1 + len(names)
-    assert describe(ModelConfig(name=str(folder))).identity["digest"] in found
+    assert describe_model(ModelSettings(name=str(folder))).identity["digest"] in found
 
 
 def set_clock(monkeypatch, seconds):

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.config import ModelConfig
 from harness.errors import InputError
-from harness.models.loading import describe, load
+from harness.models.loading import describe_model, load
+from harness.models.settings import ModelSettings
 from tests.checkpoints import save_checkpoint, text_file
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -22,7 +22,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def test_gguf_file_is_the_model_that_transformers_makes_of_it(assets):
     from transformers import AutoModelForCausalLM
 
-    config = ModelConfig(name=str(assets / "models"), gguf_file=GGUF)
+    config = ModelSettings(name=str(assets / "models"), gguf_file=GGUF)
     loaded = load(config)
     assert loaded.description.config.model_type == "llama" and len(loaded.blocks) == 30
     assert len(loaded.matrices) == 30 * 7
@@ -35,7 +35,7 @@ def test_gguf_file_is_the_model_that_transformers_makes_of_it(assets):
 @pytest.mark.assets
 def test_gguf_file_that_is_not_there(assets):
     with pytest.raises(InputError, match=rf"model.gguf_file.*none.gguf.*{GGUF}"):
-        describe(ModelConfig(name=str(assets / "models"), gguf_file="none.gguf"))
+        describe_model(ModelSettings(name=str(assets / "models"), gguf_file="none.gguf"))
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_hub_name_and_revision(hub):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_dtype_auto_is_the_one_that_the_checkpoint_states(family, tmp_path):
     save_checkpoint(tmp_path / family, family, torch.bfloat16)
-    config = ModelConfig(name=str(tmp_path / family), dtype="auto")
-    assert describe(config).dtype == "bfloat16"
+    config = ModelSettings(name=str(tmp_path / family), dtype="auto")
+    assert describe_model(config).dtype == "bfloat16"
     assert {parameter.dtype for parameter in load(config).model.parameters()} == {torch.bfloat16}
 
 
@@ -83,7 +83,8 @@ def test_identity_follows_the_weights_and_not_the_folders_name(tmp_path):
     one = save_checkpoint(tmp_path / "one", "llama", seed=1)
     shutil.copytree(one, tmp_path / "copy")
     other = save_checkpoint(tmp_path / "other", "llama", seed=2)
-    identities = [describe(ModelConfig(name=str(folder))).identity for folder in (one, tmp_path / "copy", other)]
+    folders = (one, tmp_path / "copy", other)
+    identities = [describe_model(ModelSettings(name=str(folder))).identity for folder in folders]
     assert identities[0] == identities[1] != identities[2]
 
 
@@ -98,7 +99,7 @@ def test_pickled_weights_are_not_read(tmp_path):
 
     torch.save(Payload(), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="model.name"):
-        load(ModelConfig(name=str(folder)))
+        load(ModelSettings(name=str(folder)))
     assert not (tmp_path / "pwned").exists()
 
 
@@ -111,5 +112,5 @@ def test_code_of_the_checkpoint_does_not_run_unless_asked_for(tmp_path):
     (folder / "configuration_mine.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'pwned')!r})\n")
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="model.name"):
-        describe(ModelConfig(name=str(folder)))
+        describe_model(ModelSettings(name=str(folder)))
     assert not (tmp_path / "pwned").exists()

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from harness.config import ModelConfig
 from harness.errors import InputError
 from harness.evaluation.scoring import Scorer
-from harness.models.loading import describe, load, loaded_from, require_head
+from harness.models.loading import describe_model, load, loaded_from, require_head
+from harness.models.settings import ModelSettings
 from tests.encoders import save, tiny_classifier
 from tests.encoders import tokenizer as tokenizer_of
 from tests.models.tiny import TINY, tiny_model
@@ -21,7 +21,7 @@ ON_DISK = [model_type for model_type in TINY if model_type != "recall"]
 def _save(folder, model, model_type):
     model.save_pretrained(folder)
     tokenizer_of(model_type if model_type in ("bert", "roberta", "t5") else "llama").save_pretrained(folder)
-    return ModelConfig(name=str(folder), device="cpu")
+    return ModelSettings(name=str(folder), device="cpu")
 
 
 def _drop(folder, wanted: str) -> None:
@@ -84,25 +84,25 @@ def test_an_encoder_without_any_head_has_spectra_but_no_scores(model_type: str, 
         assert torch.equal(loaded.model.get_parameter(matrix.parameter), own[own_name])
     for classifier, head in ((False, "cls.|lm_head."), (True, "classifier.")):
         with pytest.raises(InputError, match=f"({head}).*saved as {type(body).__name__}"):
-            require_head(load(config, describe(config, classifier)))
+            require_head(load(config, describe_model(config, classifier)))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "llama"])
 def test_a_masked_or_causal_checkpoint_is_no_classifier_and_the_reverse(model_type: str, tmp_path) -> None:
     config = _save(tmp_path / "model", tiny_model(model_type), model_type)
     with pytest.raises(InputError, match="cannot be scored"):
-        require_head(load(config, describe(config, classifier=True)))
+        require_head(load(config, describe_model(config, classifier=True)))
     classifier = _save(tmp_path / "classifier", tiny_classifier(model_type), model_type)
     with pytest.raises(InputError, match="cannot be scored"):
         require_head(load(classifier))
-    loaded = load(classifier, describe(classifier, classifier=True))
+    loaded = load(classifier, describe_model(classifier, classifier=True))
     require_head(loaded)
     assert loaded.description.family.kind == "classification" and loaded.model.config.num_labels == 3
 
 
 def test_no_classification_head_on_an_encoder_decoder(tmp_path) -> None:
     with pytest.raises(InputError, match="encoder-decoder with a classification head is not supported"):
-        describe(ModelConfig(name=str(save(tmp_path, "t5"))), classifier=True)
+        describe_model(ModelSettings(name=str(save(tmp_path, "t5"))), classifier=True)
 
 
 def test_a_classifier_in_memory_is_known_as_one() -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from scipy import stats
 
-from harness.config import RecallModelConfig
-from harness.errors import InputError
+from harness.errors import InputError, SettingError
 from harness.models import recall_training
 from harness.models.recall import RecallForCausalLM, load_recall, process_of, recall_config
 from harness.models.recall_data import COUNTS_FILE, bigram_counts, load_counts, recall_process, sample
 from harness.models.recall_training import cache_folder, ensure_trained, initial_model, scored_logits, train
+from harness.models.settings import RecallModelSettings
 
-TINY = RecallModelConfig(dim=32, hidden_dim=48, context_length=32, batch_size=16, steps=8)
+TINY = RecallModelSettings(dim=32, hidden_dim=48, context_length=32, batch_size=16, steps=8)
 
 
 @pytest.fixture
@@ -138,12 +138,20 @@ def test_all_randomness_comes_from_the_generator():
         ({"noise_token": " "}, "model.recall.noise_token"),
         ({"feed_forward": "gated"}, "model.recall.feed_forward"),
         ({"optimizer": "lion"}, "model.recall.optimizer"),
-        ({"checkpoint": 9}, "model.recall.checkpoint"),
     ],
 )
 def test_settings_that_cannot_be(change, key):
     with pytest.raises(InputError, match=key):
         train(replace(TINY, **change), progress=False)
+
+
+def test_a_checkpoint_beyond_the_training():
+    with pytest.raises(SettingError, match=r"^checkpoint: 9 is wrong; it must be within 0\.\.8, model.recall.steps$"):
+        replace(TINY, checkpoint=9)
+    changed = replace(TINY)
+    changed.checkpoint = 9
+    with pytest.raises(InputError, match="model.recall.checkpoint"):
+        train(changed, progress=False)
 
 
 # ---- model

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.config import ModelConfig
 from harness.errors import InputError
-from harness.models.loading import describe, load
+from harness.models.loading import describe_model, load
+from harness.models.settings import ModelSettings
 from harness.models.sources import initialised, open_source
 from tests.checkpoints import save_checkpoint
 from tests.models.tiny import TINY, tiny_model
@@ -28,8 +28,8 @@ def hub_cache(folder, seeds):
         (repo / "refs" / revision).write_text(commit)
 
 
-def config_of(folder, **settings) -> ModelConfig:
-    return ModelConfig(name=str(folder), device="cpu", **settings)
+def config_of(folder, **settings) -> ModelSettings:
+    return ModelSettings(name=str(folder), device="cpu", **settings)
 
 
 def assert_same(source, loaded):
@@ -42,7 +42,7 @@ def assert_same(source, loaded):
 @pytest.mark.parametrize("model_type", sorted(set(TINY) - {"recall"}))
 def test_streamed_is_loaded(model_type, tmp_path):
     config = config_of(save_checkpoint(tmp_path / "model", model_type))
-    description = describe(config)
+    description = describe_model(config)
     source = open_source(config, description)
     assert source.how == ("loaded" if model_type in STORED_OTHERWISE else "streamed")
     assert_same(source, load(config, description))
@@ -52,7 +52,7 @@ def test_dtype_is_the_models(tmp_path):
     folder = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
     for dtype in ("auto", "float32", "float16"):
         config = config_of(folder, dtype=dtype)
-        source = open_source(config, describe(config))
+        source = open_source(config, describe_model(config))
         assert_same(source, load(config))
         stored = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
         assert source.read(source.matrices[0]).dtype == stored
@@ -68,7 +68,7 @@ def test_shards_and_a_bare_model(tmp_path):
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(tmp_path / f"t-{folder}" / name, tmp_path / folder / name)
         config = config_of(tmp_path / folder)
-        source = open_source(config, describe(config))
+        source = open_source(config, describe_model(config))
         assert source.how == "streamed"
         for matrix in source.matrices:
             assert torch.equal(source.read(matrix), matrix.read(model))
@@ -79,14 +79,14 @@ def test_other_weight_files_beside_are_not_read(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "consolidated.safetensors")
     config = config_of(folder)
-    source = open_source(config, describe(config))
+    source = open_source(config, describe_model(config))
     assert torch.equal(source.read(source.matrices[0]), tensors[source.matrices[0].parameter])
 
 
 def test_a_damaged_file_is_one_line(tmp_path):
     folder = save_checkpoint(tmp_path / "model")
     config = config_of(folder)
-    description = describe(config)
+    description = describe_model(config)
     (folder / "model.safetensors").write_bytes(b"\x10" * 50)
     with pytest.raises(InputError, match="model.name: cannot read .*model.safetensors"):
         open_source(config, description)
@@ -139,7 +139,7 @@ def test_gguf_is_streamed(tmp_path):
     model = tiny_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2)
     write_gguf(tmp_path / "tiny.gguf", model)
     config = config_of(tmp_path, gguf_file="tiny.gguf")
-    description = describe(config)
+    description = describe_model(config)
     source = open_source(config, description)
     assert source.how == "streamed"
     for matrix in source.matrices:
@@ -158,8 +158,8 @@ def test_revisions_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hub_cache(tmp_path / "hub", {"step0": 1, "step1": 2})
     for revision, seed in (("step0", 1), ("step1", 2)):
-        config = ModelConfig(name="some/model", revision=revision, device="cpu")
-        source = open_source(config, describe(config))
+        config = ModelSettings(name="some/model", revision=revision, device="cpu")
+        source = open_source(config, describe_model(config))
         assert source.how == "streamed"
         expected = tiny_model("llama", seed=seed).model.layers[0].self_attn.q_proj.weight
         assert torch.equal(source.read(source.matrices[0]), expected)
@@ -168,7 +168,7 @@ def test_revisions_of_the_hub(tmp_path, monkeypatch):
 def test_fresh_weights_are_the_models_own_and_seeded(tmp_path):
     folder = save_checkpoint(tmp_path / "model", hidden_size=64, intermediate_size=96)
     config = config_of(folder)
-    description = describe(config)
+    description = describe_model(config)
     before = torch.random.get_rng_state()
     first, again, other = (initialised(config, description, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -178,8 +178,8 @@ def test_fresh_weights_are_the_models_own_and_seeded(tmp_path):
 
 
 def test_fresh_recall_weights_are_those_before_training(tmp_path):
-    config = ModelConfig(name="recall", device="cpu")
+    config = ModelSettings(name="recall", device="cpu")
     config.recall.steps, config.recall.checkpoint, config.recall.cache_dir = 2, 0, str(tmp_path)
-    loaded, fresh = load(config), initialised(config, describe(config), seed=5)
+    loaded, fresh = load(config), initialised(config, describe_model(config), seed=5)
     for matrix in loaded.matrices:
         assert torch.equal(matrix.read(loaded.model), matrix.read(fresh.model))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.tables.store import cell_states
-from tests.execution.studies import ROOT, wait_until
+from harness.measurements.ablation.tables import cell_states
 from tests.slurm.cluster import Cluster
+from tests.studies import ROOT, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 # What the page leaves at its defaults is made small here: the settings come from a `harness` in front of ours.

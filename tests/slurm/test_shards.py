@@ -11,18 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from harness.cli import main
+from harness.engine.slurm import live_shards, submit
+from harness.engine.submission import Record, read_record, submissions
 from harness.errors import InputError
-from harness.execution.slurm import live_shards, submit
-from harness.execution.status import describe_status
-from harness.execution.submission import Record, read_record, submissions
-from harness.tables.store import read_metrics, write_cell
-from tests.execution.conftest import clean_long, clean_small  # noqa: F401
-from tests.execution.studies import (
+from harness.measurements import ABLATION, find
+from harness.measurements.ablation.tables import TABLES, read_metrics
+from harness.tables.store import write_unit
+from tests.checkpoints import ioi_file, save_checkpoint
+from tests.slurm.cluster import MAX_ARRAY_SIZE, NODES, Cluster
+from tests.studies import (
     LONG,
     N_LONG,
     N_SMALL,
     ROOT,
     SMALL,
+    assert_same_spectra,
     assert_same_tables,
     config_of,
     harness,
@@ -30,10 +34,10 @@ from tests.execution.studies import (
     run_here,
     settings,
     start,
+    status_of,
     stop_half_done,
     wait_until,
 )
-from tests.slurm.cluster import MAX_ARRAY_SIZE, NODES, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 # Shards whose warning, of 60 s, comes long after they are done.
@@ -56,7 +60,8 @@ def commands_find_the_cluster(slurm: Cluster) -> Iterator[None]:
 def submit_here(overrides: list[str], folder: Path, *more: str) -> str:
     """`harness submit` in this process; what it said."""
     said: list[str] = []
-    submit(config_of(overrides, folder, *CLUSTER, *more), said.append)
+    plan = ABLATION.units.plan(config_of(overrides, folder, *CLUSTER, *more))
+    submit(ABLATION, plan, find, said.append)
     return "\n".join(said)
 
 
@@ -65,7 +70,7 @@ def logs(folder: Path) -> str:
 
 
 def wait_for(folder: Path, condition, timeout: float = 400) -> None:
-    wait_until(condition, lambda: f"{live_shards(folder)}\n{describe_status(folder)}\n{logs(folder)}", timeout)
+    wait_until(condition, lambda: f"{live_shards(folder)}\n{status_of(folder)}\n{logs(folder)}", timeout)
 
 
 def wait_for_end(folder: Path) -> None:
@@ -88,8 +93,8 @@ def worker_pid(job: str) -> int | None:
     return None
 
 
-def test_two_nodes_give_the_table_of_one_process(slurm, clean_small, tmp_path):  # noqa: F811
-    """The table of one process, which is also that of two ranks (tests/execution/test_ranks.py), although the YAML that
+def test_two_nodes_give_the_table_of_one_process(slurm, clean_small, tmp_path):
+    """The table of one process, which is also that of two ranks (tests/engine/test_ranks.py), although the YAML that
     the study was composed from changes before the shards start."""
     folder, configs, gate = tmp_path / "study", tmp_path / "configs", tmp_path / "gate"
     (configs / "region").mkdir(parents=True)
@@ -105,8 +110,8 @@ def test_two_nodes_give_the_table_of_one_process(slurm, clean_small, tmp_path): 
     assert "2 shards, Slurm job" in done.stderr
     yaml.write_text("by: decile\ndeciles: [2]\n")
     wait_for(folder, lambda: {shard.state for shard in live_shards(folder)} == {"RUNNING"})
-    text = describe_status(folder)
-    assert f"cells {N_SMALL}  done 0  running {N_SMALL}  pending 0  failed 0  missing 0" in text
+    text = status_of(folder)
+    assert f"units {N_SMALL}  done 0  running {N_SMALL}  pending 0  failed 0  missing 0" in text
     assert "shards 2  running 2" in text
     # what is queued is not submitted twice
     assert f"0 to submit, {N_SMALL} queued or running" in submit_here(SMALL, folder)
@@ -118,7 +123,7 @@ def test_two_nodes_give_the_table_of_one_process(slurm, clean_small, tmp_path): 
     assert [(record.starts, record.ended) for record in records] == [(1, "done")] * 2
     # gres=gpu:2 is all that a node has, so the shards ran on two nodes
     assert {record.host for record in records} == set(NODES)
-    assert f"done {N_SMALL}  running 0" in describe_status(folder)
+    assert f"done {N_SMALL}  running 0" in status_of(folder)
 
 
 def test_more_shards_than_an_array_may_have(slurm, tmp_path):
@@ -132,7 +137,7 @@ def test_more_shards_than_an_array_may_have(slurm, tmp_path):
     (submission,) = submissions(folder)
     cells = [cell for shard in submission.shards for cell in shard]
     assert len(submission.shards) == MAX_ARRAY_SIZE + 1 and sorted(cells) == list(range(N_SMALL))
-    text = describe_status(folder)
+    text = status_of(folder)
     assert f"shards {MAX_ARRAY_SIZE + 1}  lost {MAX_ARRAY_SIZE + 1}" in text and f"missing {N_SMALL}" in text
 
 
@@ -164,7 +169,7 @@ def check_went_on(folder: Path, clean: Path, starts: int = 2) -> Record:
 
 
 @pytest.mark.fault("a shard is preempted, with a warning")
-def test_preempted(slurm, clean_long, tmp_path):  # noqa: F811
+def test_preempted(slurm, clean_long, tmp_path):
     folder = tmp_path / "study"
     half_done(folder, "cluster.partition=lo", "cluster.options=['nodelist=n1']")
     # with its warning Slurm sends SIGCONT
@@ -175,7 +180,7 @@ def test_preempted(slurm, clean_long, tmp_path):  # noqa: F811
 
 
 @pytest.mark.fault("a shard is killed and requeued without a warning")
-def test_requeued_without_warning(slurm, clean_long, tmp_path):  # noqa: F811
+def test_requeued_without_warning(slurm, clean_long, tmp_path):
     folder = tmp_path / "study"
     job, pid = half_done(folder)
     slurm.run("scontrol", "requeue", job)
@@ -206,13 +211,13 @@ def at_its_time_limit(slurm: Cluster, tmp_path_factory) -> Iterator[Future]:
 
 
 @pytest.mark.fault("SIGKILL of a shard")
-def test_killed_shard(slurm, at_its_time_limit, clean_long, tmp_path):  # noqa: F811
+def test_killed_shard(slurm, at_its_time_limit, clean_long, tmp_path):
     folder = tmp_path / "study"
     os.kill(half_done(folder)[1], signal.SIGKILL)
     wait_for_end(folder)
     left = N_LONG - n_rows(folder)
     assert left > 0
-    text = describe_status(folder)
+    text = status_of(folder)
     assert f"missing {left}" in text and "shards 1  lost 1" in text and "harness submit command again" in text
     assert f"{left} to submit" in submit_here(LONG, folder, "cluster.shards=1")
     wait_for_end(folder)
@@ -220,7 +225,7 @@ def test_killed_shard(slurm, at_its_time_limit, clean_long, tmp_path):  # noqa: 
 
 
 @pytest.mark.fault("SIGKILL of the submitting side while it waits")
-def test_killed_while_waiting(clean_long, tmp_path):  # noqa: F811
+def test_killed_while_waiting(clean_long, tmp_path):
     folder, log = tmp_path / "study", tmp_path / "log"
     command = harness("submit", *settings(LONG, folder, *CLUSTER, "cluster.shards=1", "cluster.wait=true"))
     process = start(*command, env=dict(os.environ), log=log)
@@ -237,7 +242,7 @@ def test_killed_while_waiting(clean_long, tmp_path):  # noqa: F811
 
 
 @pytest.mark.fault("SIGKILL of the submitting side before Slurm has the jobs")
-def test_killed_while_submitting(clean_small, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_while_submitting(clean_small, tmp_path, monkeypatch):
     folder, log, asked = tmp_path / "study", tmp_path / "log", tmp_path / "asked"
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin" / "sbatch"
@@ -249,13 +254,13 @@ def test_killed_while_submitting(clean_small, tmp_path, monkeypatch):  # noqa: F
     assert process.poll() is None, log.read_text()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
-    assert f"missing {N_SMALL}" in describe_status(folder)
+    assert f"missing {N_SMALL}" in status_of(folder)
     assert f"{N_SMALL} to submit, 0 queued or running" in submit_here(SMALL, folder, "cluster.shards=1")
     wait_for_end(folder)
     assert_same_tables(folder, clean_small)
 
 
-def test_failed_cells_when_asked(slurm, clean_small, tmp_path):  # noqa: F811
+def test_failed_cells_when_asked(slurm, clean_small, tmp_path):
     """Cells with error rows are left alone, and tried once more with cluster.retry_failed=true."""
     folder = tmp_path / "study"
     run_here(SMALL, folder)
@@ -265,16 +270,56 @@ def test_failed_cells_when_asked(slurm, clean_small, tmp_path):  # noqa: F811
         (folder / table / f"{row.cell_id}.parquet").unlink()
     failed = {name: None if value != value else value for name, value in row.items()}
     failed |= {"status": "error", "error": "Traceback\nValueError: once", "value": None}
-    write_cell(folder, row.cell_id, [failed])
-    assert "failed 1  missing 0" in describe_status(folder) and "ValueError: once" in describe_status(folder)
+    write_unit(folder, TABLES, row.cell_id, {"metrics": [failed]})
+    assert "failed 1  missing 0" in status_of(folder) and "ValueError: once" in status_of(folder)
     assert "0 to submit" in submit_here(SMALL, folder)
     assert "1 to submit" in submit_here(SMALL, folder, "cluster.retry_failed=true")
     wait_for_end(folder)
     assert_same_tables(folder, clean_small)
 
 
+def test_spectra_of_two_nodes_are_those_of_one_process(slurm, tmp_path, capsys):
+    """The same machinery for another measurement: matrices of two sets of weights in two shards."""
+    model = save_checkpoint(tmp_path / "model")
+    words = ["model=pretrained", f"model.name={model}", "model.device=cpu", "init=both", "layer_types=[o_proj,mlp]",
+             "threads=1"]
+    folder = tmp_path / "spectra"
+    capsys.readouterr()
+    assert main(["submit", "spectra", *words, f"output={folder}", *CLUSTER, "cluster.shards=2"]) == 0
+    said = capsys.readouterr().err
+    assert ": 24 units, 24 to submit, 0 queued or running" in said and "2 shards, Slurm job" in said
+    wait_for_end(folder)
+    (submission,) = submissions(folder)
+    assert [len(shard) for shard in submission.shards] == [12, 12]
+    assert [read_record(folder, submission.name, index).ended for index in range(2)] == ["done"] * 2, logs(folder)
+    text = status_of(folder)
+    assert "units 24  done 24  running 0" in text and "  trained: done 12" in text and "  random: done 12" in text
+    assert main(["spectra", "--quiet", *words, f"output={tmp_path / 'one'}"]) == 0
+    assert_same_spectra(folder, tmp_path / "one")
+    assert main(["submit", "spectra", *words, f"output={folder}", *CLUSTER, "cluster.wait=true"]) == 0
+    assert "24 units, 0 to submit" in capsys.readouterr().err and len(submissions(folder)) == 1
+
+
+def test_a_search_is_one_shard(slurm, tmp_path, capsys):
+    """A stage needs those before it, so one job has them all, however many are asked for."""
+    words = ["model=pretrained", f"model.name={save_checkpoint(tmp_path / 'model')}", "model.device=cpu",
+             "target.layer_types=[up_proj]", "region=fraction", "region.kinds=[small]", "task=ioi",
+             f"tasks.ioi.data_files={ioi_file(tmp_path / 'ioi.jsonl')}", "tasks.ioi.selection_share=0.5",
+             "search.control_seeds=[0]", "runtime.threads=1"]
+    folder = tmp_path / "search"
+    capsys.readouterr()
+    assert main(["submit", "search", *words, f"output={folder}", *CLUSTER, "cluster.shards=3", "cluster.wait=true",
+                 "--quiet"]) == 0
+    assert "1 shards, Slurm job" in capsys.readouterr().err
+    text = status_of(folder)
+    assert "units 3  done 3  running 0  pending 0  failed 0  missing 0" in text, f"{text}\n{logs(folder)}"
+    assert main(["search", "--quiet", *words, f"output={tmp_path / 'one'}"]) == 0
+    for part in ("selection", "report"):
+        assert_same_tables(folder / "studies" / part, tmp_path / "one" / "studies" / part)
+
+
 @pytest.mark.fault("a shard meets its time limit")
-def test_time_limit(at_its_time_limit, clean_long):  # noqa: F811
+def test_time_limit(at_its_time_limit, clean_long):
     folder = at_its_time_limit.result(timeout=800)
     check_went_on(folder, clean_long)
     assert "signal USR2: requeueing job" in logs(folder)

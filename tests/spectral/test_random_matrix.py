@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from harness.measurements.spectra.figures import marchenko_pastur_density
 from harness.spectral.random_matrix import (
     NOISE_ESTIMATORS,
     TRACY_WIDOM_1,
@@ -18,16 +19,7 @@ from harness.spectral.random_matrix import (
     mp_quantile,
     mp_region_bounds,
 )
-from harness.spectral.regions import (
-    fraction_interval,
-    gavish_donoho_region,
-    lower_bulk_region,
-    mp_region,
-    random_region,
-    rank_only,
-    select,
-)
-from harness.tables.spectra_plots import marchenko_pastur_density
+from harness.spectral.regions import GavishDonoho, LowerBulk, MarchenkoPastur, Random, fraction_interval, select
 
 SHAPES = {"square": (384, 384), "swiglu": (288, 800), "four_to_one": (192, 768)}
 
@@ -158,33 +150,34 @@ def test_values_below_the_bulk_are_found():
     sigma[-5:] *= 0.5
     sigma = values_of((left * sigma) @ right)
     for estimator in NOISE_ESTIMATORS:
-        assert select(mp_region("below", estimator), sigma, shape).tolist() == list(range(187, 192))
+        assert select(MarchenkoPastur("below", estimator), sigma, shape).tolist() == list(range(187, 192))
 
 
 def test_mp_regions_partition_and_their_controls_match():
     shape = (192, 768)
     sigma = values_of(gaussian(shape, 1) + spikes(shape, [60.0] * 9 + [10.0]))
     for estimator in NOISE_ESTIMATORS:
-        parts = [select(mp_region(kind, estimator), sigma, shape).tolist() for kind in ("above", "inside", "below")]
+        regions = [MarchenkoPastur(kind, estimator) for kind in ("above", "inside", "below")]
+        parts = [select(region, sigma, shape).tolist() for region in regions]
         assert sum(parts, []) == list(range(192))
-    above = mp_region("above", tracy_widom=True)
+    above = MarchenkoPastur("above", tracy_widom=True)
     assert len(select(above, sigma, shape)) == 9
-    control = select(lower_bulk_region(above), sigma, shape)
-    inside = select(mp_region("inside", tracy_widom=True), sigma, shape)
+    control = select(LowerBulk(above), sigma, shape)
+    inside = select(MarchenkoPastur("inside", tracy_widom=True), sigma, shape)
     assert control.tolist() == inside[-9:].tolist()
     assert fraction_interval(control, 192) == (183 / 192, 1)
-    assert len(select(random_region(above, 0), sigma, shape)) == 9
+    assert len(select(Random(above, 0), sigma, shape)) == 9
     threshold = hard_threshold(sigma, shape)
-    assert select(gavish_donoho_region("above"), sigma, shape).tolist() == list(range(9))
-    assert select(gavish_donoho_region("below"), sigma, shape).tolist() == list(range(9, 192))
+    assert select(GavishDonoho("above"), sigma, shape).tolist() == list(range(9))
+    assert select(GavishDonoho("below"), sigma, shape).tolist() == list(range(9, 192))
     assert float(sigma[8]) > threshold > float(sigma[9])
-    for region in (above, lower_bulk_region(above), gavish_donoho_region("above"), random_region(above, 0)):
-        assert not rank_only(region)
+    for region in (above, LowerBulk(above), GavishDonoho("above"), Random(above, 0)):
+        assert not region.rank_only
         with pytest.raises(ValueError, match="depends on the singular values"):
             select(region, None, shape)
-    labels = [mp_region(kind, estimator, margin).label for kind in ("above", "inside", "below")
+    labels = [MarchenkoPastur(kind, estimator, margin).label for kind in ("above", "inside", "below")
               for estimator in NOISE_ESTIMATORS for margin in (False, True)]
-    labels += [lower_bulk_region(above).label, gavish_donoho_region("above").label, random_region(above, 0).label]
+    labels += [LowerBulk(above).label, GavishDonoho("above").label, Random(above, 0).label]
     assert len(set(labels)) == len(labels)
 
 
@@ -206,12 +199,14 @@ def test_bad_input():
     with pytest.raises(ValueError, match="unknown noise estimator 'iqr': use gavish_donoho"):
         estimate_noise(torch.ones(5), (5, 6), "iqr")
     with pytest.raises(ValueError, match="unknown noise estimator"):
-        mp_region("above", "iqr")
+        MarchenkoPastur("above", "iqr")
     with pytest.raises(ValueError, match="5x6 matrix has 5 singular values"):
         estimate_noise(torch.ones(6), (5, 6))
     with pytest.raises(ValueError, match="in .0, 1."):
         mp_cdf(torch.ones(1), 2.0)
     with pytest.raises(ValueError, match="above, inside, below"):
-        mp_region("large")
+        MarchenkoPastur("large")
+    with pytest.raises(ValueError, match="use above, below"):
+        GavishDonoho("inside")
     with pytest.raises(ValueError, match="reference region by mp"):
-        lower_bulk_region(gavish_donoho_region("above"))
+        LowerBulk(GavishDonoho("above"))

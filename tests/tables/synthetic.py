@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from harness.tables.schema import blank_row
+from harness.measurements.ablation.tables import TABLES
+from harness.tables.store import write_unit
 
 
 def metric_row(cell: str, metric: str = "token_perplexity", **columns) -> dict:
     """A complete metrics row of a cell on the task `text`; `columns` overrides."""
-    row = blank_row()
+    row = TABLES["metrics"].blank()
     row.update(
         study_id="study",
         cell_id=cell,
@@ -47,6 +48,11 @@ def example_columns(cell: str, n: int = 5, metric: str = "token_perplexity") -> 
 def error_row(cell: str, **columns) -> dict:
     error = "Traceback (most recent call last):\n  ...\nRuntimeError: boom"
     return metric_row(cell, status="error", value=None, stderr=None, error=error, **columns)
+
+
+def write_cell(folder, cell: str, rows: list[dict], examples: dict | None = None) -> None:
+    """Write the unit of a study."""
+    write_unit(folder, TABLES, cell, {"metrics": rows} | ({} if examples is None else {"examples": examples}))
 
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -142,8 +148,7 @@ def write_rows(folder, rows: list[dict]) -> None:
     import pyarrow as pa
 
     from harness.tables.parts import open_writer
-    from harness.tables.schema import arrow_schema
 
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
-    with open_writer(folder / "metrics" / "merged-0.parquet", "metrics") as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=arrow_schema("metrics")))
+    with open_writer(folder / "metrics" / "merged-0.parquet", TABLES, "metrics") as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=TABLES.arrow_schema("metrics")))

@@ -14,12 +14,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from harness.measurements.ablation.tables import TABLES, cell_states, read_examples, read_metrics
 from harness.tables import compact as compaction
-from harness.tables.schema import arrow_schema
-from harness.tables.store import cell_states, compact, read_examples, read_metrics, write_cell
-from tests.tables.synthetic import error_row, example_columns, metric_row
+from tests.tables.synthetic import error_row, example_columns, metric_row, write_cell
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def compact(folder, grace=2.0):
+    return compaction.compact(folder, TABLES, grace)
 
 
 def write(folder, cell):
@@ -54,7 +57,7 @@ def test_compact_keeps_every_row(tmp_path, way_of_swapping):
     assert before[2] == after[2] == cell_states(tmp_path, verify=True)
     assert len(parts(tmp_path)) == 2 and len(parts(tmp_path, "examples")) == 1
     merged = pq.ParquetFile(next((tmp_path / "metrics").glob("merged-*")))
-    assert merged.schema_arrow.equals(arrow_schema("metrics"))
+    assert merged.schema_arrow.equals(TABLES.arrow_schema("metrics"))
     assert sorted(p.name for p in tmp_path.iterdir()) == [".compact.lock", ".lock", ".tmp", "examples", "metrics"]
 
     # A second round: nothing new, then new cells and the retried failure; the first part stays as it is.
@@ -105,15 +108,16 @@ def test_full_disk_while_merging_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_no_study(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such study"):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
         compact(tmp_path / "nothing")
 
 
-STEPS = ["mkdir", "merge", "cells", "link", "list", "swap", "half a swap", "swapped", "cleaning"]
+STEPS = ["mkdir", "merge", "units", "link", "list", "swap", "half a swap", "swapped", "cleaning"]
 
 DYING = """
 import os, shutil, signal, sys
 from pathlib import Path
+from harness.measurements.ablation.tables import TABLES
 from harness.tables import compact as c
 folder, step = Path(sys.argv[1]), sys.argv[2]
 
@@ -133,8 +137,8 @@ def no_exchange(one, other):
 if step == "mkdir":
     c._merge = on_metrics(c._merge)
 elif step == "merge":
-    c.cells_file = on_metrics(c.cells_file)
-elif step == "cells":
+    c.units_file = on_metrics(c.units_file)
+elif step == "units":
     c._link = on_metrics(c._link)
 elif step == "link":
     c._write_text = on_metrics(c._write_text, lambda args: str(args[0]) if args[0].name == ".merged" else "")
@@ -162,7 +166,7 @@ elif step == "cleaning":
             dies()
         real(path, **k)
     c.shutil.rmtree = rmtree
-c.compact(folder, grace=0)
+c.compact(folder, TABLES, grace=0)
 """
 
 
@@ -191,8 +195,7 @@ def test_kill_9_at_every_step(tmp_path, step):
 
 WRITER = """
 import sys
-from harness.tables.store import write_cell
-from tests.tables.synthetic import error_row, example_columns, metric_row
+from tests.tables.synthetic import error_row, example_columns, metric_row, write_cell
 folder, name, first, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 for i in range(first, last):
     cell = f"{name}{i:04d}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -16,21 +17,22 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from harness.tables import schema, writer
-from harness.tables.schema import SchemaVersionError, arrow_schema, column_names
-from harness.tables.store import (
-    cell_states,
-    check_version,
-    compact,
-    corrupt_parts,
-    quarantine,
-    read_examples,
-    read_metrics,
-    write_cell,
-)
-from tests.tables.synthetic import error_row, example_columns, metric_row
+from harness.errors import InputError
+from harness.measurements.ablation.tables import TABLES, cell_states, read_examples, read_metrics
+from harness.tables import store, writer
+from harness.tables.schema import SchemaVersionError
+from harness.tables.store import check_version, failed_since, write_unit
+from tests.tables.synthetic import error_row, example_columns, metric_row, write_cell
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def compact(folder, grace=0):
+    return store.compact(folder, TABLES, grace)
+
+
+def corrupt_parts(folder, deep=False):
+    return store.corrupt_parts(folder, TABLES, deep)
 
 
 def write(folder, cell, **columns):
@@ -44,12 +46,12 @@ def test_round_trip_keeps_every_value_and_type(tmp_path):
     ]
     write_cell(tmp_path, "a", rows, example_columns("a") | {"score": np.arange(5) / 3})
     table = pq.read_table(tmp_path / "metrics" / "a.parquet")
-    assert table.schema.equals(arrow_schema("metrics")), "types as in the schema, null columns included"
+    assert table.schema.equals(TABLES.arrow_schema("metrics")), "types as in the schema, null columns included"
     got = table.to_pylist()
     assert {k: v for k, v in got[0].items()} == rows[0]
-    assert got[1]["value"] == 0.25 and got[1]["n"] == 4 and np.isnan(got[1]["delta"])
+    assert got[1]["value"] == 0.25 and got[1]["n"] == 4 and got[1]["delta"] is None, "NaN is null"
     frame = read_metrics(tmp_path)
-    assert list(frame.columns) == list(column_names("metrics"))
+    assert list(frame.columns) == list(TABLES["metrics"].names())
     assert list(frame.metric) == ["token_perplexity", "bits_per_byte"], "the primary metric stays first"
     examples = read_examples(tmp_path)
     assert np.array_equal(examples.score.to_numpy(), np.arange(5) / 3) and set(examples.cell_id) == {"a"}
@@ -66,7 +68,7 @@ def test_pandas_and_duckdb_read_the_folder(tmp_path):
     sql = f"select cell_id, block, status from '{tmp_path}/metrics/*.parquet' order by cell_id"
     for _ in range(2):
         frame = pd.read_parquet(tmp_path / "metrics")
-        assert len(frame) == 7 and frame.cell_id.is_unique and set(frame.columns) == set(column_names("metrics"))
+        assert len(frame) == 7 and frame.cell_id.is_unique and set(frame.columns) == set(TABLES["metrics"].names())
         assert duckdb.sql(sql).fetchall() == [
             ("bad", 0, "error"), ("c0", 0, "ok"), ("c1", None, "ok"), ("c2", 2, "ok"), ("c3", None, "ok"),
             ("c4", 4, "ok"), ("c5", None, "ok"),
@@ -100,13 +102,11 @@ def test_done_wins_where_a_crash_left_both_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.pop("delta"), r"missing columns \['delta'\]"),
-        (lambda r: r.update(rho=1), r"unknown columns \['rho'\]"),
+        (lambda r: r.pop("delta"), r"lacks columns \['delta'\]"),
+        (lambda r: r.update(rho=1), r"unknown ones \['rho'\]"),
         (lambda r: r.update(target=None), "target must not be null"),
-        (lambda r: r.update(cell_id="other"), "belongs to cell other"),
+        (lambda r: r.update(cell_id="other"), "belongs to unit other"),
         (lambda r: r.update(n="many"), "n is not int64"),
-        (lambda r: r.update(value=float("nan")), "token_perplexity is nan"),
-        (lambda r: r.update(value=float("inf")), "token_perplexity is inf"),
         (lambda r: r.update(status="done"), "status is 'done'"),
         (lambda r: r.update(status="error"), "no error text"),
     ],
@@ -121,14 +121,19 @@ def test_bad_rows_are_refused_and_leave_nothing(tmp_path, change, message):
 
 def test_bad_calls_are_refused(tmp_path):
     for cell in ("", "a.b", "../a", "merged-1", "a/b"):
-        with pytest.raises(ValueError, match="cell_id"):
+        with pytest.raises(ValueError, match="unit id"):
             write_cell(tmp_path, cell, [metric_row(cell)])
-    with pytest.raises(ValueError, match="no metric rows"):
+    with pytest.raises(ValueError, match="no rows of metrics"):
         write_cell(tmp_path, "a", [])
     with pytest.raises(ValueError, match="lengths"):
         write_cell(tmp_path, "a", [metric_row("a")], example_columns("a") | {"weight": [1.0]})
-    with pytest.raises(ValueError, match=r"missing columns \['weight'\]"):
+    with pytest.raises(ValueError, match="no rows of metrics"):
+        write_unit(tmp_path, TABLES, "a", {"examples": example_columns("a")})
+    with pytest.raises(KeyError, match="spectra: no table of ablation; there are metrics, examples"):
+        write_unit(tmp_path, TABLES, "a", {"metrics": [metric_row("a")], "spectra": example_columns("a")})
+    with pytest.raises(ValueError, match=r"lacks columns \['weight'\]"):
         write_cell(tmp_path, "a", [metric_row("a")], {k: v for k, v in example_columns("a").items() if k != "weight"})
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -148,8 +153,8 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 DISK_OF_4_KB = """
 import os, resource, signal, sys
-from harness.tables.store import cell_states, write_cell
-from tests.tables.synthetic import metric_row, example_columns
+from harness.measurements.ablation.tables import cell_states
+from tests.tables.synthetic import example_columns, metric_row, write_cell
 write_cell(sys.argv[1], "a", [metric_row("a")], example_columns("a"))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -208,13 +213,13 @@ def test_damaged_part_is_reported_set_aside_and_refilled(tmp_path, damage, table
     hit = sorted((tmp_path / table).glob("merged-*.parquet" if merged else "b.parquet"))[0]
     damage(hit)
     lost = {"a", "b", "c"} if merged else {"b"}
-    assert [(p.path, set(p.cells)) for p in corrupt_parts(tmp_path)] == [(hit, lost)]
+    assert [(p.path, set(p.units)) for p in corrupt_parts(tmp_path)] == [(hit, lost)]
     assert set(cell_states(tmp_path, verify=True)) == {"a", "b", "c"} - lost
     with pytest.warns(UserWarning, match="damaged and skipped"):
         frame = read_metrics(tmp_path) if table == "metrics" else read_examples(tmp_path)
     assert set(frame.cell_id) == {"a", "b", "c"} - lost
 
-    assert [p.path for p in quarantine(tmp_path)] == [hit]
+    assert [p.path for p in store.quarantine(tmp_path, TABLES)] == [hit]
     assert not hit.exists() and len(list((tmp_path / "corrupt").iterdir())) == 1
     for verify in (False, True):
         assert set(cell_states(tmp_path, verify=verify)) == {"a", "b", "c"} - lost
@@ -247,17 +252,41 @@ def test_flipped_bytes_in_a_page_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_other_schema_version_is_refused(tmp_path, monkeypatch, merged):
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 7)
+def test_other_schema_version_is_refused(tmp_path, merged):
+    other = dataclasses.replace(TABLES, version=7)
     for cell in "ab":
-        write(tmp_path, cell)
+        write_unit(tmp_path, other, cell, {"metrics": [metric_row(cell)], "examples": example_columns(cell)})
     if merged:
-        compact(tmp_path, grace=0)
-    monkeypatch.undo()
-    for call in (read_metrics, read_examples, cell_states, check_version, compact):
+        store.compact(tmp_path, other, grace=0)
+    for call in (read_metrics, read_examples, cell_states, lambda folder: check_version(folder, TABLES), compact):
         with pytest.raises(SchemaVersionError, match=r"parquet: written under schema version 7, .*version 1; choose"):
             call(tmp_path)
-    assert issubclass(SchemaVersionError, ValueError)
+    assert issubclass(SchemaVersionError, InputError)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_table_of_another_measurement_is_refused(tmp_path, merged):
+    """The columns may be the same, and the folder too: what a file holds is said by its metadata."""
+    other = dataclasses.replace(TABLES, measurement="probes")
+    for cell in "ab":
+        write_unit(tmp_path, other, cell, {"metrics": [metric_row(cell)]})
+    if merged:
+        store.compact(tmp_path, other, grace=0)
+    for call in (read_metrics, cell_states, lambda folder: check_version(folder, TABLES), compact):
+        with pytest.raises(SchemaVersionError, match="parquet: holds the table probes.metrics, not ablation.metrics;"):
+            call(tmp_path)
+    assert len(store.read_table(tmp_path, other, "metrics")) == 2
+
+
+def test_failures_since_a_moment(tmp_path):
+    write_cell(tmp_path, "old", [error_row("old")])
+    os.utime(tmp_path / "metrics" / "old.error.parquet", (1000, 1000))
+    write_cell(tmp_path, "new", [error_row("new")])
+    write(tmp_path, "done")
+    assert failed_since(tmp_path, TABLES, 2000) == {"new"}
+    assert failed_since(tmp_path, TABLES, 1000) == {"old", "new"}
+    write(tmp_path, "new")
+    assert failed_since(tmp_path, TABLES, 0) == {"old"}
 
 
 def test_foreign_parquet_is_refused(tmp_path):
@@ -269,8 +298,7 @@ def test_foreign_parquet_is_refused(tmp_path):
 
 ENDLESS_WRITER = """
 import sys
-from harness.tables.store import write_cell
-from tests.tables.synthetic import metric_row, example_columns
+from tests.tables.synthetic import example_columns, metric_row, write_cell
 i = int(sys.argv[2])
 print("ready", flush=True)
 while True:
@@ -322,17 +350,9 @@ def test_twenty_thousand_cells_are_listed_without_opening_them(tmp_path, monkeyp
     assert len(states) == 20_502 and sum(state == "error" for state in states.values()) == 501
 
 
-def test_documentation_of_the_columns_is_up_to_date():
-    assert (ROOT / "docs" / "tables.md").read_text() == schema.schema_markdown(), (
-        "run: python -m harness.tables.schema > docs/tables.md"
-    )
-    for columns in schema.TABLES.values():
-        assert all(c.doc.endswith(".") for c in columns) and len({c.name for c in columns}) == len(columns)
-
-
 def test_no_torch_and_no_pyarrow_until_they_are_needed():
     code = (
-        "import sys, harness.tables.schema, harness.tables.store, harness.tables.provenance; "
+        "import sys, harness.tables.schema, harness.tables.store, harness.tables.provenance, harness.tables.text; "
         "bad = {'torch', 'pyarrow', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

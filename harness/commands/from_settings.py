@@ -1,0 +1,183 @@
+"""The commands that take settings: run, spectra, search, plan, submit and export.
+
+Each is a function from the parsed arguments to the exit status. `add_...` functions add the arguments of a command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.outcome import exit_status, ignore
+from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from harness.engine.measurement import Measurement
+
+# The commands that do not have the name of their measurement.
+COMMAND_OF = {"ablation": "run"}
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--multirun", action="store_true", help="one run for each combination of a=1,2 b=3,4")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no report")
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Run what is missing of a measurement, then report: harness run, spectra, search, and those of other packages."""
+    return _for_settings(arguments, _measure)
+
+
+def _measure(measurement: Measurement, settings: Any, arguments: argparse.Namespace) -> int:
+    from harness.engine.ranks import is_main_process
+    from harness.engine.run import RunOptions, run, to_stderr
+
+    _require_device(settings)
+    quiet = arguments.quiet
+    if quiet:
+        _hush()
+    outcome = run(measurement, settings, RunOptions(not quiet, ignore if quiet else to_stderr, tidy=True))
+    if not quiet and is_main_process():
+        measurement.report.report(outcome.folder)
+    return exit_status(outcome)
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--show-config", action="store_true", help="print the composed settings as YAML and stop")
+    parser.add_argument("--freeze", action="store_true", help="write the manifest too, for harness work")
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print what a run would measure, or its settings; write its manifest if that is asked for."""
+    from harness.engine.manifest import freeze
+
+    measurement, overrides = _measurement_of(arguments)
+    settings = _compose(measurement, overrides, arguments)
+    if arguments.show_config:
+        from omegaconf import OmegaConf
+
+        from harness.settings.validation import plain
+
+        print(OmegaConf.to_yaml(plain(settings)), end="")
+        return 0
+    plan = measurement.units.plan(settings)
+    if arguments.freeze:
+        plan.require_settled("plan --freeze")
+    print(measurement.units.describe(plan))
+    if arguments.freeze:
+        freeze(measurement, plan)
+    return 0
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Submit what is missing of a run to Slurm, and wait for it if the settings say so."""
+    return _for_settings(arguments, _submit)
+
+
+def _submit(measurement: Measurement, settings: Any, arguments: argparse.Namespace) -> int:
+    from harness.engine.manifest import read_manifest
+    from harness.engine.run import to_stderr
+    from harness.engine.slurm import submit, wait
+    from harness.measurements import find
+
+    folder = submit(measurement, measurement.units.plan(settings), find, to_stderr)
+    if not settings.cluster.wait:
+        return 0
+    units = [unit_id for unit_id, _ in read_manifest(folder).units]
+    if wait(measurement, folder, units, settings.cluster.poll_seconds, progress=not arguments.quiet):
+        return 0
+    print(f"harness: not every unit is done; harness status {folder} shows which", file=sys.stderr)
+    return 1
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--factored", action="store_true", help="save matrices as low-rank factors if that is smaller")
+    parser.add_argument("--study", metavar="FOLDER", help="the study of the cell that --cell names")
+    parser.add_argument("--cell", metavar="CELL_ID", help="a cell whose ablation is saved, instead of settings")
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Save a model with one ablation, which settings mean or which a cell of a study measured."""
+    from harness.measurements.ablation.export import export, export_cell
+
+    _hush()
+    if arguments.study is None and arguments.cell is None:
+        measurement, overrides = _measurement_of(arguments)
+        settings = _compose(measurement, overrides, arguments)
+        _require_device(settings)
+        print(export(settings, arguments.factored))
+        return 0
+    if arguments.study is None or arguments.cell is None:
+        raise InputError("--study and --cell: give both, a study's folder and the id of one of its cells")
+    output = None
+    for override in arguments.overrides:
+        key, _, value = override.partition("=")
+        if key != "output":
+            raise InputError(f"{key}: a cell has its own settings; with --cell only output=FOLDER can be set")
+        output = value
+    print(export_cell(arguments.study, arguments.cell, output, arguments.factored))
+    return 0
+
+
+def _measurement_of(arguments: argparse.Namespace) -> tuple[Measurement, list[str]]:
+    """Return the measurement of a command, and its overrides.
+
+    `plan` and `submit` take the name of another measurement as their first word, as in `harness plan spectra ...`.
+    """
+    from harness.measurements import MEASUREMENTS, find
+
+    name, overrides = arguments.measurement, list(arguments.overrides)
+    if arguments.command in ("plan", "submit") and overrides and "=" not in overrides[0]:
+        names = {**{one: one for one in MEASUREMENTS}, **{command: one for one, command in COMMAND_OF.items()}}
+        if overrides[0] not in names:
+            raise InputError(f"{overrides[0]!r}: neither a setting (key=value) nor one of {', '.join(names)}")
+        name, overrides = names[overrides[0]], overrides[1:]
+    return find(name), overrides
+
+
+def _compose(measurement: Measurement, overrides: Sequence[str], arguments: argparse.Namespace) -> Any:
+    from harness.measurements import compose_settings, refuse_foreign
+
+    refuse_foreign(measurement, overrides, arguments.command)
+    return compose_settings(measurement, overrides, arguments.config_dir)
+
+
+def _for_settings(
+    arguments: argparse.Namespace, job: Callable[[Measurement, Any, argparse.Namespace], int]
+) -> int:
+    """Do a job with the settings of a command, or with each combination of a sweep, and return the worst status."""
+    measurement, overrides = _measurement_of(arguments)
+    if not arguments.multirun:
+        return job(measurement, _compose(measurement, overrides, arguments), arguments)
+    from harness.measurements import refuse_foreign, source_of
+    from harness.settings.sweep import sweep
+
+    refuse_foreign(measurement, overrides, arguments.command)
+    results: list[int] = []
+    sweep(source_of(measurement, arguments.config_dir), overrides,
+          lambda settings: results.append(job(measurement, settings, arguments)))
+    return max(results, default=0)
+
+
+def _require_device(settings: Any) -> None:
+    """Raise InputError if this machine does not have the device of the settings.
+
+    `plan` and `submit` do not ask, because the job may run on another machine.
+    """
+    model = getattr(settings, "model", None)
+    if model is not None and model.device != "auto":
+        from harness.models.loading import pick_device
+
+        pick_device(model.device)
+
+
+def _hush() -> None:
+    """Turn off the progress bars of the libraries, both of those that are loaded and of those that will be."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()

@@ -1,0 +1,83 @@
+"""The commands that take the folder of a run: work, compact, status and report.
+
+Each is a function from the parsed arguments to the exit status. `add_...` functions add the arguments of a command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.commands.outcome import exit_status, ignore
+
+if TYPE_CHECKING:
+    from harness.engine.measurement import Measurement
+
+FOLDER = "folder of a run: results/<model>-<id>, or the value of output=..."
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help=FOLDER)
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    parser.add_argument("--shard", type=int, help="only this shard, counted from 0 (SLURM_ARRAY_TASK_ID)")
+    parser.add_argument("--of", type=int, default=1, help="number of shards, the same for every worker")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Run what is missing of a frozen run, or of one of its shards."""
+    from harness.engine.run import RunOptions
+    from harness.engine.worker import work
+    from harness.measurements import find
+
+    options = RunOptions(progress=False, say=ignore) if arguments.quiet else RunOptions()
+    return exit_status(work(arguments.folder, find, arguments.shard, arguments.of, options))
+
+
+def compact(arguments: argparse.Namespace) -> int:
+    """Merge the small files of a run, and of the runs inside it."""
+    from harness.tables.store import compact
+
+    for measurement, folder in _runs_in(arguments.folder):
+        merged = compact(folder, measurement.tables)
+        print(", ".join(f"{table}: {n} files merged" for table, n in merged.items()))
+    return 0
+
+
+def add_status(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    parser.add_argument("--failed", action="store_true", help="print the traceback of every failed unit")
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Print the states of the units of a run, and of the runs inside it."""
+    from harness.engine.manifest import read_manifest
+    from harness.engine.status import describe_status
+
+    for i, (measurement, folder) in enumerate(_runs_in(arguments.folder)):
+        if i:
+            print(f"\n{folder}")
+        print(describe_status(measurement, folder, read_manifest(folder), arguments.failed))
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Report on a run from its tables."""
+    (measurement, folder), *_ = _runs_in(arguments.folder)
+    measurement.report.report(folder)
+    return 0
+
+
+def _runs_in(folder: str) -> list[tuple[Measurement, Path]]:
+    """Return the run of a folder, then the runs inside it, which a search has. Raises InputError if there is no run."""
+    from harness.engine.manifest import MANIFEST, read_manifest
+    from harness.measurements import find
+
+    found = [(find(read_manifest(folder).kind), Path(folder))]
+    for inside in sorted(Path(folder).glob(f"studies/*/{MANIFEST}")):
+        found.append((find(read_manifest(inside.parent).kind), inside.parent))
+    return found

@@ -1,0 +1,26 @@
+"""The end of a command that has run units."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.engine.run import Outcome
+
+
+def exit_status(outcome: Outcome) -> int:
+    """Return 0 if no unit failed, else 1. The main process then says how to find out why."""
+    if not outcome.failed:
+        return 0
+    from harness.engine.ranks import is_main_process
+
+    if is_main_process():
+        n = outcome.done + outcome.failed
+        print(f"harness: {outcome.failed} of {n} units failed; harness status {outcome.folder} --failed shows why",
+              file=sys.stderr)
+    return 1
+
+
+def ignore(line: str) -> None:
+    """Print nothing."""

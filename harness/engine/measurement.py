@@ -1,0 +1,133 @@
+"""A kind of measurement, as the engine is handed one: a package with five modules of agreed names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from harness.engine.plan import Plan
+from harness.engine.ranks import Ranks
+from harness.evaluation.division import Division
+from harness.tables.schema import TableSet
+from harness.tables.writer import Rows
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of measuring one unit.
+
+    rows: table name -> the unit's rows (tables/writer.py). Rows of the primary table have `status` and, where that is
+    "error", `error`. described: the columns of the primary table that are known of the unit whatever happens; they make
+    an error row where the rows cannot be written. Columns that are left out are null. The engine fills in those that
+    say where and when.
+    """
+
+    unit: Any
+    rows: Mapping[str, Rows]
+    described: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a measurement is given beside its units.
+
+    session: what its `open_session` returned. division: the processes that measure every unit together; only this one
+    where each process has units of its own. describe: a function that puts a text beside the progress bar. progress:
+    whether a bar is shown.
+    """
+
+    session: Any = None
+    division: Division = field(default_factory=Division)
+    describe: Callable[[str], None] = _ignore
+    progress: bool = False
+
+
+class SettingsModule(Protocol):
+    """settings.py. CONFIG: the name of the YAML file in conf/ from which the settings are composed."""
+
+    CONFIG: str
+    Settings: type
+
+    def check(self, settings: Any) -> None:
+        """What can only be checked of settings that are to be run: names that are given, files that are there.
+
+        Raises InputError."""
+        ...
+
+
+class UnitsModule(Protocol):
+    """units.py: what is measured, and the ids."""
+
+    def plan(self, settings: Any) -> Plan:
+        """Everything that can be known without weights. Raises InputError."""
+        ...
+
+    def restore(self, folder: Path, manifest: Mapping[str, Any], settings: Any) -> Plan:
+        """The plan that was frozen in a folder. Raises InputError where weights or data are no longer the same."""
+        ...
+
+    def describe(self, plan: Plan) -> str:
+        """The text of `harness plan`."""
+        ...
+
+
+class MeasureModule(Protocol):
+    """measure.py: how units are measured."""
+
+    def open_session(self, plan: Plan, ranks: Ranks, progress: bool) -> Any:
+        """What all units need, such as the loaded model. Raises InputError."""
+        ...
+
+    def measure(self, plan: Plan, units: Sequence[Any], context: Context) -> Iterator[Measured]:
+        """Measure the units, in any order; what goes wrong with one becomes an error row of that one."""
+        ...
+
+
+class TablesModule(Protocol):
+    """tables.py, which imports neither torch nor transformers."""
+
+    TABLES: TableSet
+
+
+class ReportModule(Protocol):
+    """report.py, which imports neither torch nor transformers."""
+
+    def report(self, folder: Path, write: Callable[[str], object] = print) -> Path | None:
+        """Write <folder>/report/ from the tables alone, and a summary to `write`. The page, or None for no rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A kind of measurement. name: what manifests call it. package: with the modules settings, units, measure, tables
+    and report, each imported when it is asked for."""
+
+    name: str
+    package: str
+
+    @property
+    def settings(self) -> SettingsModule:
+        return cast(SettingsModule, import_module(f"{self.package}.settings"))
+
+    @property
+    def units(self) -> UnitsModule:
+        return cast(UnitsModule, import_module(f"{self.package}.units"))
+
+    @property
+    def measure(self) -> MeasureModule:
+        return cast(MeasureModule, import_module(f"{self.package}.measure"))
+
+    @property
+    def tables(self) -> TableSet:
+        return cast(TablesModule, import_module(f"{self.package}.tables")).TABLES
+
+    @property
+    def report(self) -> ReportModule:
+        return cast(ReportModule, import_module(f"{self.package}.report"))

@@ -1,0 +1,140 @@
+"""A plan: what the engine must know of a run before any weights are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from harness.engine.ranks import Ranks
+from harness.engine.settings import ClusterSettings
+
+
+class Unit(Protocol):
+    """The smallest piece of a run: it can be done, failed or resumed on its own.
+
+    id: a hash of everything that its numbers depend on. part: the part of the run in which `status` counts it, such as
+    its task.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def part(self) -> str: ...
+
+
+class ShardCost(Protocol):
+    """The predicted cost of a shard as loads are added to it, in the order in which they run."""
+
+    total: float
+
+    def load(self, units: Sequence[Any]) -> Any:
+        """What these units need, in whichever shard they run. It is computed once, and handed to `of` and `add`."""
+        ...
+
+    def of(self, load: Any) -> float:
+        """The cost of adding a load. What it shares with the loads that the shard holds already costs nothing."""
+        ...
+
+    def add(self, load: Any) -> None:
+        """Add a load."""
+        ...
+
+
+@dataclass
+class EvenCost:
+    """Every unit costs the same, and shares nothing with the others."""
+
+    total: float = 0.0
+
+    def load(self, units: Sequence[Any]) -> float:
+        return float(len(units))
+
+    def of(self, load: float) -> float:
+        return load
+
+    def add(self, load: float) -> None:
+        self.total += load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run of a measurement. A measurement derives a class of its own from this one and adds what it must know.
+
+    folder: where the tables go. settings: the dataclass from which the run was planned. units: all units, in the order
+    in which they run. A measurement overrides those of the methods below in which it is special.
+    """
+
+    folder: Path
+    settings: Any
+    units: tuple[Any, ...]
+
+    @property
+    def id(self) -> str:
+        """A hash of the ids of all units."""
+        return run_id(unit.id for unit in self.units)
+
+    @property
+    def cluster(self) -> ClusterSettings:
+        """The settings of the Slurm jobs in which its shards run."""
+        return self.settings.cluster
+
+    def title(self) -> str:
+        """The words by which `harness status` names the run."""
+        return f"model {self.settings.model.name}"
+
+    def frozen(self) -> dict[str, Any]:
+        """Further keys of the manifest, as JSON: what else `restore` needs to make the same plan."""
+        return {}
+
+    def settled(self, ranks: Ranks, progress: bool, say: Callable[[str], None]) -> tuple[Plan, Any]:
+        """The plan once the device has been asked (for the largest batch that fits, say), and the session if asking
+        opened one, else None."""
+        return self, None
+
+    def missing(self, wanted: Sequence[Any], states: Mapping[str, str]) -> list[Any]:
+        """Those of the wanted units that must be measured. states: unit id -> "ok" or "error"."""
+        return [unit for unit in wanted if states.get(unit.id) != "ok"]
+
+    def together(self, n_missing: int, n_ranks: int) -> bool:
+        """Whether all processes of a launch measure every unit together, instead of a share each."""
+        return False
+
+    def groups(self, units: Sequence[Any]) -> list[list[Any]]:
+        """The units in groups that must stay in one shard each, in the order in which they run."""
+        return [[unit] for unit in units]
+
+    def shard_cost(self) -> ShardCost:
+        """The cost of a shard that holds nothing yet."""
+        return EvenCost()
+
+    def require_settled(self, command: str) -> None:
+        """Raises InputError where a setting asks for a value that only `settled` can find. command: the command that
+        does not call `settled`, for the message."""
+
+    def before_jobs(self) -> None:
+        """Do once what many jobs would otherwise each do, such as training a model that all of them load."""
+
+
+def canonical(value: Any) -> str:
+    """JSON that is the same for equal values, to be hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def digest(text: str) -> str:
+    """96 bits of BLAKE2b of a text, as 24 hexadecimal digits."""
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def run_id(unit_ids: Iterable[str]) -> str:
+    """12 hexadecimal digits that change whenever one of the units does."""
+    return digest(canonical(sorted(unit_ids)))[:12]
+
+
+def folder_of(output: str | None, default: str) -> Path:
+    """The folder that the settings name, or one of this name in results/."""
+    return Path(output).expanduser() if output is not None else Path("results") / default

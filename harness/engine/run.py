@@ -1,0 +1,250 @@
+"""The run loop of every measurement: it finds the units that are missing, splits them over processes, and writes the
+rows of each, or one error row."""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness.engine.manifest import MANIFEST, freeze
+from harness.engine.measurement import Context, Measured, Measurement
+from harness.engine.plan import Plan
+from harness.engine.ranks import Ranks, join
+from harness.engine.shards import split
+from harness.errors import InputError
+from harness.evaluation.division import Division
+from harness.tables.parts import ERROR, OK
+from harness.tables.provenance import provenance
+from harness.tables.store import (
+    check_version,
+    compact,
+    failed_since,
+    list_table,
+    quarantine,
+    unit_states,
+    write_unit,
+)
+
+LOOSE_FILES = 1000  # more files of single units than this are merged when a run ends
+
+
+def to_stderr(line: str) -> None:
+    """Print a line to the standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run behaves. None of these options changes a number.
+
+    progress: whether progress bars are shown. say: a function that takes each line about the run. failed_after: a unit
+    whose error row was written after this time (in seconds of the file system's clock) is not tried again. tidy: merge
+    the small files at the end where there are many, because reading 100,000 files takes minutes. session: what
+    `open_session` of the measurement returned, where the main process has called it already.
+    """
+
+    progress: bool = True
+    say: Callable[[str], None] = to_stderr
+    failed_after: float = math.inf
+    tidy: bool = False
+    session: Any = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind: its folder, and how many of the wanted units are done and failed."""
+
+    folder: Path
+    done: int
+    failed: int
+
+
+def usable_states(measurement: Measurement, folder: Path, deep: bool = False) -> dict[str, str]:
+    """States of the units that are there, after damaged parts were moved aside so that their units run again.
+
+    deep: read every part whole, not only its ends. Raises SchemaVersionError for tables of another schema version.
+    """
+    if not folder.exists():
+        return {}
+    check_version(folder, measurement.tables)
+    quarantine(folder, measurement.tables, deep)
+    return unit_states(folder, measurement.tables)
+
+
+def run(measurement: Measurement, settings: Any, options: RunOptions | None = None) -> Outcome:
+    """Plan a run from its settings and measure what is missing of it. Under a launcher the units are split over its
+    processes. Raises InputError for bad input, and where rows cannot be written."""
+    return run_plan(measurement, measurement.units.plan(settings), options or RunOptions(tidy=True))
+
+
+def run_plan(measurement: Measurement, plan: Plan, options: RunOptions, ranks: Ranks | None = None) -> Outcome:
+    """The same for a plan that is made already, with all of its units."""
+    ranks = ranks or join()
+    plan, session = plan.settled(ranks, options.progress, options.say)
+    if ranks.is_main and (plan.folder / MANIFEST).is_file():
+        # a folder that holds another run is refused before any weights are loaded
+        freeze(measurement, plan)
+    if session is not None:
+        options = replace(options, session=session)
+    return run_units(measurement, plan, plan.units, ranks, options)
+
+
+def run_units(
+    measurement: Measurement, plan: Plan, wanted: Sequence[Any], ranks: Ranks, options: RunOptions
+) -> Outcome:
+    """Measure what is missing of the `wanted` units, split over the ranks.
+
+    An exception in one rank is raised there when the others have done their share. Raises InputError.
+    """
+    return _Run(measurement, plan, ranks, options).measure(wanted)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a plan in this process, which is one of `ranks`."""
+
+    measurement: Measurement
+    plan: Plan
+    ranks: Ranks
+    options: RunOptions
+
+    def measure(self, wanted: Sequence[Any]) -> Outcome:
+        """Measure what is missing of the wanted units. Every rank returns the same outcome."""
+        plan, ranks = self.plan, self.ranks
+        say = self.options.say if ranks.is_main else _silent
+        ids = set(ranks.broadcast(self._missing(wanted) if ranks.is_main else None))
+        missing = [unit for unit in wanted if unit.id in ids]
+        together = 0 < len(missing) and ranks.n > 1 and plan.together(len(missing), ranks.n)
+        on = f" on {ranks.n} processes" if ranks.n > 1 else ""
+        say(f"{self.measurement.name} {plan.id}: {len(wanted)} units, {len(wanted) - len(missing)} done, in"
+            f" {plan.folder}{on}{', which measure each unit together' if together else ''}")
+        if missing:
+            share = missing if together or ranks.n == 1 else self._share(missing)
+            self._measure_share(share, together)
+        return self._outcome(wanted, ran=bool(missing))
+
+    def _missing(self, wanted: Sequence[Any]) -> list[str]:
+        """The ids of the wanted units that are to be measured."""
+        measurement, plan = self.measurement, self.plan
+        states = usable_states(measurement, plan.folder)
+        if all(states.get(unit.id) == OK for unit in wanted):
+            # a user who runs a complete study again may have been told of damaged files
+            states = usable_states(measurement, plan.folder, deep=True)
+        recent = set()
+        if self.options.failed_after < math.inf:
+            recent = failed_since(plan.folder, measurement.tables, self.options.failed_after)
+        return [unit.id for unit in plan.missing(wanted, states) if unit.id not in recent]
+
+    def _share(self, units: list[Any]) -> list[Any]:
+        """The units that this rank measures."""
+        shards = split(self.plan.groups(units), self.ranks.n, self.plan.shard_cost)
+        return shards[self.ranks.rank] if self.ranks.rank < len(shards) else []
+
+    def _measure_share(self, share: Sequence[Any], together: bool) -> None:
+        """Open the session and measure the units of this rank. together: every rank was given the same units."""
+        measurement, plan, ranks, options = self.measurement, self.plan, self.ranks, self.options
+        division = ranks.division()
+
+        def open_first() -> Any:
+            # the main process first: it downloads or trains what all of them load
+            if not ranks.is_main:
+                return None
+            session = options.session or measurement.measure.open_session(plan, ranks, options.progress)
+            freeze(measurement, plan)
+            return session
+
+        session = division.agree("opening", open_first)
+        problem = None
+        try:
+            if share:
+                if session is None and not ranks.is_main:
+                    session = measurement.measure.open_session(plan, ranks, options.progress)
+                progress = options.progress and ranks.is_main
+                context = Context(session, division if together else Division(), progress=progress)
+                measure_units(measurement, plan, share, context)
+        except Exception as error:
+            if together:
+                raise
+            problem = error
+        # a barrier alone would wait for ever for a process that is at another step
+        division.together("the end", lambda: None)
+        ranks.wait()
+        if problem is not None:
+            raise problem
+
+    def _outcome(self, wanted: Sequence[Any], ran: bool) -> Outcome:
+        """What there is now of the wanted units. ran: some of them were measured."""
+        found, plan, tables = None, self.plan, self.measurement.tables
+        if self.ranks.is_main:
+            if ran and self.options.tidy and len(list_table(plan.folder, tables.primary.name).done) > LOOSE_FILES:
+                compact(plan.folder, tables)
+            states = unit_states(plan.folder, tables) if plan.folder.exists() else {}
+            failed = sum(states.get(unit.id) == ERROR for unit in wanted)
+            found = Outcome(plan.folder, sum(states.get(unit.id) == OK for unit in wanted), failed)
+        return self.ranks.broadcast(found)
+
+
+def measure_units(measurement: Measurement, plan: Plan, units: Sequence[Any], context: Context) -> None:
+    """Measure these units and write a file of rows for each.
+
+    context: its division are the processes that were given the same units and measure each of them together, of which
+    the first writes; its `describe` is replaced by the progress bar's. Raises InputError when rows cannot be written,
+    LostStep when a process of the division is gone.
+    """
+    from tqdm import tqdm
+
+    where, division = provenance(), context.division
+    with tqdm(total=len(units), unit="unit", disable=not context.progress, smoothing=0.1) as bar:
+
+        def describe(text: str) -> None:
+            bar.set_description(text[:48].ljust(48))
+
+        for measured in measurement.measure.measure(plan, units, replace(context, describe=describe)):
+            division.agree("writing", partial(_write, measurement, plan, measured, where, division))
+            bar.update()
+
+
+def _write(
+    measurement: Measurement, plan: Plan, measured: Measured, where: Mapping[str, Any], division: Division
+) -> None:
+    """Write the rows of a unit. Where they are refused, one error row says why. Raises InputError where the folder
+    cannot be written."""
+    if division.rank != 0:
+        return
+    tables, unit_id = measurement.tables, measured.unit.id
+    try:
+        rows = {name: _completed(measurement, name, of_table, where) for name, of_table in measured.rows.items()}
+        try:
+            write_unit(plan.folder, tables, unit_id, rows)
+        except ValueError as error:
+            row = error_row(measured.described, error)
+            primary = tables.primary.name
+            write_unit(plan.folder, tables, unit_id, {primary: _completed(measurement, primary, [row], where)})
+    except OSError as error:
+        raise InputError(
+            f"{plan.folder}: cannot write rows ({error.strerror or error}); what is done is kept: make room and run the"
+            " same command again"
+        ) from error
+
+
+def _completed(measurement: Measurement, name: str, rows: Any, where: Mapping[str, Any]) -> Any:
+    table = measurement.tables[name]
+    blank = {**table.blank(), **{key: value for key, value in where.items() if key in table.names()}}
+    if isinstance(rows, Mapping):
+        return {**blank, **rows}
+    return [{**blank, **row} for row in rows]
+
+
+def error_row(described: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
+    """A row of the primary table for a unit that failed, with the traceback."""
+    return {**described, "status": ERROR, "error": "".join(traceback.format_exception(error))}

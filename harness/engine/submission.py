@@ -1,0 +1,92 @@
+"""What the folder of a run records of its submissions: the units of each shard, and how the shard's job ended.
+
+    <folder>/shards/<submission>/plan.json      written before anything is submitted
+    <folder>/shards/<submission>/<index>.json   written by the shard's job when it starts and ends
+    <folder>/shards/<submission>/logs/          submitit's folder
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.files import write_json
+
+SHARDS = "shards"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One call of `harness submit`.
+
+    run_id: the id of the run. cluster: the cluster settings as plain values. shards: for each shard, the positions of
+    its units in the manifest.
+    """
+
+    name: str
+    run_id: str
+    cluster: dict[str, Any]
+    shards: list[list[int]] = field(repr=False)
+    retry_failed: bool = False
+
+    def job_name(self, first: int) -> str:
+        """The name of the Slurm array whose task 0 is shard `first`. slurm.py reads these parts back from squeue."""
+        return f"harness.{self.run_id}.{self.name}.{first}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a shard's job wrote about itself.
+
+    done: how many units were done when it started. stalled: how many starts in a row reached the time limit without
+    finishing a unit. ended: None while it runs; then "done", "preempted", "time limit" or an error.
+    """
+
+    job: str
+    host: str
+    log: str
+    started_at: str
+    starts: int = 1
+    done: int = 0
+    stalled: int = 0
+    ended: str | None = None
+
+
+def submission_folder(folder: Path, name: str) -> Path:
+    """The folder of one submission."""
+    return Path(folder) / SHARDS / name
+
+
+def write_submission(folder: Path, submission: Submission) -> None:
+    """Write plan.json, whole or not at all."""
+    write_json(submission_folder(folder, submission.name) / "plan.json", asdict(submission))
+
+
+def read_submission(folder: Path, name: str) -> Submission:
+    """Read plan.json."""
+    return Submission(**json.loads((submission_folder(folder, name) / "plan.json").read_text()))
+
+
+def submission_names(folder: Path) -> list[str]:
+    """The names of all submissions of a folder, oldest first."""
+    return sorted(path.parent.name for path in (Path(folder) / SHARDS).glob("*/plan.json"))
+
+
+def submissions(folder: Path) -> list[Submission]:
+    """All submissions of a folder, oldest first."""
+    return [read_submission(folder, name) for name in submission_names(folder)]
+
+
+def write_record(folder: Path, name: str, index: int, record: Record) -> None:
+    """Write <index>.json, whole or not at all."""
+    write_json(submission_folder(folder, name) / f"{index}.json", asdict(record))
+
+
+def read_record(folder: Path, name: str, index: int) -> Record | None:
+    """The record of a shard; None where the shard has not started."""
+    try:
+        return Record(**json.loads((submission_folder(folder, name) / f"{index}.json").read_text()))
+    except FileNotFoundError:
+        return None

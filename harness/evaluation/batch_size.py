@@ -1,0 +1,77 @@
+"""Find the largest batch that fits into memory.
+
+It is found once per study and then fixed, because in low precision the scores depend on the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from harness.errors import InputError
+from harness.evaluation.requests import ScoredTask
+from harness.evaluation.scoring import Scorer
+from harness.evaluation.settings import GIB, RuntimeSettings, ScoringOptions
+from harness.models.loading import LoadedModel
+from harness.models.memory import is_out_of_memory, release_memory
+
+SMALLEST = 256
+LARGEST = 1 << 20
+MARGIN = 1.25  # what is tried over what is then used, because memory becomes fragmented over hours
+# A process on the CPU that runs out of memory is killed without an error, and larger batches are slower there
+# (docs/speed.md).
+LARGEST_ON_CPU = ScoringOptions.batch_tokens
+
+
+def largest_batch(loaded: LoadedModel, tasks: Mapping[str, ScoredTask], runtime: RuntimeSettings) -> int:
+    """Return the largest number of padded tokens per pass that fits into memory, a power of two up to LARGEST.
+
+    It fits if the largest batches of every task can be scored, with a margin, beside everything that a study keeps in
+    memory. It is not increased further once each task is a single batch. Raises InputError if SMALLEST does not fit.
+    """
+    found, budget = None, SMALLEST
+    while budget <= (LARGEST_ON_CPU if loaded.device.type == "cpu" else LARGEST):
+        try:
+            n_batches = _rehearse(loaded, tasks, dataclasses.replace(runtime, batch_tokens=int(budget * MARGIN)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        finally:
+            release_memory()
+        found = budget
+        if n_batches <= 1:
+            break
+        budget *= 2
+    if found is None:
+        raise InputError(
+            f"runtime.batch_tokens: on {loaded.device}, not even {SMALLEST} tokens fit beside the model; use a smaller"
+            " runtime.stream_gib, runtime.decomposition_gib or model.dtype, or model.device_map=auto"
+        )
+    return found
+
+
+def _rehearse(loaded: LoadedModel, tasks: Mapping[str, ScoredTask], runtime: RuntimeSettings) -> int:
+    """Score the batches that need the most memory, and return the largest number of batches of a task."""
+    scorer = Scorer(loaded, tasks, runtime.scoring())
+    reserved = torch.empty(_kept_bytes(loaded, scorer, runtime), dtype=torch.uint8, device=loaded.device)
+    for task in scorer.packed:
+        scorer.rehearse(task)
+    del reserved
+    return max((len(packed.batches) for packed in scorer.packed.values()), default=0)
+
+
+def _kept_bytes(loaded: LoadedModel, scorer: Scorer, runtime: RuntimeSettings) -> int:
+    """Return the bytes of what a study keeps in memory beside the model and the batch.
+
+    These are the stream at the frontier, the decompositions, and four float64 copies of a matrix while it is edited.
+    """
+    tokens = sum(batch.input_ids.numel() for packed in scorer.packed.values() for batch in packed.batches)
+    width = loaded.model.config.get_text_config().hidden_size
+    stream = tokens * width * loaded.model.dtype.itemsize if runtime.reuse else 0
+    vectors = sum(8 * min(matrix.shape) ** 2 for matrix in loaded.matrices)
+    edit = 4 * 8 * max(matrix.shape[0] * matrix.shape[1] for matrix in loaded.matrices)
+    kept = min(stream, runtime.stream_gib * GIB) + min(vectors, runtime.decomposition_gib * GIB)
+    return int(kept + edit)

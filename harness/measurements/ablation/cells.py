@@ -1,0 +1,194 @@
+"""The cells of a study, and their ids, which are hashes of everything that the number of a cell depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.engine.plan import canonical, digest
+from harness.errors import InputError
+from harness.evaluation.requests import DirectTask, PreparedTask
+from harness.measurements.ablation.region_settings import NO_REGION
+from harness.measurements.ablation.settings import StudySettings
+from harness.models.editing import Ablation
+from harness.models.loading import ModelDescription
+from harness.models.targets import BASELINE, Target, control_target
+from harness.spectral.regions import Region, select
+
+NUMBERS_VERSION = 1  # must be raised when a change of the code changes the numbers of cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One ablation measured on one task of one model. task: the name of the task in the study."""
+
+    id: str
+    ablation: Ablation
+    task: str
+
+    @property
+    def part(self) -> str:
+        """The task, because `harness status` counts the cells of each task."""
+        return self.task
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is a cell of the unedited model."""
+        return self.ablation.target.kind == "baseline"
+
+    @property
+    def of_grid(self) -> bool:
+        """Whether the target is one of the study's, and not the baseline or the control over all matrices."""
+        return self.ablation.target.kind not in ("baseline", "control")
+
+
+def expand_ablations(
+    targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]]
+) -> list[Ablation]:
+    """Return all ablations of a study: the baseline, the control that removes nothing, then those of each target.
+
+    shapes: matrix -> (out, in). Raises InputError if a region is empty for one of the matrices.
+    """
+    _check_not_empty(targets, regions, shapes)
+    ablations = [Ablation(BASELINE, NO_REGION)]
+    if NO_REGION in regions:
+        # One control over all edited matrices is enough: it decomposes them, removes nothing and casts them back.
+        ablations.append(Ablation(control_target(targets), NO_REGION))
+        regions = [region for region in regions if region != NO_REGION]
+    for target in targets:
+        distinct = {shapes[name] for name in target.matrices}
+        own = _without_equivalent_controls(regions, *distinct) if len(distinct) == 1 else regions
+        ablations += [Ablation(target, region) for region in own]
+    return ablations
+
+
+def _without_equivalent_controls(regions: Sequence[Region], shape: tuple[int, int]) -> list[Region]:
+    """Return the regions without random controls that remove as many values as another, or all values.
+
+    The draw of a random control depends only on its seed, the shape and the count. One that removes all values would
+    repeat the removal of the whole matrix.
+    """
+    kept, counts = [], set()
+    for region in regions:
+        if region.kind == "random" and region.rank_only:
+            count = (getattr(region, "seed", None), len(select(region, None, shape)))
+            if count in counts or count[1] == min(shape):
+                continue
+            counts.add(count)
+        kept.append(region)
+    return kept
+
+
+def _check_not_empty(
+    targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    example = {shapes[name]: name for target in reversed(targets) for name in reversed(target.matrices)}
+    for region in regions:
+        if region.kind == "none" or not region.rank_only:
+            continue
+        for shape, name in example.items():
+            if len(select(region, None, shape)) == 0:
+                rank = min(shape)
+                right = f"use at least {1 / rank:.4g} of them"
+                if region.by == "index":
+                    right = f"positions are 0 to {rank - 1}"
+                raise InputError(
+                    f"region: {region.label} is empty for matrix {name}, which has {rank} singular values;"
+                    f" {right}, or leave that matrix out of the target"
+                )
+
+
+# Fields that the id of a cell hashes for every region, also where its class lacks them. Ids of earlier versions, which
+# had one class for all regions, stay valid in this way.
+_REGION_KEY = {"start": None, "stop": None, "seed": None, "reference": None, "estimator": "gavish_donoho",
+               "tracy_widom": False}  # fmt: skip
+
+
+def region_key(region: Region) -> dict[str, Any]:
+    """Return everything of a region that a number depends on."""
+    return {key: value for key, value in _whole_key(region).items() if value is not None}
+
+
+def _whole_key(region: Any) -> dict[str, Any]:
+    own = {field.name: getattr(region, field.name) for field in dataclasses.fields(region)}
+    if hasattr(region, "key"):
+        own = region.key()
+    if own.get("reference") is not None:
+        own = {**own, "reference": _whole_key(own["reference"])}
+    return {"kind": region.kind, "by": region.by, **_REGION_KEY, **own}
+
+
+def numeric_settings(settings: StudySettings, description: ModelDescription) -> dict[str, Any]:
+    """Return the settings on which the numbers of cells depend, apart from target, region and task."""
+    runtime = settings.runtime
+    found: dict[str, Any] = {
+        "numbers_version": NUMBERS_VERSION,
+        "model": description.identity,
+        "dtype": description.dtype,
+        "attn_implementation": settings.model.attn_implementation,
+        "edit": runtime.edit,
+        "seed": settings.seed,
+    }
+    if description.dtype != "float32":
+        found |= {"batch_tokens": runtime.batch_tokens, "share_context": runtime.share_context}
+    if runtime.compile:
+        found["compile"] = True
+    if runtime.precision == "adaptive":
+        # An adaptive cell may stop after each batch, so the size of batches changes its number.
+        found |= {"adaptive": dataclasses.asdict(runtime.adaptive), "batch_tokens": runtime.batch_tokens}
+    return found
+
+
+def task_digest(task: PreparedTask) -> str:
+    """Return a digest of what a task asks: its protocol and all arrays of its requests."""
+    found = hashlib.blake2b(json.dumps(dict(task.protocol), sort_keys=True, default=str).encode(), digest_size=16)
+    for request in () if isinstance(task, DirectTask) else task.requests:
+        optional = [array for array in (request.source, request.segments) if array is not None]
+        for array in (request.tokens, request.positions, request.targets, *optional):
+            found.update(len(array).to_bytes(8, "little"))
+            found.update(array.astype("<i8").tobytes())
+    return found.hexdigest()
+
+
+def distinct_digests(tasks: Mapping[str, PreparedTask]) -> dict[str, str]:
+    """Return the digest of each task by name. Raises InputError if two tasks ask the same."""
+    digests = {name: task_digest(task) for name, task in tasks.items()}
+    first: dict[str, str] = {}
+    for name, found in digests.items():
+        if first.setdefault(found, name) != name:
+            raise InputError(f"tasks.{name}: it asks exactly what tasks.{first[found]} asks; leave one of them out")
+    return digests
+
+
+def cell_ids(settings: dict[str, Any], ablations: Iterable[Ablation], tasks: Iterable[str]) -> Iterator[str]:
+    """Yield the ids of the cells, ablation by ablation and for each ablation task by task.
+
+    settings: as `numeric_settings` returns. tasks: the digests of the tasks.
+    """
+    first, tasks = canonical(settings), [canonical(task) for task in tasks]
+    regions: dict[Region, str] = {}
+    for ablation in ablations:
+        matrices, region = sorted(ablation.target.matrices), ablation.region
+        if region not in regions:
+            regions[region] = canonical(region_key(region))
+        what = f"{canonical(matrices)},{regions[region] if matrices else 'null'}"
+        for task in tasks:
+            yield digest(f"[{first},{what},{task}]")
+
+
+def cell_id(settings: dict[str, Any], ablation: Ablation, task: str) -> str:
+    """Return the id of one cell. settings: as `numeric_settings` returns. task: the digest of the task."""
+    return next(cell_ids(settings, [ablation], [task]))
+
+
+def group_by_ablation(cells: Sequence[Cell]) -> list[tuple[Ablation, list[Cell]]]:
+    """Return each ablation with its cells, in the order in which the frontier moves."""
+    groups: dict[Ablation, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.ablation, []).append(cell)
+    order = {ablation: i for i, ablation in enumerate(groups)}
+    return sorted(groups.items(), key=lambda item: (item[0].target.first_block, order[item[0]]))

@@ -1,0 +1,160 @@
+"""Predict the floating-point operations of cells from shapes alone, for the plan and to balance shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from harness.evaluation.packing import Batch, PackedRequests
+from harness.evaluation.requests import DirectTask
+from harness.evaluation.scoring import pack_for
+from harness.evaluation.settings import ScoringOptions
+from harness.measurements.ablation.cells import Cell
+from harness.models.cost import ModelCost, model_cost
+from harness.models.families import skeleton
+from harness.spectral.decomposition import decomposition_flops
+
+if TYPE_CHECKING:
+    from harness.measurements.ablation.units import Study
+
+# The assumed cost of a generated answer in tokens, because its length is not known before it is generated.
+TOKENS_PER_GENERATED_EXAMPLE = 512
+# A float64 eigendecomposition reaches about an eighth of the rate of float32 products (experiments/speed).
+DECOMPOSITION_WEIGHT = 8.0
+
+
+def edit_flops(out: int, width: int, n_removed: int) -> float:
+    """Return the floating-point operations of an edit of a matrix [out, width].
+
+    They are two products with the vectors of the removed or the kept part, whichever is smaller, and one product with
+    the removed vectors for the realised removal.
+    """
+    return 2.0 * out * width * (2 * min(n_removed, min(out, width) - n_removed) + n_removed)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The predicted costs of the parts of a study, in floating-point operations.
+
+    passes: task -> the cost of a scoring pass that resumes at block b, for b = 0..L.
+    advance: task -> the cost of running blocks 0..b-1 once, for b = 0..L.
+    decompositions: matrix -> the cost of its decomposition.
+    reuse: whether cells resume at the frontier.
+    fed: task -> the number of tokens in one pass, padding included.
+    """
+
+    passes: dict[str, tuple[float, ...]]
+    advance: dict[str, tuple[float, ...]]
+    decompositions: dict[str, float]
+    reuse: bool
+    fed: dict[str, int] = field(default_factory=dict)
+
+    def cell(self, task: str, first_block: int) -> float:
+        """Return the cost of one cell whose first edited block is given."""
+        return self.passes[task][first_block if self.reuse else 0]
+
+
+def _from_each_block(packed: PackedRequests, cost: ModelCost, n_encoder: int = 0) -> tuple[float, ...]:
+    """Return the cost of a pass that resumes at block b, for b = 0..L. n_encoder: the number of blocks of an encoder.
+    """
+    padded = attention = sources = of_sources = 0.0
+    for batch in packed.batches:
+        n, width = batch.input_ids.shape
+        padded += n * width
+        # A plain causal batch computes half of the pairs of tokens. Trees and whole sequences compute all pairs.
+        plain = isinstance(batch, Batch) and batch.last is None
+        attention += n * width**2 * cost.pair / (2 if plain else 1)
+        if n_encoder:
+            source = batch.source_ids.shape[1]
+            sources += n * source
+            of_sources += n * source**2 * cost.pair
+            attention += n * width * source * cost.pair
+    encoder = [sources * block + of_sources for block in cost.block[:n_encoder]]
+    rest = [padded * block + attention for block in cost.block[n_encoder:]]
+    return _suffix_sums(encoder + rest, packed.n_rows * cost.head)
+
+
+def _suffix_sums(values: list[float], last: float) -> tuple[float, ...]:
+    sums = [last]
+    for value in reversed(values):
+        sums.append(sums[-1] + value)
+    return tuple(reversed(sums))
+
+
+def costs_of(study: Study) -> CostTable:
+    """Return the predicted costs of the passes, moves of the frontier and decompositions of a study."""
+    family, runtime = study.description.family, study.settings.runtime
+    model = skeleton(study.description.config, family)
+    cost = model_cost(model, family)
+    n_encoder = len({matrix.block for matrix in study.matrices if matrix.stack == "encoder"})
+    passes, fed = {}, {}
+    batch_tokens = runtime.batch_tokens or ScoringOptions.batch_tokens
+    for name, task in study.tasks.items():
+        if isinstance(task, DirectTask):
+            tokens = len(task.example_ids) * TOKENS_PER_GENERATED_EXAMPLE
+            whole = tokens * (sum(cost.block) + cost.head)  # generation runs every block, whichever was edited
+            passes[name] = (whole,) * (1 + len(cost.block))
+        else:
+            packed = pack_for(task.requests, batch_tokens, family, model, runtime.share_context)
+            passes[name] = _from_each_block(packed, cost, n_encoder)
+            fed[name] = sum(batch.input_ids.numel() for batch in packed.batches)
+    advance = {name: tuple(of_task[0] - value for value in of_task) for name, of_task in passes.items()}
+    decompositions = {m.name: decomposition_flops(*m.shape) for m in study.matrices}
+    return CostTable(passes, advance, decompositions, runtime.reuse, fed)
+
+
+@dataclass(frozen=True)
+class CellLoad:
+    """What some cells need: the cost of their passes, and the parts that they may share with other cells of a shard."""
+
+    passes: float
+    tasks: frozenset[str]
+    matrices: frozenset[str]
+    first_block: int
+
+
+@dataclass
+class ShardOfCells:
+    """The cost of a shard of cells while loads are added to it in the order in which they run.
+
+    The cells of a shard share the baseline of each task, the moves of the frontier, and the decompositions.
+    """
+
+    costs: CostTable
+    total: float = 0.0
+    tasks: frozenset[str] = frozenset()
+    matrices: set[str] = field(default_factory=set)
+    frontier: int = 0
+
+    def load(self, units: Sequence[Cell]) -> CellLoad:
+        """Return what these cells need. The passes of baselines are left out, because every shard makes them anyway."""
+        edited = [cell for cell in units if not cell.is_baseline]
+        return CellLoad(
+            sum(self.costs.cell(cell.task, cell.ablation.target.first_block) for cell in edited),
+            frozenset(cell.task for cell in units),
+            frozenset(name for cell in edited for name in cell.ablation.target.matrices),
+            max((cell.ablation.target.first_block for cell in edited), default=0),
+        )
+
+    def of(self, load: CellLoad) -> float:
+        """Return the cost of adding a load.
+
+        It is that of the passes, and of the baselines, moves of the frontier and decompositions that the shard does not
+        have yet.
+        """
+        new, advance = load.tasks - self.tasks, self.costs.advance
+        cost = load.passes + sum(self.costs.passes[task][0] for task in new)
+        if self.costs.reuse:
+            ahead = max(self.frontier, load.first_block)
+            cost += sum(advance[task][ahead] - advance[task][self.frontier] for task in self.tasks)
+            cost += sum(advance[task][ahead] for task in new)
+        missing = load.matrices - self.matrices
+        return cost + DECOMPOSITION_WEIGHT * sum(self.costs.decompositions[name] for name in missing)
+
+    def add(self, load: CellLoad) -> None:
+        """Add a load to the shard."""
+        self.total += self.of(load)
+        self.tasks |= load.tasks
+        self.matrices |= load.matrices
+        self.frontier = max(self.frontier, load.first_block)

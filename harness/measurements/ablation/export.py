@@ -1,0 +1,212 @@
+"""Save an ablated model, as an ordinary Hugging Face checkpoint or as a smaller one with low-rank factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness import __version__
+from harness.engine.manifest import read_manifest
+from harness.errors import InputError
+from harness.files import new_folder
+from harness.measurements.ablation.cells import cell_id, numeric_settings
+from harness.measurements.ablation.region_settings import NO_REGION
+from harness.measurements.ablation.settings import StudySettings
+from harness.measurements.ablation.units import frozen_cells
+from harness.models.decompositions import DecompositionCache, disk_cache
+from harness.models.editing import Ablation, Decompose, RealisedAblation, ablated
+from harness.models.factored import factors_are_smaller, write_factored
+from harness.models.families import matrices_of, skeleton
+from harness.models.loading import LoadedModel, ModelDescription, describe_model, load, require_head
+from harness.models.targets import expand_targets
+from harness.settings.validation import validated
+from harness.spectral.ablation import low_rank_factors
+from harness.spectral.regions import select
+from harness.tasks.registry import wants_classifier
+
+ABOUT = "ablation.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model. n_factored: how many of its matrices were saved as low-rank factors."""
+
+    folder: Path
+    ablation: Ablation
+    realised: RealisedAblation
+    n_factored: int
+
+    def __str__(self) -> str:
+        size = sum(path.stat().st_size for path in self.folder.iterdir())
+        factors = f", {self.n_factored} as low-rank factors" if self.n_factored else ""
+        return (
+            f"{self.ablation.target.label}: {self.ablation.region.label} ({self.realised.n_removed} of"
+            f" {self.realised.n_values} singular values, {len(self.ablation.target.matrices)} matrices{factors})"
+            f" in {self.folder}, {size / 1e6:.1f} MB"
+        )
+
+
+def export(settings: StudySettings, factored: bool = False) -> Exported:
+    """Save the model with the one ablation that the settings mean into the folder settings.output.
+
+    factored: whether matrices are saved as low-rank factors where that takes less room.
+    Raises InputError if the settings mean several ablations, or the folder is not empty.
+    """
+    description = describe_model(settings.model)
+    ablation = the_ablation(settings, description)
+    return _export(settings, description, ablation, _free_folder(settings.output), factored)
+
+
+def export_cell(study: str | Path, cell: str, output: str | None, factored: bool = False) -> Exported:
+    """Save the model with the ablation of one cell of a study into the folder `output`.
+
+    study: the folder of the study. cell: the id of the cell, or the beginning of it. factored: as in `export`.
+    Raises InputError if there is no such cell, the model is no longer the one that the study measured, or the folder is
+    not empty.
+    """
+    folder = _free_folder(output)
+    manifest = read_manifest(study)
+    if manifest.kind != "ablation":
+        raise InputError(f"--study: {study} holds {manifest.kind} and no cells; give the folder of a study")
+    manifest.enter()
+    found = [one for one in frozen_cells(manifest.content) if one.id.startswith(cell)]
+    if len(found) != 1 or not cell:
+        what = f"{len(found)} cells whose ids begin so" if found and cell else "no such cell"
+        raise InputError(f"--cell: {cell!r}: {study} has {what}; take a cell_id from its metrics table")
+    (chosen,) = found
+    if not chosen.ablation.target.matrices or chosen.ablation.region == NO_REGION:
+        raise InputError(f"--cell: {cell!r} is the {chosen.ablation.target.label}: it removes nothing; choose another")
+    settings = validated(StudySettings, manifest.settings)
+    description = describe_model(settings.model, wants_classifier(settings.tasks))
+    digest = manifest.content["tasks"][chosen.task]["digest"]
+    if cell_id(numeric_settings(settings, description), chosen.ablation, digest) != chosen.id:
+        raise InputError(
+            f"model.name: {settings.model.name!r} (or this harness) is no longer what {study} was frozen for;"
+            " restore it"
+        )
+    return _export(settings, description, chosen.ablation, folder, factored)
+
+
+def the_ablation(settings: StudySettings, description: ModelDescription) -> Ablation:
+    """Return the one ablation that the settings mean, apart from controls. Raises InputError if there are several."""
+    bare = skeleton(description.config, description.family)
+    targets = expand_targets(settings.target, matrices_of(bare, description.family))
+    regions = [region for region in settings.region.regions() if region.by != "control"]
+    ablations = [Ablation(target, region) for target in targets for region in regions]
+    if len(ablations) != 1:
+        labels = [f"{one.target.label}: {one.region.label}" for one in ablations]
+        listed = ", ".join(labels[:6]) + (f", ... {labels[-1]}" if len(labels) > 6 else "")
+        raise InputError(
+            f"export: one ablation can be saved, and these settings mean {len(labels)} ({listed});"
+            " narrow target.* and region.*, or give --study FOLDER --cell ID"
+        )
+    return ablations[0]
+
+
+def _free_folder(output: str | None) -> Path:
+    if output is None:
+        raise InputError("output: not set; name the folder to write, for example output=ablated")
+    folder = Path(output).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output: {folder} is there and not an empty folder; name another")
+    return folder
+
+
+def _export(
+    settings: StudySettings, description: ModelDescription, ablation: Ablation, folder: Path, factored: bool
+) -> Exported:
+    runtime = settings.runtime
+    if runtime.edit == "branch" and description.dtype != "float32":
+        raise InputError(
+            f"runtime.edit: branch removes in float32 what {description.dtype} weights cannot leave out;"
+            " export with runtime.edit=weight or model.dtype=float32"
+        )
+    loaded = load(settings.model, description)
+    require_head(loaded)
+    _make_savable(loaded.model)
+    disk = disk_cache(runtime.cache_gib, runtime.cache_dir)
+    decompose = DecompositionCache(loaded, int(runtime.decomposition_gib * 2**30), disk)
+    factors = _kept_factors(loaded, ablation, decompose) if factored else {}
+    try:
+        with new_folder(folder) as work:
+            with ablated(loaded, ablation, decompose) as realised:
+                if factored:
+                    write_factored(work, loaded.model, description.family.kind, factors)
+                else:
+                    loaded.model.save_pretrained(work)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(work)
+            about = _about(settings, description, ablation, realised)
+            (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+            mode = (work / ABOUT).stat().st_mode
+            for path in filter(Path.is_file, work.rglob("*")):
+                path.chmod(mode)  # safetensors makes files that only their owner can read, against the umask
+    except OSError as error:
+        raise InputError(f"output: cannot write {folder} ({error})") from error
+    return Exported(folder, ablation, realised, len(factors))
+
+
+def _kept_factors(loaded: LoadedModel, ablation: Ablation, decompose: Decompose) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the low-rank factors of the kept part of each matrix of the target that is smaller in this form.
+
+    The factors are float32 [out, n] and [n, in] for n kept values. Raises InputError if no matrix is smaller.
+    """
+    factors = {}
+    rank = kept_most = 0
+    for matrix in loaded.matrices:
+        if matrix.name not in ablation.target.matrices:
+            continue
+        decomposition = decompose(matrix)
+        kept = torch.ones(min(matrix.shape), dtype=torch.bool)
+        kept[select(ablation.region, decomposition.sigma, matrix.shape).cpu()] = False
+        indices = kept.nonzero().flatten()
+        weight = matrix.read(loaded.model)
+        if factors_are_smaller(matrix, len(indices), weight.dtype):
+            left, right = low_rank_factors(weight, decomposition, indices)
+            factors[matrix.name] = (left.float().cpu(), right.float().cpu())
+        elif len(indices) > kept_most:
+            rank, kept_most = min(matrix.shape), len(indices)
+    if not factors:
+        raise InputError(
+            f"--factored: no matrix would be smaller as factors: {kept_most} of {rank} singular values are kept;"
+            " remove more, or export without --factored"
+        )
+    return factors
+
+
+def _make_savable(model: torch.nn.Module) -> None:
+    # The weights of a GGUF model were dequantised when it was loaded, but its config still says that it is quantised.
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if name in vars(owner):
+            delattr(owner, name)
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        # The config of Llama 2 has settings of sampling but not this flag, and transformers refuses to save it so.
+        generation.do_sample = True
+
+
+def _about(
+    settings: StudySettings, description: ModelDescription, ablation: Ablation, realised: RealisedAblation
+) -> dict[str, Any]:
+    return {
+        "harness_version": __version__,
+        "model": settings.model.name,
+        "revision": settings.model.revision,
+        "gguf_file": settings.model.gguf_file,
+        "identity": description.identity,
+        "dtype": description.dtype,
+        "target": ablation.target.label,
+        "matrices": list(ablation.target.matrices),
+        "region": ablation.region.label,
+        **dataclasses.asdict(realised),
+    }

@@ -1,0 +1,180 @@
+"""The forecast of a study's cost: counts, floating-point operations, memory and time. No weights are loaded."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from harness.evaluation.requests import DirectTask
+from harness.measurements.ablation.cells import Cell, group_by_ablation
+from harness.measurements.ablation.costs import edit_flops
+from harness.measurements.ablation.units import Study
+from harness.models.loading import TORCH_DTYPES, pick_device
+from harness.spectral.ablation import edit
+from harness.spectral.decomposition import decompose, decomposition_flops
+from harness.spectral.regions import Region, select
+
+# Rates are measured on matrices of at most this rank, so that planning takes only about a second.
+LARGEST_MEASURED = 512
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Floating-point operations per second. product: of large matrix products in the model's dtype."""
+
+    product: float
+    decomposition: float
+    edit: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Floating-point operations and memory of a study.
+
+    resumed: scoring from the frontier on, the moves of the frontier included. plain: scoring in which every cell runs
+        every block.
+    decompositions: those of all edited matrices, each once. edits: those of all ablations.
+    n_matrices: how many matrices are edited. stream_bytes: memory of the stream of all tasks at one boundary.
+    vector_bytes: memory of the singular vectors of all edited matrices.
+    """
+
+    resumed: float
+    plain: float
+    decompositions: float
+    edits: float
+    n_matrices: int
+    stream_bytes: int
+    vector_bytes: int
+
+    def seconds(self, rates: Rates) -> float:
+        """Return the least time, as if all scoring consisted of large matrix products."""
+        return self.resumed / rates.product + self.decompositions / rates.decomposition + self.edits / rates.edit
+
+
+def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
+    """Return the cost of some cells of a study, by default of all."""
+    costs, reuse = study.costs, study.settings.runtime.reuse
+    shapes = {matrix.name: matrix.shape for matrix in study.matrices}
+    scored = set(costs.fed)
+    resumed = plain = edits = 0.0
+    touched: set[str] = set()
+    frontier = 0
+    for ablation, members in group_by_ablation(study.units if cells is None else cells):
+        first = ablation.target.first_block if reuse else 0
+        touched.update(ablation.target.matrices)
+        edits += sum(edit_flops(*shapes[name], _n_removed(ablation.region, shapes[name]))
+                     for name in ablation.target.matrices)
+        if first > frontier:
+            resumed += sum(costs.advance[name][first] - costs.advance[name][frontier] for name in scored)
+            frontier = first
+        for cell in members:
+            if cell.task in scored:
+                resumed += costs.passes[cell.task][first]
+                plain += costs.passes[cell.task][0]
+    width = study.description.config.get_text_config().hidden_size
+    itemsize = TORCH_DTYPES[study.description.dtype].itemsize
+    return Forecast(
+        resumed, plain, sum(costs.decompositions[name] for name in touched), edits, len(touched),
+        sum(costs.fed.values()) * width * itemsize, sum(8 * min(shapes[name]) ** 2 for name in touched),
+    )
+
+
+def _n_removed(region: Region, shape: tuple[int, int]) -> int:
+    """Return how many values a region removes. If that depends on the singular values, half of the rank is assumed."""
+    return len(select(region, None, shape)) if region.rank_only else min(shape) // 2
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> Rates:
+    """Measure the present rates of this machine.
+
+    shape: (out, in) of a typical matrix. Decompositions and edits are measured on one that is scaled down to a rank of
+    at most LARGEST_MEASURED.
+    """
+    scale = max(1.0, min(shape) / LARGEST_MEASURED)
+    out, width = (max(1, int(side / scale)) for side in shape)
+    generator = torch.Generator(device).manual_seed(0)
+    activations, weight = (torch.randn(size, device=device, generator=generator).to(dtype)
+                           for size in ((1024, shape[1]), shape))
+    small = torch.randn((out, width), device=device, generator=generator)
+    decomposition, half = decompose(small), torch.arange(min(out, width) // 2)
+    return Rates(
+        product=2.0 * 1024 * shape[0] * shape[1] / _seconds(lambda: activations @ weight.T, device),
+        decomposition=decomposition_flops(out, width) / _seconds(lambda: decompose(small), device),
+        edit=edit_flops(out, width, len(half)) / _seconds(lambda: edit(small, decomposition, half), device),
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    taken = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def describe_study(study: Study) -> str:
+    """Return the text of `harness plan`: what will be measured, in which order, and at what cost."""
+    description, settings = study.description, study.settings
+    cost = forecast(study)
+    targets = dict.fromkeys(cell.ablation.target.label for cell in study.units if not cell.is_baseline)
+    regions = dict.fromkeys(cell.ablation.region.label for cell in study.units if not cell.is_baseline)
+    lines = [
+        f"study {study.id}  folder {study.folder}",
+        f"model {settings.model.name} ({description.config.model_type}, {description.dtype},"
+        f" {1 + max(m.block for m in study.matrices)} blocks, {len(study.matrices)} matrices)",
+        f"targets {len(targets)}: {_some(targets)}",
+        f"regions {len(regions)}: {_some(regions)}",
+    ]
+    for name, task in study.tasks.items():
+        if isinstance(task, DirectTask):
+            lines.append(f"task {name}: {len(task.example_ids)} examples, measured on the model directly")
+            continue
+        tokens = sum(len(request.tokens) for request in task.requests)
+        lines.append(f"task {name}: {len(task.example_ids)} examples, {len(task.requests)} requests, {tokens} tokens")
+    of_task = Counter(cell.task for cell in study.units)
+    lines.append(f"cells {len(study.units)}: " + ", ".join(f"{name} {count}" for name, count in of_task.items()))
+    saved = 1 - cost.resumed / cost.plain if cost.plain else 0.0
+    lines.append(
+        f"cost {cost.resumed:.3g} floating-point operations of scoring ({saved:.0%} saved by resuming at the edited"
+        f" block), {cost.decompositions:.3g} for {cost.n_matrices} decompositions, {cost.edits:.3g} for edits"
+    )
+    lines.append(
+        f"memory {_size(cost.stream_bytes)} for the stream at one boundary (runtime.stream_gib),"
+        f" {_size(cost.vector_bytes)} for all singular vectors (runtime.decomposition_gib)"
+    )
+    if cost.n_matrices:
+        device = pick_device(settings.model.device)
+        shape = Counter(matrix.shape for matrix in study.matrices).most_common(1)[0][0]
+        rates = measure_rates(device, TORCH_DTYPES[description.dtype], shape)
+        lines.append(
+            f"time {_duration(cost.seconds(rates))} at least, on {device.type} at {rates.product / 1e9:.3g} GFLOP/s as"
+            " measured now for large products; real forward passes are slower (experiments/speed)"
+        )
+    if settings.runtime.precision == "adaptive":
+        lines.append("precision adaptive: that is the most that it can cost, as a cell stops once its delta is decided")
+    lines.append(f"order baseline, then by first edited block: {_some(targets, 4)}")
+    return "\n".join(lines)
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**29 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _some(labels: Iterable[str], most: int = 8) -> str:
+    names = list(labels)
+    return ", ".join(names[:most]) + (f", ... {names[-1]}" if len(names) > most else "")

@@ -1,0 +1,231 @@
+"""The measuring of cells: one loaded model is edited, scored from the frontier on, and restored."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.engine.manifest import manifest_there
+from harness.engine.measurement import Context, Measured
+from harness.engine.ranks import Ranks
+from harness.errors import InputError
+from harness.evaluation.adaptive import Sampler
+from harness.evaluation.batch_size import largest_batch
+from harness.evaluation.division import LostStep
+from harness.evaluation.requests import DirectTask, ExampleScores, ScoredTask, Scores, scored_tasks
+from harness.evaluation.scoring import Scorer
+from harness.measurements.ablation.cells import Cell, group_by_ablation
+from harness.measurements.ablation.outcomes import Failed, Outcome, SampledPart, Scored
+from harness.measurements.ablation.rows import RowMaker
+from harness.measurements.ablation.units import Study
+from harness.models.decompositions import DecompositionCache, disk_cache
+from harness.models.editing import Ablation, RealisedAblation, ablated
+from harness.models.loading import LoadedModel, load, require_head
+from harness.models.memory import is_out_of_memory, release_memory
+
+SMALLER = 0.25  # size of the batches, relative to the usual one, when a cell is tried again after it ran out of memory
+
+
+class NonFiniteLoss(RuntimeError):
+    """A log-probability is not finite. The cell becomes an error row, because no mean may hide this."""
+
+
+def open_session(study: Study, ranks: Ranks, progress: bool) -> LoadedModel:
+    """Return the model of a study with its weights. Raises InputError if it cannot be loaded or lacks the head."""
+    settings = study.settings
+    if ranks.n > 1 and settings.model.device_map is not None:
+        raise InputError(
+            "model.device_map: one process holds such a model, over all devices; start one process, or leave it unset"
+        )
+    if settings.runtime.threads:
+        torch.set_num_threads(settings.runtime.threads)
+    loaded = load(settings.model, study.description, study.prepared.tokenizer, progress)
+    require_head(loaded)
+    if settings.runtime.compile:
+        for block in loaded.blocks:
+            # All blocks share one graph, in which weights are inputs, so that an edit in place needs no other graph.
+            block.forward = torch.compile(block.forward, dynamic=True)
+    return loaded
+
+
+def with_largest_batch(
+    study: Study, ranks: Ranks, progress: bool, say: Callable[[str], None]
+) -> tuple[Study, LoadedModel | None]:
+    """Return the study with a number of batch tokens, and the model if it had to be loaded to find that number.
+
+    The number is that of the manifest if there is one, else the largest that fits.
+    """
+
+    def find() -> tuple[int | None, LoadedModel | None]:
+        if not ranks.is_main:
+            return None, None
+        there = manifest_there("ablation", study.folder)
+        if there is not None:
+            return there.settings["runtime"]["batch_tokens"], None
+        loaded = open_session(study, ranks, progress)
+        found = largest_batch(loaded, scored_tasks(study.tasks), study.settings.runtime)
+        say(f"runtime.batch_tokens: {found}, the largest that fits")
+        return found, loaded
+
+    found, loaded = ranks.division().agree("finding the largest batch", find)
+    runtime = dataclasses.replace(study.settings.runtime, batch_tokens=ranks.broadcast(found))
+    return study.with_settings(dataclasses.replace(study.settings, runtime=runtime)), loaded
+
+
+def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[Measured]:
+    """Measure the baseline of every task, then the ablations in the order in which the frontier moves."""
+    run = CellRun(study, context, {cell.task for cell in cells})
+    yield from run.baselines({cell.id for cell in cells if cell.is_baseline})
+    for ablation, members in group_by_ablation([cell for cell in cells if not cell.is_baseline]):
+        context.describe(f"{ablation.target.label}: {ablation.region.label}")
+        run.advance(ablation.target.first_block)
+        yield from run.ablation(ablation, members)
+
+
+class CellRun:
+    """The state of a run over cells: the scorer with its frontier, the decompositions, and the baselines.
+
+    tasks: the names of the tasks of these cells.
+    """
+
+    def __init__(self, study: Study, context: Context, tasks: set[str]) -> None:
+        self.study, self.division, self.describe = study, context.division, context.describe
+        self.loaded: LoadedModel = context.session
+        self.runtime = study.settings.runtime
+        self.tasks = {name: task for name, task in study.tasks.items() if name in tasks}
+        scored = scored_tasks(self.tasks)
+        self.sampler = None
+        if self.runtime.precision == "adaptive":
+            batch_tokens = self.runtime.scoring().batch_tokens
+            self.sampler = Sampler(scored, self.runtime.adaptive, batch_tokens, study.settings.seed)
+            scored = self.sampler.groups(scored)
+        self.scored: dict[str, ScoredTask] = scored
+        self.scorer = Scorer(self.loaded, scored, self.runtime.scoring(), self.division)
+        disk = disk_cache(self.runtime.cache_gib, self.runtime.cache_dir)
+        self.decompose = DecompositionCache(self.loaded, int(self.runtime.decomposition_gib * 2**30), disk)
+        self.rows = RowMaker(study, self.loaded)
+        self.baseline_of: dict[str, dict[str, ExampleScores]] = {}
+
+    def baselines(self, wanted: set[str]) -> Iterator[Measured]:
+        """Measure the unedited model on every task, and yield the cells whose ids are wanted."""
+        self.describe("baseline")
+        by_task = {cell.task: cell for cell in self.study.units if cell.is_baseline}
+        for name in sorted(self.tasks):
+            started, cell = time.perf_counter(), by_task[name]
+            outcome = self.outcome(cell)
+            if isinstance(outcome, Scored):
+                self.baseline_of[name] = dict(outcome.metrics)
+            if cell.id in wanted:
+                yield self.rows.measured(cell, outcome, None, None, time.perf_counter() - started)
+
+    def advance(self, block: int) -> None:
+        """Move the frontier to a block. If memory runs out, go on without a frontier, which gives the same numbers."""
+        try:
+            self.scorer.advance(block)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # The stream of the scorer is freed here, because inside the except clause the traceback would keep its tensors.
+        del self.scorer
+        release_memory()
+        options = dataclasses.replace(self.runtime.scoring(), reuse=False)
+        self.scorer = Scorer(self.loaded, self.scored, options, self.division)
+
+    def ablation(self, ablation: Ablation, cells: Sequence[Cell]) -> Iterator[Measured]:
+        """Measure the cells of one ablation under one edit.
+
+        If the edit itself fails, in a decomposition or a region, the remaining cells become error rows and the run goes
+        on.
+        """
+        pending = list(cells)
+        with ExitStack() as undo:
+            try:
+                realised = self.division.agree("editing", lambda: undo.enter_context(self._edited(ablation)))
+            except (InputError, LostStep):
+                raise
+            except Exception as error:
+                problem = error
+            else:
+                while pending:
+                    yield self._measured(pending[0], realised)
+                    pending.pop(0)
+                return
+        for cell in pending:
+            yield self.rows.measured(cell, Failed(problem), self.baseline_of.get(cell.task), None, 0.0)
+
+    def _edited(self, ablation: Ablation) -> Any:
+        return ablated(self.loaded, ablation, self.decompose, self.runtime.edit)
+
+    def _measured(self, cell: Cell, realised: RealisedAblation) -> Measured:
+        started, baseline = time.perf_counter(), self.baseline_of.get(cell.task)
+        if baseline is None:
+            lost = "the baseline of this task failed: there is nothing to compare with"
+            outcome: Outcome = Failed(RuntimeError(lost))
+        else:
+            outcome = self.outcome(cell)
+        return self.rows.measured(cell, outcome, baseline, realised, time.perf_counter() - started)
+
+    def outcome(self, cell: Cell) -> Outcome:
+        """Measure one cell under the model's present weights.
+
+        If memory runs out, the cell is measured once more with a quarter of the batch. Raises LostStep if the processes
+        that measure the cell together are no longer at the same step.
+        """
+        try:
+            return self._measure(cell, self.scorer, cell.ablation.target.first_block)
+        except LostStep:
+            raise
+        except Exception as error:
+            if not is_out_of_memory(error):
+                return Failed(error)
+        # This is outside of the except clause, in which the traceback would keep the tensors of the failed pass.
+        release_memory()
+        used: dict[str, Any] = {}
+        try:
+            if isinstance(self.tasks[cell.task], DirectTask):
+                used["generation_batch_share"] = SMALLER
+                return dataclasses.replace(self._measure(cell, self.scorer, 0, SMALLER), used=used)
+            options = self.runtime.scoring()
+            used["batch_tokens"] = max(1, int(options.batch_tokens * SMALLER))
+            options = dataclasses.replace(options, batch_tokens=used["batch_tokens"], reuse=False)
+            scored = {cell.task: self.scored[cell.task]} if self.sampler is None else self.sampler.groups([cell.task])
+            small = self.division.agree(
+                "a smaller batch", lambda: Scorer(self.loaded, scored, options, self.division)
+            )
+            return dataclasses.replace(self._measure(cell, small, 0), used=used)
+        except LostStep:
+            raise
+        except Exception as error:
+            return Failed(error, used)
+
+    def _measure(
+        self, cell: Cell, scorer: Scorer, first_block: int, batch_share: float = 1.0
+    ) -> Scored | SampledPart:
+        """Return the scores of one cell. Raises NonFiniteLoss.
+
+        batch_share: the size of the batches of a DirectTask, relative to the usual one.
+        """
+        task = self.tasks[cell.task]
+        if isinstance(task, DirectTask):
+            return Scored(task.measure(self.loaded, self.division, batch_share))
+
+        def score(name: str) -> Scores:
+            scores = scorer.score(name, first_block)
+            bad = int((~np.isfinite(scores.logprob)).sum())
+            if bad:
+                n = len(scores.logprob)
+                raise NonFiniteLoss(f"{bad} of {n} scored tokens have a log-probability that is not finite")
+            return scores
+
+        if self.sampler is None or not self.sampler.draws(task.name):
+            return Scored(task.measure(score(task.name)))
+        if cell.is_baseline:
+            return Scored(self.sampler.measure_baseline(task.name, score))
+        return SampledPart(self.sampler.measure(task.name, score))

@@ -1,0 +1,120 @@
+"""The settings of the regions of a study: a rule with its own settings, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from harness.errors import SettingError, wrong
+from harness.settings.validation import chosen, plain
+from harness.spectral.regions import CONTROLS, RULES, Nothing, Region, RegionRule
+from harness.spectral.regions.fraction import FractionRule
+
+NO_REGION = Nothing()
+
+
+@dataclass
+class RegionSettings:
+    """The singular values that are removed.
+
+    by: the name of the rule in RULES. rule: its settings. A config has them in one group, such as
+        {by: decile, deciles: [1, 10], controls: [none]}.
+    controls: names in CONTROLS. random_seeds: the seeds of the controls that draw at random.
+    """
+
+    by: str = "fraction"
+    rule: RegionRule = field(default_factory=FractionRule)
+    controls: list[str] = field(default_factory=lambda: ["none"])
+    random_seeds: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        for control in self.controls:
+            if control not in CONTROLS:
+                raise wrong("controls", control, f"use one of {', '.join(CONTROLS)}")
+        if "lower_bulk" in self.controls and self.by != "mp":
+            raise wrong("controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
+        if self._draws() and not self.random_seeds:
+            right = "the controls random and energy_matched need at least one, for example [0]"
+            raise wrong("random_seeds", [], right)
+        for seed in self.random_seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise wrong("random_seeds", seed, "it must be at least 0")
+
+    def _draws(self) -> bool:
+        return any(CONTROLS[control].draws for control in self.controls)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings in the form of a config."""
+        return {"by": self.by, **plain(self.rule), "controls": self.controls, "random_seeds": self.random_seeds}
+
+    def unread(self) -> Iterator[SettingError]:
+        """Yield an error if there are seeds that no control reads."""
+        if self.random_seeds != [0] and not self._draws():
+            right = ("only the controls random and energy_matched read it; region.controls is"
+                     f" [{', '.join(self.controls)}]")
+            yield wrong("random_seeds", self.random_seeds, right)
+
+    def regions(self) -> list[Region]:
+        """Return the regions of a study without duplicates, with the controls last."""
+        regions = list(self.rule.regions())
+        controls = [made for name, control in CONTROLS.items() if name in self.controls
+                    for made in control.of(regions, self.random_seeds)]
+        return list(dict.fromkeys([*regions, *controls]))
+
+
+def read_region(values: Any) -> RegionSettings:
+    """Return the settings of the regions from plain values. RegionSettings are returned unchanged.
+
+    A key of a rule that was not chosen is accepted if its value is null or the default. Raises SettingError.
+    """
+    if isinstance(values, RegionSettings):
+        return values
+    if not isinstance(values, Mapping):
+        raise wrong("", values, "it must be a group of keys with values, for example {by: decile}")
+    given = {key: value for key, value in {"by": "fraction", **values}.items() if value is not None}
+    lists = {key: given.pop(key) for key in ("controls", "random_seeds") if key in given}
+    if isinstance(given.get("by"), str) and given["by"] in RULES:
+        given = _without_other_rules(given)
+    rule = chosen(RULES, "by", given)
+    return RegionSettings(given["by"], rule, **{key: _list(key, value) for key, value in lists.items()})
+
+
+def _without_other_rules(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without the keys that only other rules read. Raises SettingError if one is not the default.
+
+    Keys that no rule reads stay, because `chosen` refuses them with the names of the right ones.
+    """
+    by, kept = values["by"], {}
+    own = {"by", *_defaults(RULES[by])}
+    for key, value in values.items():
+        readers = [] if key in own else [name for name, rule in RULES.items() if key in _defaults(rule)]
+        if not readers:
+            kept[key] = value
+        elif all(value != _defaults(RULES[name])[key] for name in readers):
+            raise wrong(key, value, f"only region.by={' or '.join(readers)} reads it, here it is {by}")
+    return kept
+
+
+def _list(key: str, value: Any) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise wrong(key, value, f"it must be a list, for example [{value}]")
+    return list(value)
+
+
+def region_keys() -> dict[str, Any]:
+    """Return every key that a config of a region may have, with the value that means "not given"."""
+    default = RegionSettings()
+    keys = {"by": default.by, "controls": default.controls, "random_seeds": default.random_seeds}
+    return {**{key: None for _, rule in RULES.items() for key in _defaults(rule)}, **keys}
+
+
+def _defaults(rule: Any) -> dict[str, Any]:
+    return {one.name: _default(one) for one in fields(rule)}
+
+
+def _default(one: Field[Any]) -> Any:
+    if one.default is not MISSING:
+        return one.default
+    assert one.default_factory is not MISSING  # every setting of a rule has a default
+    return one.default_factory()

@@ -1,0 +1,349 @@
+"""The report of a study as text, Markdown, CSV and figures, from its parquet files alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.engine.manifest import in_order
+from harness.errors import InputError
+from harness.files import replacing, write_text
+from harness.measurements.ablation.summary import (
+    MeasuredMetric,
+    is_baseline,
+    measured,
+    ranked,
+    region_order,
+    target_order,
+)
+from harness.measurements.ablation.tables import TABLES, read_metrics
+from harness.optional import require
+from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.frames import rows_of
+from harness.tables.store import corrupt_parts
+from harness.tables.text import count, is_missing, markdown_cell, p_text, plus_minus, shorten, signed
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+BEST = 5  # cells that are shown of the best, and of the worst
+WIDE = 72  # a terminal with fewer columns has no room for the adjusted p-values
+TERMINAL_ROWS = 24  # a study with at most so many cells is printed completely
+MARKDOWN_ROWS, MARKDOWN_COLUMNS = 120, 24
+MAX_FIGURES = 8
+LARGE, FIGURES_OF_LARGE = 50_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
+CSV_COLUMNS = (
+    "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
+    "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
+    "q_value", "ci_low", "ci_high", "n_available", "precision", "higher_is_better", "n_removed", "energy_removed",
+    "realised_removal", "seconds",
+)  # fmt: skip
+
+# (task, metric) -> file name and caption of each figure
+Drawn = dict[tuple[str, str], list[tuple[str, str]]]
+
+
+def report(folder: str | os.PathLike, write: Callable[[str], object] = print, figures: bool = True) -> Path | None:
+    """Print the summary of a study, and write report.md, metrics.csv and PNG figures into <folder>/report/.
+
+    write: a function that prints the text. Returns the path of report.md, or None if no cell has rows yet; then nothing
+    is written. The study may be unfinished, or all its cells may have failed. Raises SchemaVersionError.
+    """
+    folder = Path(folder)
+    metrics = read_metrics(folder)
+    if metrics.empty:
+        write(f"{folder}: no cell has been measured yet")
+        return None
+    found = measured(metrics)
+    problems = _problems(folder, metrics)
+    if figures and not can_draw():
+        figures, problems = False, [*problems, NO_FIGURES]
+    out = folder / "report"
+    out.mkdir(exist_ok=True)
+    for old in out.glob("*.png"):
+        old.unlink()
+    _write_csv(metrics, found, out / "metrics.csv")
+    most = MAX_FIGURES if len(metrics) < LARGE else FIGURES_OF_LARGE
+    drawn, left_out = _draw(found, out, most) if figures else ({}, [])
+    write_text(out / "report.md", _markdown(metrics, found, problems, drawn, left_out))
+    write(terminal_summary(metrics, problems, found=found))
+    write(f"\n{out / 'report.md'}, metrics.csv and {count(sum(map(len, drawn.values())), 'figure')}")
+    return out / "report.md"
+
+
+def figure(folder: str | os.PathLike, task: str | None = None, metric: str | None = None) -> Figure:
+    """Return a figure of one metric against the removed region.
+
+    task, metric: their names; by default the first of each. Raises InputError if there is nothing to draw.
+    """
+    require("matplotlib", "plots", "a figure")
+    from harness.measurements.ablation.figures import region_figure
+
+    found = [one for one in measured(in_order(folder, read_metrics(folder), TABLES.key)) if len(one.cells)]
+    wanted = [one for one in found if task in (None, one.task) and metric in (None, one.metric)]
+    if not wanted:
+        there = ", ".join(f"{one.task}: {one.metric}" for one in found) or "nothing yet"
+        raise InputError(f"{folder}: no cells of task {task or 'any'} and metric {metric or 'any'}; measured: {there}")
+    return region_figure(wanted[0])
+
+
+# ---------------------------------------------------------------- text
+
+
+def terminal_summary(
+    metrics: pandas.DataFrame, problems: Sequence[str] = (), width: int | None = None,
+    found: Sequence[MeasuredMetric] | None = None,
+) -> str:
+    """Return the summary of the primary metrics as plain text.
+
+    problems: lines to add at the end. width: the largest number of columns, by default that of the terminal.
+    found: the result of `measured(metrics)`, if the caller has it already.
+    """
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    lines = [_headline(metrics)]
+    for one in measured(metrics) if found is None else found:
+        if not one.primary:
+            continue
+        lines += ["", f"{one.task}: {one.metric} ({_better(one)})"]
+        if one.baseline is not None:
+            lines.append(f"  baseline {plus_minus(one.baseline['value'], one.baseline['stderr'])}")
+        if one.control is not None:
+            lines.append(f"  control: {_control(one.control)}")
+        if len(one.cells) == 0:
+            continue
+        if len(one.cells) <= TERMINAL_ROWS:
+            lines += _text_table(_in_order(one.cells), width)
+        else:
+            order = ranked(one)
+            n = min(BEST, len(order) // 2)
+            lines += [f"  best {n} of {len(order)}:", *_text_table(order.head(n), width)]
+            lines += [f"  worst {n}:", *_text_table(order.tail(n)[::-1], width)]
+    if problems:
+        lines += ["", *(line[: max(width, 40)] for line in problems)]
+    return "\n".join(lines)
+
+
+def is_adaptive(rows: pandas.DataFrame) -> bool:
+    """Return whether a row was measured with adaptive precision."""
+    return bool((rows["precision"] == "adaptive").any())
+
+
+def _used(row: Any) -> str:
+    return "-" if is_missing(row.n) else f"{int(row.n)}/{int(row.n_available)}"
+
+
+def _text_table(cells: pandas.DataFrame, width: int) -> list[str]:
+    adaptive, wide = is_adaptive(cells), width >= WIDE
+    head = ("target", "region", "value", "delta", "p", *(("q",) if wide else ()), *(("n",) if adaptive else ()))
+    body = [
+        (
+            row.target,
+            row.region,
+            plus_minus(row.value, row.stderr),
+            signed(row.delta, row.delta_stderr),
+            p_text(row.p_value),
+            *((p_text(row.q_value),) if wide else ()),
+            *((_used(row),) if adaptive else ()),
+        )
+        for row in rows_of(cells)
+    ]
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    # If the table is too wide, labels are shortened, the longer one first. Numbers are never shortened.
+    while sum(widths) + 2 * len(head) > width and max(widths[:2]) > 8:
+        widths[widths.index(max(widths[:2]))] -= 1
+    lines = []
+    for row in [head, *body]:
+        labels = [shorten(row[i], widths[i]).ljust(widths[i]) for i in (0, 1)]
+        lines.append("  " + "  ".join([*labels, *(row[i].rjust(widths[i]) for i in range(2, len(head)))]))
+    return lines
+
+
+# ---------------------------------------------------------------- Markdown and CSV
+
+
+def _markdown(
+    metrics: pandas.DataFrame, found: list[MeasuredMetric], problems: Sequence[str], drawn: Drawn, left_out: list[str]
+) -> str:
+    lines = [f"# {_headline(metrics)}", "", _origin(metrics), ""]
+    lines += [f"> {line}" for line in problems] + ([""] if problems else [])
+    lines += [
+        "The number after `±` is the standard error; that of a delta is paired over the same examples. "
+        "p is the two-sided p-value of one cell alone; q is p adjusted for the number of ablations of that task and "
+        "metric (Benjamini-Hochberg): of the cells with q below 0.05, about one in twenty or fewer moved by chance. "
+        "All rows, also those of other metrics, are in [metrics.csv](metrics.csv) and in `../metrics/`.",
+        "",
+    ]
+    if is_adaptive(metrics):
+        lines += [
+            "Adaptive precision: a cell used only as many examples (`n`) as were needed to decide its delta; "
+            "metrics.csv holds the interval (`ci_low`, `ci_high`) of the delta over all examples. The p-values are "
+            "valid although the number of examples was not fixed in advance.",
+            "",
+        ]
+    for one in found:
+        figures = drawn.get((one.task, one.metric), [])
+        if not one.primary and not figures:
+            continue
+        lines += [f"## {one.task}: {one.metric} ({_better(one)})", ""]
+        if one.baseline is not None:
+            baseline = plus_minus(one.baseline["value"], one.baseline["stderr"])
+            over = "" if is_missing(one.baseline["n"]) else f" over {int(one.baseline['n'])} examples"
+            lines += [f"Baseline: **{baseline}**{over}.", ""]
+        if one.control is not None:
+            lines += [f"Control: {_control(one.control)}.", ""]
+        if len(one.cells):
+            if one.primary:
+                order = ranked(one)
+                n = min(BEST, len(order))
+                lines += [f"Best {n} of {len(order)} ablations:", "", *_markdown_cells(order.head(n)), ""]
+                lines += [f"Worst {n}:", "", *_markdown_cells(order.tail(n)[::-1]), ""]
+            lines += _pivot(one)
+        for name, caption in figures:
+            lines += [f"![{caption}]({name})", ""]
+    if left_out:
+        n = sum(map(len, drawn.values()))
+        lines += [f"Only {count(n, 'figure')} drawn; not drawn: {', '.join(left_out)}.", ""]
+    return "\n".join(lines)
+
+
+def _markdown_cells(cells: pandas.DataFrame) -> list[str]:
+    adaptive = is_adaptive(cells)
+    lines = ["| target | region | value | delta | p | q |", "|---|---|--:|--:|--:|--:|"]
+    if adaptive:
+        lines = [lines[0] + " n |", lines[1] + "--:|"]
+    for row in rows_of(cells):
+        value = plus_minus(row.value, row.stderr)
+        delta = signed(row.delta, row.delta_stderr)
+        chances = f"{p_text(row.p_value)} | {p_text(row.q_value)}"
+        line = f"| {markdown_cell(row.target)} | {markdown_cell(row.region)} | {value} | {delta} | {chances} |"
+        lines.append(f"{line} {_used(row)} |" if adaptive else line)
+    return lines
+
+
+def _pivot(one: MeasuredMetric) -> list[str]:
+    targets, regions = target_order(one.cells), region_order(one.cells)
+    if len(targets) > MARKDOWN_ROWS or len(regions) > MARKDOWN_COLUMNS:
+        return [f"{len(targets)} targets x {len(regions)} regions: too many for a table here, see metrics.csv.", ""]
+    texts = {
+        (row.target, row.region): plus_minus(row.value, row.stderr)
+        for row in rows_of(one.cells[["target", "region", "value", "stderr"]])
+    }
+    lines = ["| target | " + " | ".join(map(markdown_cell, regions)) + " |", "|---" + "|--:" * len(regions) + "|"]
+    for target in targets:
+        lines.append(f"| {markdown_cell(target)} | " + " | ".join(texts.get((target, r), "") for r in regions) + " |")
+    return [*lines, ""]
+
+
+def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Path) -> None:
+    import pandas
+    import pyarrow as pa
+    import pyarrow.csv
+
+    q_values = [one.cells["q_value"] for one in found]
+    metrics = metrics.assign(q_value=pandas.concat(q_values) if q_values else math.nan)
+    table = pa.Table.from_pandas(metrics[list(CSV_COLUMNS)], preserve_index=False)
+    with replacing(path) as temporary:
+        pyarrow.csv.write_csv(table, temporary)
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _control(control: pandas.Series) -> str:
+    delta, n = control["delta"], int(control["n_matrices"])
+    moved = "unknown" if is_missing(delta) else f"{delta:.3g}"
+    return f"decomposing {n} {'matrix' if n == 1 else 'matrices'} and removing nothing changes it by {moved}"
+
+
+def _headline(metrics: pandas.DataFrame) -> str:
+    cells = metrics.drop_duplicates("cell_id")
+    failed = metrics.loc[metrics["status"] == "error", "cell_id"].nunique()
+    models = ", ".join(sorted(set(cells["model"])))
+    baselines = int(is_baseline(cells).sum())
+    return (
+        f"Study {', '.join(sorted(set(cells['study_id'])))} of {models}: "
+        f"{count(len(cells) - baselines, 'ablation')}, {count(baselines, 'baseline')}, {failed} failed"
+    )
+
+
+def _origin(metrics: pandas.DataFrame) -> str:
+    names = {"dtype": "", "device": "", "edit": "edit ", "harness_version": "harness ", "git_commit": "commit ",
+             "torch_version": "torch ", "transformers_version": "transformers ", "hostname": "on "}  # fmt: skip
+    parts = []
+    for column, prefix in names.items():
+        values = sorted(set(metrics[column].dropna()))
+        if values:
+            parts.append(prefix + ", ".join(values[:4]) + (", ..." if len(values) > 4 else ""))
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _problems(folder: Path, metrics: pandas.DataFrame) -> list[str]:
+    lines = []
+    errors = metrics[metrics["status"] == "error"]
+    if len(errors):
+        text = (errors["error"].iloc[0] or "").strip()
+        n = errors["cell_id"].nunique()
+        lines.append(f"{count(n, 'cell')} failed; the first: {text.splitlines()[-1] if text else 'unknown'}")
+    damaged = corrupt_parts(folder, TABLES)
+    if damaged:
+        lines.append(
+            f"{count(len(damaged), 'damaged file')}, such as {damaged[0].path}: run the study again to replace them"
+        )
+    return lines
+
+
+def _draw(found: list[MeasuredMetric], out: Path, most: int) -> tuple[Drawn, list[str]]:
+    """Draw at most `most` figures. Return them, and the names of the metrics that were not drawn.
+
+    The primary metrics of all tasks are drawn first, then their second metrics, and so on.
+    """
+    from harness.measurements.ablation.figures import has_heat_map, heat_map_figure, region_figure
+
+    drawn: Drawn = {}
+    left_out: list[str] = []
+    n = 0
+    # Metrics are drawn in the order of their rank within their task, so that no task takes all the figures.
+    rank_in_task = {id(one): i for one, i in zip(found, _rank_in_task(found))}
+    for one in sorted(found, key=lambda one: rank_in_task[id(one)]):
+        if not len(one.cells):
+            continue
+        heat = has_heat_map(one)
+        if n + 1 + heat > most:
+            left_out.append(f"{one.task} {one.metric}")
+            continue
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{one.task}-{one.metric}")
+        region_figure(one, out / f"{stem}-regions.png")
+        figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region")]
+        if heat:
+            shown = heat_map_figure(one, out / f"{stem}-blocks.png")
+            figures.append(
+                (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {', '.join(shown)}")
+            )
+        drawn[one.task, one.metric] = figures
+        n += len(figures)
+    return drawn, left_out
+
+
+def _rank_in_task(found: list[MeasuredMetric]) -> list[int]:
+    seen: dict[str, int] = {}
+    ranks = []
+    for one in found:
+        ranks.append(seen.get(one.task, 0))
+        seen[one.task] = ranks[-1] + 1
+    return ranks
+
+
+def _in_order(cells: pandas.DataFrame) -> pandas.DataFrame:
+    targets = {label: i for i, label in enumerate(target_order(cells))}
+    regions = {label: i for i, label in enumerate(region_order(cells))}
+    return cells.assign(_t=cells["target"].map(targets), _r=cells["region"].map(regions)).sort_values(["_t", "_r"])
+
+
+def _better(one: MeasuredMetric) -> str:
+    return f"{'higher' if one.higher_is_better else 'lower'} is better"

@@ -1,0 +1,175 @@
+"""Make the rows of the tables `metrics` and `examples` from the outcome of a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.engine.measurement import Measured
+from harness.engine.run import error_row
+from harness.evaluation.adaptive import Sampled
+from harness.evaluation.requests import ExampleScores
+from harness.evaluation.statistics import estimate, paired
+from harness.measurements.ablation.cells import Cell, numeric_settings
+from harness.measurements.ablation.outcomes import Failed, Outcome, Scored
+from harness.measurements.ablation.units import Study
+from harness.models.editing import RealisedAblation
+from harness.models.loading import LoadedModel
+
+Baseline = Mapping[str, ExampleScores]
+
+
+class RowMaker:
+    """Makes rows from outcomes. It computes once the columns that are the same for all cells of a study."""
+
+    def __init__(self, study: Study, loaded: LoadedModel) -> None:
+        self.tasks = study.tasks
+        self.keep_examples = study.settings.runtime.examples
+        settings, description = study.settings, study.description
+        device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "cpu"
+        self.common: dict[str, Any] = {
+            "study_id": study.id,
+            "model": settings.model.name,
+            "revision": settings.model.revision,
+            "gguf_file": settings.model.gguf_file,
+            "model_digest": description.identity.get("digest") or description.identity.get("revision"),
+            "model_type": description.config.model_type,
+            "dtype": description.dtype,
+            "n_blocks": len(loaded.blocks),
+            "edit": settings.runtime.edit,
+            "settings": json.dumps(numeric_settings(settings, description), sort_keys=True),
+            "seed": settings.seed,
+            "precision": "exact",
+            "rank": int(os.environ.get("RANK", 0)),
+            "device": device,
+        }
+        self.block_of = {matrix.name: matrix.block for matrix in loaded.matrices}
+        self.type_of = {matrix.name: matrix.layer_type for matrix in loaded.matrices}
+
+    def measured(
+        self, cell: Cell, outcome: Outcome, baseline: Baseline | None, realised: RealisedAblation | None,
+        seconds: float,
+    ) -> Measured:
+        """Return the rows of a cell.
+
+        If one metric is not a finite number, its row is an error row and the other rows are not. If no rows can be made
+        from an outcome, the cell becomes an error row.
+        """
+        described = {**self._describe(cell, realised), "seconds": seconds}
+        if outcome.used:
+            described["settings"] = json.dumps({**json.loads(described["settings"]), **outcome.used}, sort_keys=True)
+        failed = outcome.error if isinstance(outcome, Failed) else None
+        if not isinstance(outcome, Failed):
+            try:
+                return Measured(cell, self._rows(cell, outcome, baseline, described), {**described, "metric": "all"})
+            except Exception as error:
+                failed = error
+        assert failed is not None
+        row = error_row(described, failed)
+        rows = [{**row, "metric": name} for name in (baseline or ["all"])]
+        return Measured(cell, {"metrics": rows}, {**described, "metric": "all"})
+
+    def _describe(self, cell: Cell, realised: RealisedAblation | None) -> dict[str, Any]:
+        target, region = cell.ablation.target, cell.ablation.region
+        blocks = sorted({self.block_of[name] for name in target.matrices})
+        types = list(dict.fromkeys(self.type_of[name] for name in target.matrices))
+        return {
+            **self.common,
+            "cell_id": cell.id,
+            "task": cell.task,
+            "protocol": json.dumps(dict(self.tasks[cell.task].protocol), sort_keys=True, default=str),
+            "target": target.label,
+            "target_kind": target.kind,
+            "block": target.block,
+            "layer_type": target.layer_type,
+            "blocks": _ranges(blocks) or None,
+            "layer_types": ",".join(types) or None,
+            "n_matrices": len(target.matrices),
+            "region": "none" if cell.is_baseline else region.label,
+            "region_by": None if cell.is_baseline else region.by,
+            "region_kind": None if cell.is_baseline else region.kind,
+            "region_seed": getattr(region, "seed", None),
+            **(dataclasses.asdict(realised) if realised else {}),
+        }
+
+    def _rows(
+        self, cell: Cell, outcome: Any, baseline: Baseline | None, described: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if isinstance(outcome, Scored):
+            rows = [_row(described, name, scores, baseline) for name, scores in outcome.metrics.items()]
+            scores, used = outcome.metrics, None
+        else:
+            sampled = outcome.sampled
+            rows = [_sampled_row(described, name, sampled) for name in sampled.metrics]
+            scores, used = sampled.scores, sampled.used
+        if not self.keep_examples:
+            return {"metrics": rows}
+        return {"metrics": rows, "examples": self._examples(described, cell, scores, used)}
+
+    def _examples(
+        self, described: Mapping[str, Any], cell: Cell, outcome: Mapping[str, ExampleScores], used: np.ndarray | None
+    ) -> dict[str, Any]:
+        ids = np.asarray(self.tasks[cell.task].example_ids, dtype=object)
+        ids = ids if used is None else ids[used]
+        return {
+            "study_id": described["study_id"],
+            "cell_id": cell.id,
+            "task": cell.task,
+            "metric": [name for name in outcome for _ in range(len(ids))],
+            "example_id": np.tile(ids, len(outcome)),
+            "score": np.concatenate([scores.score for scores in outcome.values()]),
+            "weight": np.concatenate([scores.weight for scores in outcome.values()]),
+        }
+
+
+def _row(described: Mapping[str, Any], name: str, scores: ExampleScores, baseline: Baseline | None) -> dict[str, Any]:
+    value = estimate(scores)
+    if not math.isfinite(value.value):
+        return _not_finite(described, name, value.value)
+    row = {
+        **described, "metric": name, "status": "ok", "value": value.value, "stderr": value.stderr, "n": value.n,
+        "n_available": value.n, "higher_is_better": scores.higher_is_better,
+    }
+    unedited = None if baseline is None else estimate(baseline[name]).value
+    if baseline is not None and unedited is not None and math.isfinite(unedited):
+        delta = paired(scores, baseline[name])
+        row |= {"baseline": unedited, "delta": delta.delta, "delta_stderr": delta.stderr, "p_value": delta.p_value}
+    return row
+
+
+def _sampled_row(described: Mapping[str, Any], name: str, sampled: Sampled) -> dict[str, Any]:
+    found = dataclasses.asdict(sampled.metrics[name])
+    if not math.isfinite(found["value"]):
+        return _not_finite(described, name, found["value"])
+    if not math.isfinite(found["baseline"]):
+        found |= dict.fromkeys(("baseline", "delta", "delta_stderr", "p_value"))
+        found |= dict.fromkeys(("low", "high"), math.nan)
+    ends = {f"ci_{end}": found.pop(end) for end in ("low", "high")}
+    return {
+        **described, **found, "metric": name, "status": "ok", "precision": "adaptive",
+        "higher_is_better": sampled.scores[name].higher_is_better,
+        # An infinite end of the interval becomes null.
+        **{key: end if math.isfinite(end) else None for key, end in ends.items()},
+    }
+
+
+def _not_finite(described: Mapping[str, Any], metric: str, value: float) -> dict[str, Any]:
+    return {**described, "metric": metric, "status": "error", "error": f"{metric} is {value}: not a finite number"}
+
+
+def _ranges(blocks: list[int]) -> str:
+    """Return ascending numbers as ranges: "0-2,5" for [0, 1, 2, 5]."""
+    parts: list[list[int]] = []
+    for block in blocks:
+        if parts and block == parts[-1][-1] + 1:
+            parts[-1].append(block)
+        else:
+            parts.append([block])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -1,0 +1,49 @@
+"""The settings of a study: the model, the matrices, the regions that are removed from them, and the tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from harness.engine.settings import ClusterSettings
+from harness.errors import SettingError, wrong
+from harness.evaluation.settings import RuntimeSettings
+from harness.measurements.ablation.region_settings import RegionSettings, read_region, region_keys
+from harness.models.settings import ModelSettings
+from harness.models.targets import TargetSettings
+from harness.settings.constraints import ReadBy, at_least
+from harness.settings.output import require_folder
+from harness.tasks.registry import tasks_of
+from harness.tasks.settings import Task
+
+CONFIG = "config"  # conf/config.yaml
+
+
+@dataclass
+class StudySettings:
+    """The settings of a study. Each group of YAML files in conf/ fills the field of its name."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    target: TargetSettings = field(default_factory=TargetSettings)
+    region: Annotated[RegionSettings, ReadBy(read_region, region_keys)] = field(default_factory=RegionSettings)
+    tasks: Annotated[dict[str, Task], ReadBy(tasks_of)] = field(default_factory=dict)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    output: str | None = None  # folder of the study; null: results/<model>-<study id>
+    seed: Annotated[int, at_least(0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.runtime.compile and self.model.device_map is not None:
+            raise wrong("runtime.compile", True, "it needs the whole model on one device; leave model.device_map unset")
+
+
+Settings = StudySettings
+
+
+def check(settings: StudySettings) -> None:
+    """Raise InputError if settings that are to be run lack a model or a task, or their folder cannot be written."""
+    settings.model.require_name()
+    settings.model.require_attention()
+    if not settings.tasks:
+        raise SettingError("task", "[] is wrong; choose at least one, for example task=wikitext or task=[ioi,lambada]")
+    require_folder(settings.output)

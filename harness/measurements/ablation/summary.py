@@ -1,0 +1,125 @@
+"""A summary of the table of metrics: its tasks and metrics, baselines, best and worst cells, and the order of labels.
+
+All functions take the DataFrame that `read_metrics` returns, or a part of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.tables.frames import rows_of
+from harness.tables.text import is_missing, layer_key
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class MeasuredMetric:
+    """One metric of one task. Rows with errors are left out.
+
+    primary: whether it is the first metric of the task.
+    baseline: the row of the unablated model, or None.
+    control: the row of the control that decomposes every matrix and removes nothing, or None.
+    cells: the rows of the ablations. Their column q_value holds the p-values adjusted for the false discovery rate
+        among all these rows (Benjamini and Hochberg 1995), and NaN for a row without p-value.
+    """
+
+    task: str
+    metric: str
+    primary: bool
+    higher_is_better: bool
+    baseline: pandas.Series | None
+    control: pandas.Series | None
+    cells: pandas.DataFrame
+
+
+def is_baseline(metrics: pandas.DataFrame) -> pandas.Series[bool]:
+    """Return for each row whether it is of the unablated model."""
+    return metrics["target_kind"] == "baseline"
+
+
+def removes_nothing(metrics: pandas.DataFrame) -> pandas.Series[bool]:
+    """Return for each row whether it is of the control that decomposes every matrix and removes nothing."""
+    return metrics["target_kind"] == "control"
+
+
+def measured(metrics: pandas.DataFrame) -> list[MeasuredMetric]:
+    """Return the metrics that have at least one row without error, ordered by task and with primary metrics first."""
+    ok = metrics[metrics["status"] == "ok"]
+    found: list[MeasuredMetric] = []
+    for task, rows in ok.groupby("task", sort=True):
+        # The rows of a cell are in the order in which the task gave its metrics, with the primary metric first.
+        for metric, of_metric in rows.groupby("metric", sort=False):
+            mask, control = is_baseline(of_metric), removes_nothing(of_metric)
+            better = of_metric["higher_is_better"].dropna()
+            found.append(
+                MeasuredMetric(
+                    task=str(task),
+                    metric=str(metric),
+                    primary=not any(m.task == task for m in found),
+                    higher_is_better=bool(better.iloc[0]) if len(better) else True,
+                    baseline=of_metric[mask].iloc[0] if mask.any() else None,
+                    control=of_metric[control].iloc[0] if control.any() else None,
+                    cells=_with_q_value(of_metric[~mask & ~control]),
+                )
+            )
+    return found
+
+
+def _with_q_value(cells: pandas.DataFrame) -> pandas.DataFrame:
+    p, q = cells["p_value"], cells["p_value"].astype(float)
+    if p.notna().any():
+        from scipy.stats import false_discovery_control
+
+        q[p.notna()] = false_discovery_control(p[p.notna()].astype(float))
+    return cells.assign(q_value=q)
+
+
+def target_order(rows: pandas.DataFrame) -> list[str]:
+    """Return the labels of the targets ordered by block, then layer type, then label."""
+    targets = rows.drop_duplicates("target")
+
+    def key(row: Any) -> tuple[Any, ...]:
+        no_block, no_type = is_missing(row.block), is_missing(row.layer_type)
+        kind = layer_key("" if no_type else row.layer_type)
+        return (no_block, 0 if no_block else row.block, no_type, kind, row.target)
+
+    return [row.target for row in sorted(rows_of(targets[["target", "block", "layer_type"]]), key=key)]
+
+
+def region_order(rows: pandas.DataFrame) -> list[str]:
+    """Return the labels of the regions from the largest to the smallest singular values, with the controls last."""
+    columns = ["region", "region_kind", "region_by", "fraction_start", "fraction_stop"]
+    # The bounds of a region differ slightly between matrices of different shapes. Those of the first target are taken.
+    regions = rows[columns].drop_duplicates("region")
+
+    def key(row: Any) -> tuple[Any, ...]:
+        control = 0 if row.region_by != "control" else 1 if row.region_kind == "none" else 2
+        start = 0.0 if is_missing(row.fraction_start) else row.fraction_start
+        stop = 1.0 if is_missing(row.fraction_stop) else row.fraction_stop
+        return (control, "" if control == 0 else row.region_kind, start + stop, stop, _natural(row.region))
+
+    return [row.region for row in sorted(rows_of(regions), key=key)]
+
+
+def is_control(rows: pandas.DataFrame) -> set[str]:
+    """Return the labels of the regions that are controls."""
+    return set(rows.loc[rows["region_by"] == "control", "region"])
+
+
+def ranked(one: MeasuredMetric) -> pandas.DataFrame:
+    """Return the cells from the best to the worst delta, without those that remove nothing.
+
+    If no cell has a delta, they are ordered by value.
+    """
+    cells = one.cells[one.cells["region_kind"] != "none"]
+    by = "delta" if cells["delta"].notna().any() else "value"
+    return cells.dropna(subset=[by]).sort_values(by, ascending=not one.higher_is_better, kind="stable")
+
+
+def _natural(label: str) -> list:
+    return [(0, float(p), "") if re.fullmatch(r"[\d.]*\d[\d.]*", p) and p.count(".") < 2 else (1, 0.0, p)
+            for p in re.split(r"(\d+(?:\.\d+)?)", label) if p]  # fmt: skip

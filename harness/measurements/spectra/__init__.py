@@ -1,0 +1,1 @@
+"""The measurement of spectra: the singular values and vectors of every matrix, compared with random matrices."""

@@ -1,0 +1,173 @@
+"""The report of spectra as text, CSV and figures, from the tables alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import InputError
+from harness.files import write_text
+from harness.measurements.spectra.figures import checkpoint_figure, outlier_figure, overlap_figure, spectrum_figure
+from harness.measurements.spectra.tables import read_spectra
+from harness.optional import require
+from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.text import aligned, count
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+CSV_FORMAT = "%.6g"  # the parquet files have all digits
+CSV_LEFT_OUT = ("error", "covariance", "hostname", "started_at", "seconds_decomposition", "seconds_statistics")
+
+
+def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path:
+    """Print a summary by layer type, and write spectra.md, CSV files and PNG figures into <folder>/report/.
+
+    summary.csv has one row per layer type, matrices.csv one row per matrix. write: a function that prints the text.
+    Returns the path of spectra.md. Raises SchemaVersionError.
+    """
+    folder = Path(folder)
+    out = folder / "report"
+    out.mkdir(exist_ok=True)
+    for old in out.glob("*.png"):
+        old.unlink()
+    matrices = read_spectra(folder, "matrices")
+    failed = matrices[matrices["status"] != "ok"]
+    ok = matrices[matrices["status"] == "ok"].drop(columns=["status", "error"])
+    problems = [f"failed: {label(row)} {row['matrix']}: {row['error'].splitlines()[-1]}"
+                for _, row in failed.iterrows()]
+    ok.drop(columns=[name for name in CSV_LEFT_OUT if name in ok]).to_csv(
+        out / "matrices.csv", index=False, float_format=CSV_FORMAT
+    )
+    summary = summarise(ok)
+    summary.to_csv(out / "summary.csv", index=False, float_format=CSV_FORMAT)
+    figures = _draw(folder, ok, out) if can_draw() else []
+    problems += [] if can_draw() else [NO_FIGURES]
+    lines = ["# Spectra", "", *_headline(ok), "", *_markdown_table(summary), ""]
+    lines += [f"- {problem}" for problem in problems]
+    lines += [line for figure in figures for line in (f"![{figure}]({figure})", "")]
+    write_text(out / "spectra.md", "\n".join(lines))
+    write("\n".join([*_headline(ok), "", *_text_table(summary), *problems]))
+    write(f"\n{out / 'spectra.md'}, summary.csv, matrices.csv and {count(len(figures), 'figure')}")
+    return out / "spectra.md"
+
+
+def figure(folder: str | os.PathLike, weights: str | None = None) -> Figure:
+    """Return a figure of the singular values of single matrices and the Marchenko-Pastur law.
+
+    weights: "trained", "random" or the name of a checkpoint; by default the first weights in the table. Raises
+    InputError if there is nothing to draw.
+    """
+    require("matplotlib", "plots", "a figure")
+    matrices = read_spectra(folder, "matrices")
+    matrices = matrices[matrices["status"] == "ok"]
+    labels = [label(row) for _, row in matrices.iterrows()]
+    chosen = weights or (labels[0] if labels else None)
+    rows = matrices[[one == chosen for one in labels]]
+    if rows.empty:
+        raise InputError(f"{folder}: no matrices of weights {chosen!r}; measured: {', '.join(dict.fromkeys(labels))}")
+    values = read_spectra(folder, "singular_values")
+    values = values[values["spectrum_id"].isin(rows["spectrum_id"])]
+    return spectrum_figure(rows, values, None, f"{Path(rows['model'].iloc[0]).name}, {chosen}")
+
+
+def label(row: Any) -> str:
+    """Return the weights of a row: the name of the checkpoint, "trained" or "random"."""
+    checkpoint = row["checkpoint"]  # NaN instead of None if the whole column is null
+    return "random" if row["init"] == "random" else checkpoint if isinstance(checkpoint, str) else "trained"
+
+
+def summarise(matrices: pandas.DataFrame) -> pandas.DataFrame:
+    """Return a table with one row for each layer type of each set of weights, and one for all its layer types."""
+    import pandas as pd
+
+    rows = []
+    matrices = matrices.assign(weights=[label(row) for _, row in matrices.iterrows()])
+    for weights, of_weights in matrices.groupby("weights", sort=False):
+        groups = [*of_weights.groupby("layer_type", sort=False), ("all", of_weights)]
+        for layer_type, group in groups:
+            ranks = group["rank"].sum()
+            rows.append({
+                "weights": weights,
+                "layer type": layer_type,
+                "matrices": len(group),
+                "outside %": 100 * (group["n_above"].sum() + group["n_below"].sum()) / ranks,
+                "above": int(group["n_above"].sum()),
+                "below": int(group["n_below"].sum()),
+                "KS to MP": group["ks_mp"].mean(),
+                "stable rank": group["stable_rank"].mean(),
+                "alpha": group["alpha"].median(),
+                "PT in": group["porter_thomas_input"].mean(),
+                "PT out": group["porter_thomas_output"].mean(),
+                "overlapping": group["n_overlapping"].sum(min_count=1),
+            })  # fmt: skip
+    return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+
+def _headline(matrices: pandas.DataFrame) -> list[str]:
+    if matrices.empty:
+        return ["no matrix has been measured"]
+    one = matrices.iloc[0]
+    values = int(matrices["rank"].sum())
+    lines = [
+        f"{one['model']} ({one['model_type']}, {one['dtype']}): {len(matrices)} matrices, {values} singular values",
+        f"noise by {one['estimator']}, edges {'with' if one['tracy_widom'] else 'without'} the Tracy-Widom margin",
+    ]
+    tokens = matrices["n_tokens"].dropna()
+    if len(tokens):
+        lines.append(f"activation covariance over {int(tokens.max())} tokens")
+    return lines
+
+
+def _cells(summary: pandas.DataFrame) -> list[list[str]]:
+    import pandas as pd
+
+    def text(name: str, value: Any) -> str:
+        if pd.isna(value):
+            return "-"
+        if isinstance(value, str):
+            return value
+        return {"outside %": f"{value:.2f}", "KS to MP": f"{value:.3f}", "stable rank": f"{value:.1f}",
+                "alpha": f"{value:.2f}", "PT in": f"{value:.2f}", "PT out": f"{value:.2f}"}.get(name, f"{int(value)}")
+
+    return [list(summary.columns), *([text(*pair) for pair in zip(summary.columns, row)] for row in summary.values)]
+
+
+def _text_table(summary: pandas.DataFrame) -> list[str]:
+    return aligned(_cells(summary), n_left=2)
+
+
+def _markdown_table(summary: pandas.DataFrame) -> list[str]:
+    head, *rows = _cells(summary)
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _draw(folder: Path, matrices: pandas.DataFrame, out: Path) -> list[str]:
+    """Draw the figures into the folder `out` and return their file names."""
+    if matrices.empty:
+        return []
+    values, vectors = read_spectra(folder, "singular_values"), read_spectra(folder, "vectors")
+    drawn = []
+
+    def draw(kind: str, weights: str, function: Callable[..., object], *tables: pandas.DataFrame) -> None:
+        name = f"{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '-', weights).strip('-.') or 'weights'}.png"
+        function(*tables, out / name, f"{Path(matrices['model'].iloc[0]).name}, {weights}")
+        drawn.append(name)
+
+    for _, group in matrices.groupby(["init", "checkpoint"], sort=False, dropna=False):
+        def same(table: pandas.DataFrame, group: pandas.DataFrame = group) -> pandas.DataFrame:
+            return table[table["spectrum_id"].isin(group["spectrum_id"])]
+
+        weights = label(group.iloc[0])
+        draw("spectrum", weights, spectrum_figure, group, same(values))
+        draw("outliers", weights, outlier_figure, group)
+        if group["overlap_null_mean"].notna().any():
+            draw("overlap", weights, overlap_figure, group, same(vectors))
+    if matrices["checkpoint"].nunique() > 1:
+        draw("checkpoints", "training", checkpoint_figure, matrices)
+    return drawn

@@ -1,0 +1,159 @@
+"""Compose the settings of a measurement from YAML files and overrides with Hydra, and check them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, get_type_hints
+
+from harness.errors import InputError
+from harness.settings.constraints import ReadBy
+from harness.settings.explain import Known, explain, no_name
+from harness.settings.validation import keys_of, plain, refuse_unread, validated
+
+
+class Root(Protocol):
+    """The module settings.py of a measurement, whose settings are composed.
+
+    CONFIG: the name of its YAML file in conf/. Settings: the dataclass of its settings.
+    """
+
+    CONFIG: str
+    Settings: type
+
+    def check(self, settings: Any) -> None:
+        """Check of settings what matters only if they are to be run. Raises InputError."""
+        ...
+
+
+def config_folder() -> Path:
+    """Return conf/ of the checkout, or harness/conf of an installed wheel. Raises InputError if there is neither."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise InputError(f"the configs that come with the harness are missing beside {package}; install it again")
+
+
+def groups(folder: Path | None = None) -> dict[str, list[str]]:
+    """Return the config groups of a folder, by default conf/, and the names in each group."""
+    folder = folder or config_folder()
+    return {
+        group.name: sorted(path.stem for path in group.glob("*.yaml"))
+        for group in sorted(folder.iterdir())
+        if group.is_dir() and any(group.glob("*.yaml"))
+    }
+
+
+def known_keys(kind: type) -> dict[str, Any]:
+    """Return every key that a config of these settings may have, with its default. Hydra refuses all other keys."""
+    hints, default = get_type_hints(kind, include_extras=True), kind()
+    return {key: _below(hints[key], getattr(default, key)) for key in keys_of(kind)}
+
+
+def _below(hint: Any, default: Any) -> Any:
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, ReadBy) and mark.keys is not None:
+            return mark.keys()
+    if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return known_keys(type(default))
+    return plain(default)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where settings are composed from.
+
+    root: the module whose settings these are. config_dir: a folder with the user's own config groups, which is searched
+    before conf/. others: keys, with defaults, that the YAML file may have for other measurements and that are removed
+    from the settings. keys_of_task: a function from a kind of task to its keys, for messages.
+    """
+
+    root: Root
+    config_dir: str | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+    keys_of_task: Callable[[str], Sequence[str]] | None = None
+
+    def keys(self) -> dict[str, Any]:
+        """Return the tree of all keys that may be set, with their defaults."""
+        return {**known_keys(self.root.Settings), **self.others}
+
+    def folder(self) -> Path:
+        """Return the folder of the YAML file: conf/, or CONFIG_FOLDER of a measurement of another package."""
+        return Path(getattr(self.root, "CONFIG_FOLDER", config_folder()))
+
+    def searchpath(self) -> list[str]:
+        """Return the override that tells Hydra to search other folders, too, or nothing if there are none.
+
+        Raises InputError for a config_dir that does not exist.
+        """
+        if self.config_dir is not None and not Path(self.config_dir).is_dir():
+            raise InputError(f"--config-dir: no folder {self.config_dir!r}")
+        folders = [] if self.config_dir is None else [Path(self.config_dir).resolve()]
+        if self.folder() != config_folder():
+            folders.append(config_folder())
+        return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+
+    def known(self) -> Known:
+        """Return the names that messages may suggest."""
+        folder = config_folder()
+        own = Path(self.config_dir) if self.config_dir is not None else folder
+        known = Known(self.keys(), groups(), [own / "task", folder / "task"])
+        return known if self.keys_of_task is None else dataclasses.replace(known, keys_of_task=self.keys_of_task)
+
+
+def register_schema(source: Source) -> None:
+    """Tell Hydra which keys the YAML file and its overrides may have."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=f"{source.root.CONFIG}_schema", node=source.keys())
+
+
+def compose(source: Source, overrides: Sequence[str]) -> Any:
+    """Compose conf/<root.CONFIG>.yaml with overrides in Hydra's grammar, and return the checked settings.
+
+    Raises an InputError of one line.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = [*overrides, *source.searchpath()]
+    register_schema(source)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(source.folder()), version_base="1.3"):
+            composed = hydra_compose(source.root.CONFIG, overrides=words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(explain(error, source.known(), words)) from error
+    except (ValueError, TypeError) as error:  # Hydra raises these for a group that is set to a number or to null
+        raise InputError(no_name(words, groups()) or " ".join(str(error).split())) from error
+    return settings_of(source, composed)
+
+
+def settings_of(source: Source, composed: Any) -> Any:
+    """Return the checked settings of a composed DictConfig. Raises an InputError of one line."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = re.search(r"full_key: (\S+)", str(error))
+        raise InputError(f"{key.group(1) if key else 'a key'}: must be set on the command line") from error
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error, source.known())) from error
+    return checked(source.root, {key: value for key, value in values.items() if key not in source.others})
+
+
+def checked(root: Root, values: Mapping[str, Any]) -> Any:
+    """Return the checked settings of plain values. Raises an InputError of one line."""
+    settings: Any = validated(root.Settings, values)
+    refuse_unread(settings)
+    root.check(settings)
+    return settings

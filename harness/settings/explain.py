@@ -1,0 +1,100 @@
+"""Explain an error of Hydra or OmegaConf in one line, with the most similar known name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.registry import nearest
+
+
+def _no_keys(kind: str) -> Sequence[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Known:
+    """The names that a message may suggest.
+
+    keys: the tree of known keys. groups: config group -> the names in it. task_folders: the folders with YAML files of
+    tasks. keys_of_task: a function from a kind of task to its keys.
+    """
+
+    keys: Mapping[str, Any]
+    groups: Mapping[str, Sequence[str]]
+    task_folders: Sequence[Path] = ()
+    keys_of_task: Callable[[str], Sequence[str]] = _no_keys
+
+
+def explain(error: Exception, known: Known, overrides: Sequence[str] = ()) -> str:
+    """Return one line for an error of Hydra or OmegaConf. overrides: the overrides that the user typed."""
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    text = "\n".join(chain)
+    not_there = re.search(r"Key '([^']+)' (?:is not in struct|not in '[^']+')", text)
+    if not_there:
+        full = re.search(r"full_key: (\S+)", text)
+        key = full.group(1) if full else not_there.group(1)
+        if key.startswith("tasks."):
+            return _task_key(key, known, overrides)
+        here = _keys_below(key.rpartition(".")[0], known.keys)
+        near = nearest(key.rpartition(".")[2], here)
+        return f"{key}: unknown key; {near}known here: {', '.join(here) or 'see the YAML file of that group'}"
+    no_file = re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text)
+    if no_file:
+        group, name = no_file.groups()
+        # Hydra lists no options for a name in a list of names
+        options = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
+        there = options.group(1).split() if options else known.groups.get(group, [])
+        return f"{group}: there is no {name!r}; {nearest(name, list(there))}there are {', '.join(there)}"
+    full = re.search(r"full_key: (\S+)", text)
+    if full:
+        reason = next(line for line in reversed(chain) if "full_key" in line).splitlines()[0]
+        return f"{full.group(1)}: {reason}"
+    return " ".join(chain[0].split())
+
+
+def no_name(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
+    """Return one line for the first override that has no key, or that sets a group to a number, null, true or false.
+
+    None if there is no such override. groups: config group -> the names in it.
+    """
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if not key:
+            return f"{override!r}: not a setting; give key=value"
+        names = [name.strip() for name in value.strip("[]").split(",")]
+        if key in groups and any(re.fullmatch(r"[-+.\d]+|null|true|false", name) for name in names):
+            return f"{key}: {value!r} is wrong; there are {', '.join(groups[key])}"
+    return None
+
+
+def _keys_below(prefix: str, keys: Mapping[str, Any]) -> list[str]:
+    node: Any = keys
+    for part in filter(None, prefix.split(".")):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return list(node) if isinstance(node, Mapping) else []
+
+
+def _task_key(key: str, known: Known, overrides: Sequence[str]) -> str:
+    """Return one line for an unknown key below `tasks`."""
+    _, name, *inside = key.split(".")
+    there = [file for file in (folder / f"{name}.yaml" for folder in known.task_folders) if file.is_file()]
+    if not inside:
+        if there:
+            return f"{key}: not a task of these settings; choose it with task={name}, or task=[...,{name}]"
+        near = nearest(name, list(known.groups["task"]))
+        return f"{key}: no such task in these settings; {near}choose one with task=..., or add +{key}.kind=..."
+    given = [override.partition("=")[2] for override in overrides if override.startswith(f"+tasks.{name}.kind=")]
+    kinds = given or [line.split()[1] for file in there for line in file.read_text().splitlines()
+                      if line.startswith("kind: ")]
+    here = list(known.keys_of_task(kinds[0])) if kinds else []
+    if inside[0] in here:
+        return f"{key}: not set so far; add it with +{key}=..."
+    return f"{key}: unknown key; {nearest(inside[0], here)}known here: {', '.join(here) or 'see docs/tasks.md'}"

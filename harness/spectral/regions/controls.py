@@ -1,0 +1,162 @@
+"""Control regions: removals that show how much of an effect any other removal would have had.
+
+Every control but `none` has a reference: the region with whose effect it is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from harness.spectral.regions.marchenko_pastur import MarchenkoPastur
+from harness.spectral.regions.region import Region, select, stretch
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Decompose every matrix and remove nothing: any change of a metric is then an error of the harness."""
+
+    by: ClassVar[str] = "control"
+    kind: ClassVar[str] = "none"
+    label: ClassVar[str] = "none"
+    rank_only: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[Nothing]:
+        """Return one control for all regions."""
+        return [cls()]
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return stretch(0, 0)
+
+
+@dataclass(frozen=True)
+class Random:
+    """As many values as the reference picks, at random positions.
+
+    The draw depends only on the seed, the shape of the matrix and the number of values.
+    """
+
+    reference: Region
+    seed: int
+    by: ClassVar[str] = "control"
+    kind: ClassVar[str] = "random"
+    draws: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[Random]:
+        """Return one control for each seed and region."""
+        return [cls(region, seed) for seed in seeds for region in regions]
+
+    @property
+    def label(self) -> str:
+        return f"random ({self.reference.label}) seed {self.seed}"
+
+    @property
+    def rank_only(self) -> bool:
+        return self.reference.rank_only
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        count = len(select(self.reference, sigma, shape))
+        return _shuffled(self.seed, shape, count)[:count].sort().values
+
+
+@dataclass(frozen=True)
+class EnergyMatched:
+    """Values at random positions that hold about as much of the squared Frobenius norm as those of the reference.
+
+    A greedy draw finds them: see `_match_energy`.
+    """
+
+    reference: Region
+    seed: int
+    by: ClassVar[str] = "control"
+    kind: ClassVar[str] = "energy_matched"
+    rank_only: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[EnergyMatched]:
+        """Return one control for each seed and region."""
+        return [cls(region, seed) for seed in seeds for region in regions]
+
+    @property
+    def label(self) -> str:
+        return f"energy_matched ({self.reference.label}) seed {self.seed}"
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        assert sigma is not None
+        reference = select(self.reference, sigma, shape)
+        energies = sigma.detach().cpu().to(torch.float64) ** 2
+        return _match_energy(energies, reference, _shuffled(self.seed, shape, len(reference)))
+
+
+@dataclass(frozen=True)
+class LowerBulk:
+    """As many values as the reference picks, from the lower end of the Marchenko-Pastur bulk of the same matrix.
+
+    The reference is a region of outliers by mp. This control removes equally many small values that the null model
+    explains, or the whole bulk where that has fewer. Raises ValueError for a reference by another rule.
+    """
+
+    reference: Region
+    by: ClassVar[str] = "control"
+    kind: ClassVar[str] = "lower_bulk"
+    rank_only: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reference, MarchenkoPastur):
+            raise ValueError("control 'lower_bulk' needs a reference region by mp")
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[LowerBulk]:
+        """Return one control for each region of outliers."""
+        return [cls(region) for region in regions if region.kind in ("above", "below")]
+
+    @property
+    def label(self) -> str:
+        return f"lower_bulk ({self.reference.label})"
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        assert sigma is not None and isinstance(self.reference, MarchenkoPastur)
+        start, stop = self.reference.bulk(sigma, shape)
+        return stretch(max(start, stop - len(select(self.reference, sigma, shape))), stop)
+
+
+# Name in region.controls -> its class. A study measures them after its regions, in this order.
+CONTROLS: dict[str, Any] = {
+    "random": Random, "energy_matched": EnergyMatched, "lower_bulk": LowerBulk, "none": Nothing,
+}  # fmt: skip
+
+
+def _shuffled(seed: int, shape: tuple[int, int], count: int) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}:{shape[0]}x{shape[1]}:{count}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randperm(min(shape), generator=generator)
+
+
+def _match_energy(energies: Tensor, reference: Tensor, order: Tensor) -> Tensor:
+    """Take values in the given random order as long as they fit, then one more if the sum is then nearer to the target.
+
+    energies: float64 [r], the squared singular values. The target is the sum of those at `reference`.
+    """
+    target = float(energies[reference].sum())
+    chosen, rest, total = [], [], 0.0
+    for index, energy in zip(order.tolist(), energies[order].tolist()):
+        if total + energy <= target:
+            chosen.append(index)
+            total += energy
+        else:
+            rest.append(index)
+    if rest and chosen != reference.tolist():
+        nearest = min(rest, key=lambda index: abs(target - total - float(energies[index])))
+        if abs(target - total - float(energies[nearest])) < target - total:
+            chosen.append(nearest)
+    return torch.tensor(sorted(chosen), dtype=torch.int64)

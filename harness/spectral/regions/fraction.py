@@ -1,0 +1,59 @@
+"""Regions by fraction of the rank: the largest, the middle or the smallest values, or any interval.
+
+A fraction f of the rank r stands for the position floor(f r + 1e-9), whether a region begins or ends there. Adjacent
+regions therefore neither overlap nor leave a gap.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from harness.spectral.regions.region import stretch
+from harness.spectral.regions.sizes import SizedRule, check_sized, short, size_bounds
+
+
+def boundary(fraction: float, rank: int) -> int:
+    """Return the position at a fraction of the rank. With the 1e-9, 0.29 of 100 is 29 in spite of rounding."""
+    return math.floor(fraction * rank + 1e-9)
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """The values in [start, stop) of the rank, counted from the largest value.
+
+    kind: "large", "bulk", "small" or "interval"; it only changes the label. Raises ValueError unless
+    0 <= start < stop <= 1.
+    """
+
+    kind: str
+    start: float
+    stop: float
+    by: ClassVar[str] = "fraction"
+    rank_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_sized(self)
+
+    @classmethod
+    def of_size(cls, kind: str, size: float) -> Fraction:
+        """Return the region of a kind and a size, a fraction of the rank; bounds and errors as in `size_bounds`."""
+        return cls(kind, *size_bounds(kind, size))
+
+    @property
+    def label(self) -> str:
+        size = f"{short(self.start)}:{short(self.stop)}" if self.kind == "interval" else short(self.stop - self.start)
+        return f"{self.kind} {size}"
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return stretch(*(boundary(fraction, min(shape)) for fraction in (self.start, self.stop)))
+
+
+@dataclass
+class FractionRule(SizedRule):
+    """The largest, middle or smallest values, by fraction of the rank."""
+
+    region_type: ClassVar[type] = Fraction

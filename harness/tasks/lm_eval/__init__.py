@@ -1,0 +1,1 @@
+"""The adapter to lm-evaluation-harness, which takes its tasks, prompts, filters and metrics but not its models."""

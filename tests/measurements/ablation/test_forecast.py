@@ -1,0 +1,124 @@
+"""What a plan promises against what torch counts when the study runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.engine.measurement import Context
+from harness.engine.ranks import Ranks
+from harness.engine.run import measure_units
+from harness.evaluation.requests import scored_tasks
+from harness.evaluation.scoring import Scorer
+from harness.evaluation.settings import RuntimeSettings
+from harness.measurements import ABLATION
+from harness.measurements.ablation.costs import decomposition_flops, edit_flops
+from harness.measurements.ablation.forecast import Rates, describe_study, forecast, measure_rates
+from harness.measurements.ablation.measure import open_session
+from harness.measurements.ablation.region_settings import RegionSettings
+from harness.measurements.ablation.settings import StudySettings
+from harness.measurements.ablation.units import Study, plan
+from harness.models.settings import ModelSettings
+from harness.models.targets import TargetSettings
+from harness.spectral.ablation import edit
+from harness.spectral.decomposition import decompose
+from harness.spectral.regions import select
+from harness.spectral.regions.fraction import FractionRule
+from harness.tasks.text import TextTask
+from tests.evaluation.test_stream import kept_bytes
+from tests.models.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a tokenizer of single characters, and a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    where = tmp_path_factory.mktemp("planned")
+    vocabulary = {chr(97 + i): i for i in range(26)} | {"[UNK]": 26}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="a").save_pretrained(where)
+    tiny_model("llama", hidden_size=32, num_hidden_layers=4).save_pretrained(where)
+    (where / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 10)
+    return where
+
+
+def _settings(folder, tmp_path, **runtime) -> StudySettings:
+    return StudySettings(
+        # eager attention multiplies masked pairs too, which a plan leaves out: few of them in windows of 4 tokens
+        model=ModelSettings(name=str(folder), device="cpu", attn_implementation="eager"),
+        target=TargetSettings(kind="matrix", layer_types=["up_proj", "down_proj"]),
+        region=RegionSettings(rule=FractionRule(kinds=["small"], values=[0.25, 0.5]), controls=[]),
+        tasks={"text": TextTask(data_files=str(folder / "text.txt"), window=5)},
+        runtime=RuntimeSettings(cache_gib=0.0, examples=False, **runtime),
+        output=str(tmp_path / "study"),
+    )
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_scoring_costs_what_was_predicted(folder, tmp_path, reuse: bool) -> None:
+    study = plan(_settings(folder, tmp_path, reuse=reuse))
+    loaded = open_session(study, Ranks(), False)
+    # whole, with a hook: the counter does not see products that are written into a buffer
+    loaded.model.lm_head.register_forward_hook(lambda module, args, output: output)
+    cost = forecast(study)
+    with FlopCounterMode(display=False) as counter:
+        measure_units(ABLATION, study, study.units, Context(loaded))
+    counted = counter.get_total_flops() - _float64_products(study)
+    assert cost.resumed == pytest.approx(counted, rel=0.03)
+    full, half = cost.plain, cost.resumed
+    assert half == full if not reuse else 0.5 < half / full < 0.85
+
+
+def _float64_products(study: Study) -> float:
+    """What decompositions and edits multiply, counted on matrices of the same shapes."""
+    total = 0.0
+    for ablation in {cell.ablation for cell in study.units if not cell.is_baseline}:
+        (name,) = ablation.target.matrices
+        shape = next(matrix.shape for matrix in study.matrices if matrix.name == name)
+        weight = torch.randn(shape)
+        decomposition = decompose(weight)
+        indices = select(ablation.region, None, shape)
+        with FlopCounterMode(display=False) as counter:
+            edit(weight, decomposition, indices)
+        total += counter.get_total_flops()
+    for matrix in study.matrices:
+        if matrix.layer_type in ("up_proj", "down_proj"):
+            with FlopCounterMode(display=False) as counter:
+                decompose(torch.randn(matrix.shape))
+            total += counter.get_total_flops()
+    return total
+
+
+@pytest.mark.parametrize("shape, n", [((32, 40), 8), ((40, 32), 30), ((32, 32), 16)])
+def test_an_edit_costs_what_was_predicted(shape, n: int) -> None:
+    weight = torch.randn(shape)
+    decomposition = decompose(weight)
+    with FlopCounterMode(display=False) as counter:
+        edit(weight, decomposition, torch.arange(n))
+    assert counter.get_total_flops() == edit_flops(*shape, n)
+
+
+def test_the_plan_in_words(folder, tmp_path) -> None:
+    text = describe_study(plan(_settings(folder, tmp_path)))
+    assert "saved by resuming at the edited block" in text and "8 decompositions" in text
+    assert "GFLOP/s as measured now" in text and "MiB for the stream at one boundary" in text
+
+
+def test_bytes_of_the_stream_are_those_that_the_scorer_keeps(folder, tmp_path) -> None:
+    study = plan(_settings(folder, tmp_path))
+    scorer = Scorer(open_session(study, Ranks(), False), scored_tasks(study.tasks), study.settings.runtime.scoring())
+    scorer.advance(2)
+    assert forecast(study).stream_bytes == kept_bytes(scorer._store)
+
+
+def test_seconds_follow_the_rates(folder, tmp_path) -> None:
+    cost = forecast(plan(_settings(folder, tmp_path)))
+    rates = Rates(product=cost.resumed, decomposition=cost.decompositions / 2, edit=cost.edits / 3)
+    assert cost.seconds(rates) == pytest.approx(6)
+    measured = measure_rates(torch.device("cpu"), torch.float32, (40, 1024))
+    assert min(measured.product, measured.decomposition, measured.edit) > 0
+    assert decomposition_flops(40, 1024) > 4 * 40 * 40 * 1024

@@ -1,0 +1,280 @@
+"""The report: numbers as text, order of cells, figures (their contents, and that nothing in them overlaps)."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from harness.measurements.ablation import figures as figures_module
+from harness.measurements.ablation import report as report_module
+from harness.measurements.ablation.figures import MAX_PANELS, heat_map_figure, region_figure
+from harness.measurements.ablation.report import MAX_FIGURES, report, terminal_summary
+from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
+from harness.measurements.ablation.tables import read_metrics
+from harness.tables.text import plus_minus
+from tests.tables.synthetic import (
+    deciles,
+    error_row,
+    metric_row,
+    sized,
+    study_rows,
+    targets,
+    write_cell,
+    write_rows,
+)
+
+
+def frame(rows):
+    return pd.DataFrame(rows)
+
+
+def run_report(folder, **options):
+    said = []
+    path = report(folder, write=said.append, **options)
+    return path, "\n".join(said)
+
+
+def test_best_is_the_better_direction():
+    regions = sized((0.1,))
+    for metric, higher in (("accuracy", True), ("token_perplexity", False)):
+        one = measured(frame(study_rows(targets("type", 4), regions, ((metric, higher),))))[0]
+        deltas = ranked(one)["delta"].tolist()
+        assert deltas == sorted(deltas, reverse=higher) and len(deltas) == 7 * 4
+        assert "none" not in set(ranked(one)["region_kind"])
+
+
+def test_primary_metric_is_the_first_written(tmp_path):
+    for cell in ("z", "a"):
+        write_cell(tmp_path, cell, [metric_row(cell, "word_perplexity"), metric_row(cell, "accuracy")])
+    found = measured(read_metrics(tmp_path))
+    assert [(one.metric, one.primary) for one in found] == [("word_perplexity", True), ("accuracy", False)]
+
+
+def test_order_of_targets_and_regions():
+    rows = frame(study_rows(targets("matrix", 12)[::-1], sized((0.1, 0.05))[::-1]))
+    cells = measured(rows)[0].cells
+    order = target_order(cells)
+    assert order[:8] == [f"0.{t}" for t in "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()] + [
+        "1.q_proj"
+    ]
+    assert order.index("2.q_proj") < order.index("10.q_proj"), "numbers, not letters"
+    assert region_order(cells) == [
+        "large 0.05", "large 0.1", "bulk 0.05", "bulk 0.1", "small 0.1", "small 0.05",
+        "none", "random (small 0.05) seed 0", "random (small 0.1) seed 0",
+    ]  # fmt: skip
+    labels = [region["region"] for region in deciles()]
+    assert region_order(measured(frame(study_rows(targets("all", 1), deciles()[::-1])))[0].cells) == labels
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("n_blocks", [2, 12])
+def test_terminal_text_fits(width, n_blocks):
+    metrics = frame(study_rows(targets("matrix", n_blocks), sized((0.1,))))
+    text = terminal_summary(metrics, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    one = measured(metrics)[0]
+    for row in ranked(one).head(3).itertuples():
+        assert plus_minus(row.value, row.stderr) in text and row.target in text
+
+
+def test_small_study_is_printed_whole():
+    metrics = frame(study_rows(targets("all", 2), deciles()))
+    text = terminal_summary(metrics, width=100)
+    assert all(region["region"] in text for region in deciles()) and "baseline 20.00 ± 0.40" in text
+    assert "10 ablations, 1 baseline, 0 failed" in text
+
+
+def test_report_files(tmp_path):
+    rows = study_rows(targets("matrix", 3), sized((0.1,)), (("accuracy", True), ("margin", True)), task="ioi")
+    write_rows(tmp_path, rows)
+    path, said = run_report(tmp_path)
+    text = path.read_text()
+    pngs = sorted(p.name for p in path.parent.glob("*.png"))
+    assert pngs == [f"ioi-{m}-{k}.png" for m in ("accuracy", "margin") for k in ("blocks", "regions")]
+    assert all(f"]({name})" in text for name in pngs) and "4 figures" in said
+    for name in pngs:
+        content = (path.parent / name).read_bytes()
+        assert content[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", content[16:24])) > 300
+    table = [
+        line.split(" | ") for line in text.splitlines() if re.match(r"\| 2.up_proj \| [0-9]", line)
+    ]
+    cells = {row["region"]: row for row in rows if row["target"] == "2.up_proj" and row["metric"] == "accuracy"}
+    assert table[0][1] == plus_minus(cells["large 0.1"]["value"], cells["large 0.1"]["stderr"])
+    csv = pd.read_csv(path.parent / "metrics.csv")
+    assert len(csv) == len(rows) and csv.value.sum() == pytest.approx(sum(row["value"] for row in rows), rel=1e-12)
+    # adjusted among the ablations of one metric, the control "remove nothing" and the baseline left out
+    for metric, of_metric in csv[csv.target_kind == "matrix"].groupby("metric"):
+        expected = scipy.stats.false_discovery_control(of_metric.p_value)
+        np.testing.assert_allclose(of_metric.q_value, expected, rtol=1e-12, err_msg=metric)
+    assert csv[csv.target_kind != "matrix"].q_value.isna().all() and (csv.q_value > csv.p_value).any()
+    # a second report replaces the first, figures that are no longer drawn included
+    run_report(tmp_path, figures=False)
+    assert not list(path.parent.glob("*.png")) and not [p for p in path.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_limit_of_figures_is_said(tmp_path):
+    rows = [r for t in range(10) for r in study_rows(targets("type", 1), deciles()[:2], task=f"task{t}")]
+    write_rows(tmp_path, rows)
+    path, _ = run_report(tmp_path)
+    assert len(list(path.parent.glob("*.png"))) == MAX_FIGURES
+    assert "not drawn: task8 token_perplexity, task9 token_perplexity" in path.read_text()
+
+
+def test_without_matplotlib_a_report_has_no_figures_and_says_so(tmp_path, monkeypatch):
+    write_rows(tmp_path, study_rows(targets("matrix", 3), sized((0.1,))))
+    monkeypatch.setattr(report_module, "can_draw", lambda: False)
+    path, said = run_report(tmp_path)
+    for text in (said, path.read_text()):
+        assert "no figures: they need matplotlib, pip install 'spectral-ablation-harness[plots]'" in text
+    assert "0 figures" in said and not list(path.parent.glob("*.png"))
+
+
+def test_nothing_measured_yet(tmp_path):
+    assert run_report(tmp_path) == (None, f"{tmp_path}: no cell has been measured yet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_partial_studies(tmp_path):
+    baseline = study_rows([], [])
+    write_rows(tmp_path / "baseline", baseline)
+    path, said = run_report(tmp_path / "baseline")
+    assert "baseline 20.00 ± 0.40" in said and "0 figures" in said
+
+    write_cell(tmp_path / "failed", "a", [error_row("a")])
+    path, said = run_report(tmp_path / "failed")
+    assert "1 cell failed; the first: RuntimeError: boom" in said and "RuntimeError: boom" in path.read_text()
+
+    write_cell(tmp_path / "one", "a", [metric_row("a", region_kind="small", region_by="fraction")])
+    path, said = run_report(tmp_path / "one")  # no baseline, no delta
+    assert "20.00 ± 0.50" in said and [p.name for p in path.parent.glob("*.png")] == [
+        "text-token_perplexity-regions.png"
+    ]
+
+    write_rows(tmp_path / "mixed", study_rows(targets("matrix", 2), sized((0.1,))))
+    write_cell(tmp_path / "mixed", "bad", [error_row("bad", target="1.up_proj", layer_type="up_proj", block=1)])
+    (tmp_path / "mixed" / "metrics" / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.warns(UserWarning, match="damaged"):
+        path, said = run_report(tmp_path / "mixed")
+    assert "70 ablations" not in said and "1 failed" in said and "1 damaged file, such as" in said
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Calls a figure function and returns the figure, saved too."""
+    figures, save = [], figures_module.save_figure
+
+    def save_and_keep(figure, path):
+        save(figure, path)
+        figures.append(figure)
+
+    monkeypatch.setattr(figures_module, "save_figure", save_and_keep)
+
+    def draw(function, rows, which=0):
+        function(measured(frame(rows))[which], tmp_path / "figure.png")
+        FigureCanvasAgg(figures[-1]).draw()
+        return figures[-1]
+
+    return draw
+
+
+SHAPES = {
+    "types": study_rows(targets("type", 1), deciles()),
+    "matrices": study_rows(targets("matrix", 12), sized((0.1,))),
+    "matrices of two blocks": study_rows(targets("matrix", 2), sized((0.1, 0.5))),
+    "matrices of many blocks": study_rows(targets("matrix", 40), sized((0.01, 0.1))),
+    "four blocks": study_rows(targets("matrix", 4), sized((0.1,))),
+    "blocks": study_rows(targets("block", 24), sized((0.1,))),
+    "all": study_rows(targets("all", 1), deciles(), (("accuracy", True),)),
+    "many sizes": study_rows(targets("type", 1), sized((0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.9))),
+    "one cell": study_rows(targets("matrix", 1, ("q_proj",)), sized((0.1,), controls=False)[:1]),
+}
+
+
+def overlaps(artists, figure):
+    boxes = [a.get_tightbbox(figure.canvas.get_renderer()) for a in artists if a.get_visible() and a.get_text()]
+    return [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_region_figure(drawn, shape):
+    rows = SHAPES[shape]
+    figure = drawn(region_figure, rows)
+    cells = measured(frame(rows))[0].cells
+    width, height = figure.canvas.get_width_height()
+    for axes in figure.axes:
+        if axes.get_xticklabels() and axes.get_xticklabels()[0].get_rotation() == 0:
+            assert not overlaps(axes.get_xticklabels(), figure), shape
+        assert not overlaps(axes.get_yticklabels(), figure), shape
+        box = axes.get_tightbbox(figure.canvas.get_renderer())
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, "cut off"
+    start = 0.6 if cells["higher_is_better"].iloc[0] else 20.0
+    dashed = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert [set(line.get_ydata()) for line in dashed] == [{start}], "the baseline"
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert all(not box.overlaps(axes.get_window_extent()) for axes in figure.axes), "legend outside"
+        texts = [text.get_text() for text in legend.get_texts()]
+        assert len(texts) == len(set(texts)) and texts[-1] == "baseline"
+    assert figure.legends
+
+
+def test_region_figure_shows_each_value_and_error(drawn):
+    rows = SHAPES["types"]
+    axes = drawn(region_figure, rows).axes[0]
+    for name in ("q_proj", "down_proj"):
+        line = next(line for line in axes.lines if line.get_label() == name)
+        wanted = [row for row in rows if row["layer_type"] == name]
+        assert np.allclose(line.get_ydata(), [row["value"] for row in wanted])
+        bars = [segment for c in axes.collections for segment in c.get_segments() if len(segment) == 2]
+        for row in wanted:
+            ends = (row["value"] - row["stderr"], row["value"] + row["stderr"])
+            assert any(np.allclose(segment[:, 1], ends) for segment in bars)
+
+
+def test_exploding_perplexity_is_drawn_on_a_log_axis(drawn):
+    rows = study_rows(targets("type", 1), deciles(), spread=3)
+    assert max(row["value"] for row in rows) > 100
+    assert drawn(region_figure, rows).axes[0].get_yscale() == "log"
+    assert drawn(region_figure, SHAPES["all"]).axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_heat_map(drawn, higher):
+    rows = study_rows(targets("matrix", 5), sized((0.1,)), (("metric", higher),))
+    rows = [row for row in rows if (row["block"], row["layer_type"], row["region"]) != (2, "v_proj", "bulk 0.1")]
+    figure = drawn(heat_map_figure, rows)
+    panels = {axes.get_title().replace("\n", " "): axes for axes in figure.axes if axes.images}
+    assert list(panels) == ["large 0.1", "bulk 0.1", "small 0.1", "none", "random (small 0.1) seed 0"]
+    image = panels["bulk 0.1"].images[0]
+    grid = np.ma.filled(image.get_array().astype(float), np.nan)
+    assert grid.shape == (5, 7) and np.isnan(grid[2, 2]) and np.isnan(grid).sum() == 1
+    for row in rows:
+        if row["region"] == "bulk 0.1":
+            column = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split().index(row["layer_type"])
+            assert grid[row["block"], column] == row["delta"]
+    norm = image.norm
+    assert norm.vmin == -norm.vmax and norm(0.0) == 0.5
+    worse = image.cmap(norm(-norm.vmax if higher else norm.vmax))
+    better = image.cmap(norm(norm.vmax if higher else -norm.vmax))
+    assert worse[0] > worse[2] and better[2] > better[0], "red is worse, blue is better"
+    assert any("delta" in axes.get_ylabel() for axes in figure.axes), "the colour bar says what it shows"
+
+
+def test_heat_map_of_many_regions_takes_the_strongest(drawn, tmp_path):
+    rows = study_rows(targets("matrix", 30), deciles() + sized((0.1,)))
+    names = heat_map_figure(measured(frame(rows))[0], tmp_path / "x.png")
+    assert len(names) == MAX_PANELS and "decile 1 (0.0-0.1)" in names
+    figure = drawn(heat_map_figure, rows)
+    assert f"({MAX_PANELS} of 15 regions)" in figure.get_suptitle()
+    for axes in figure.axes:
+        assert not overlaps(axes.get_yticklabels(), figure)
+    # equal deltas everywhere (a study of the control alone) have no scale of their own
+    flat = [row | {"delta": 0.0} for row in study_rows(targets("matrix", 2), sized((0.1,))[-1:])]
+    assert drawn(heat_map_figure, flat)

@@ -1,0 +1,203 @@
+"""Perplexity against transformers' own loss on the same windows, and counts against re and len."""
+
+import json
+import math
+import re
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from harness.errors import InputError
+from harness.evaluation.requests import TaskContext
+from harness.evaluation.statistics import estimate
+from harness.tasks.text import TextTask, windows
+from tests.evaluation.reference import TEXT, real, score, tiny, tiny_tokenizer
+from tests.tasks.asking import asked
+
+
+@pytest.fixture(scope="module")
+def small():
+    return tiny()
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+def _values(model, task):
+    return {metric: estimate(scores).value for metric, scores in task.measure(score(model, task.requests)).items()}
+
+
+@torch.no_grad()
+def _naive(model, tokens, window, stride, limit=None):
+    """The loop of transformers' guide, with its masked labels; -> summed loss, tokens scored."""
+    total, count, previous, done = 0.0, 0, 0, 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + window, len(tokens))
+        ids = torch.tensor([tokens[begin:end]])
+        labels = ids.clone()
+        labels[:, : previous - begin] = -100
+        scored = (labels[:, 1:] != -100).sum().item()
+        if scored:
+            total += model(input_ids=ids, labels=labels).loss.item() * scored
+            count += scored
+            done += 1
+        previous = end
+        if end == len(tokens) or done == limit:
+            break
+    return total, count
+
+
+@pytest.mark.parametrize(("window", "stride", "limit"), [
+    (None, None, None), (32, None, None), (32, 32, 3), (32, 8, None), (32, 31, None), (17, 1, 20), (5, 3, None),
+])
+def test_mean_loss_is_transformers_own(small, text_file, window, stride, limit):
+    model, context = small
+    task = TextTask(data_files=text_file, window=window, stride=stride, limit=limit).prepare("t", context)
+    values = _values(model, task)
+    tokens = context.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    total, count = _naive(model, tokens, window or 64, stride or window or 64, limit)
+    assert task.protocol["n_tokens"] == count
+    assert values["nll"] == pytest.approx(total / count, rel=1e-5)
+    assert values["token_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert values["word_perplexity"] == pytest.approx(math.exp(total / task.protocol["n_words"]), rel=1e-5)
+    assert values["byte_perplexity"] == pytest.approx(math.exp(total / task.protocol["n_bytes"]), rel=1e-5)
+    assert values["bits_per_byte"] == pytest.approx(total / task.protocol["n_bytes"] / math.log(2), rel=1e-5)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(("window", "stride"), [(None, None), (128, 40)])
+def test_a_trained_model_on_real_text(assets, tmp_path, window, stride):
+    model, context = real(assets / "models/stories260K")
+    path = tmp_path / "head.jsonl"
+    with (assets / "data/wikitext-2-raw/test.jsonl").open(encoding="utf-8") as lines:
+        path.write_text("".join(islice(lines, 60)), encoding="utf-8")
+    task = TextTask(data_files=str(path), window=window, stride=stride, limit=5).prepare("w", context)
+    text = "\n\n".join(json.loads(line)["text"] for line in path.open(encoding="utf-8"))
+    tokens = context.tokenizer(text, add_special_tokens=False)["input_ids"]
+    total, count = _naive(model, tokens, window or 512, stride or window or 512, 5)
+    assert task.protocol["window"] == (window or 512)
+    assert _values(model, task)["nll"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.assets
+def test_the_joined_test_set_is_the_published_one(assets):
+    """287,644 GPT-2 tokens; the one that begins a window is not scored."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / "data/tokenizers/gpt2")
+    path = assets / "data/wikitext-2-raw/test.jsonl"
+    task = TextTask(data_files=str(path)).prepare("w", TaskContext(tokenizer, None, 1024, "causal"))
+    text = "\n\n".join(json.loads(line)["text"] for line in path.open(encoding="utf-8"))
+    assert task.protocol["n_windows"] == math.ceil(287_644 / 1024)
+    assert task.protocol["n_tokens"] == 287_644 - math.ceil(287_644 / 1024)
+    assert task.protocol["n_words"] == len(re.split(r"\s+", text))
+    assert task.protocol["n_bytes"] == len(text.encode())
+
+
+@pytest.mark.parametrize(("window", "stride"), [(64, 64), (32, 7), (3, 2), (2, 1)])
+@pytest.mark.parametrize("limit", [None, 1, 4])
+@pytest.mark.parametrize("bos", [False, True])
+def test_words_and_bytes_sum_to_those_of_the_covered_text(text_file, window, stride, limit, bos):
+    tokenizer = tiny_tokenizer(bos)
+    config = TextTask(data_files=text_file, window=window, stride=stride, limit=limit)
+    task = config.prepare("t", TaskContext(tokenizer, None, 64, "causal"))
+    encoding = tokenizer(TEXT, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [begin for begin, _ in encoding["offset_mapping"]] + [len(TEXT)]
+    covered = TEXT if limit is None else TEXT[: starts[min(window + (limit - 1) * stride, len(starts) - 1)]]
+    assert task.protocol["n_words"] == len(re.split(r"\s+", covered))
+    assert task.protocol["n_bytes"] == len(covered.encode())
+    assert task.protocol["text_positions"] == "offsets"
+    weights = task.measure(score_nothing(task))
+    assert weights["word_perplexity"].weight.sum() == task.protocol["n_words"]
+    assert weights["bits_per_byte"].weight.sum() == task.protocol["n_bytes"]
+    assert min(weights["word_perplexity"].weight.min(), weights["bits_per_byte"].weight.min()) >= 0
+
+
+def score_nothing(task):
+    from harness.evaluation.requests import Scores
+
+    offsets = np.cumsum([0, *(len(request.targets) for request in task.requests)])
+    return Scores(np.zeros(offsets[-1]), np.zeros(offsets[-1], dtype=bool), None, offsets)
+
+
+@pytest.mark.parametrize("n", [2, 3, 63, 64, 65, 129, 200])
+@pytest.mark.parametrize(("window", "stride"), [(64, 1), (64, 63), (10, 3), (2, 1)])
+def test_overlapping_windows_score_each_token_once_with_the_longest_context(n, window, stride):
+    scored = np.zeros(n, dtype=int)
+    for begin, first, end in windows(n, window, stride):
+        scored[first:end] += 1
+        assert begin % stride == 0 and end - begin <= window
+        # a window further left that holds the same token would give more context, and there is none
+        assert begin == 0 or first >= begin - stride + window
+    assert scored.tolist() == [0] + [1] * (n - 1)
+
+
+def test_windows_side_by_side_leave_out_the_first_token_of_each():
+    assert list(windows(10, 4, 4)) == [(0, 1, 4), (4, 5, 8), (8, 9, 10)]
+    assert list(windows(9, 4, 4)) == [(0, 1, 4), (4, 5, 8)]
+
+
+def test_a_slow_tokenizer_gives_the_same_tokens_and_totals(small, text_file):
+    model, context = small
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text, add_special_tokens, return_offsets_mapping, verbose):
+            assert not return_offsets_mapping
+            return context.tokenizer(text, add_special_tokens=add_special_tokens)
+
+        def decode(self, tokens):
+            return context.tokenizer.decode(tokens)
+
+    config = TextTask(data_files=text_file, window=32)
+    fast = config.prepare("t", context)
+    slow = config.prepare("t", TaskContext(Slow(), None, 64, "causal"))
+    assert slow.protocol == {**fast.protocol, "text_positions": "decoded"}
+    fast_bytes, slow_bytes = (task.measure(score_nothing(task))["bits_per_byte"].weight for task in (fast, slow))
+    assert slow_bytes.sum() == fast_bytes.sum()
+    np.testing.assert_allclose(slow_bytes, fast_bytes, atol=12)
+
+
+def test_the_protocol_is_json_and_follows_the_text(tmp_path, small, text_file):
+    _, context = small
+    protocol = TextTask(data_files=text_file).prepare("t", context).protocol
+    assert json.loads(json.dumps(protocol)) == protocol
+    assert (protocol["join"], protocol["bos"], protocol["data"]) == ("\n\n", False, "text.txt")
+    path = tmp_path / "other.jsonl"
+    path.write_text("\n".join(json.dumps({"body": part}) for part in TEXT.split("\n\n")))
+    config = TextTask(data_files=str(path), column="body")
+    same = config.prepare("t", context)
+    assert same.protocol["digest"] == protocol["digest"]
+    config.separator = "\n"
+    assert config.prepare("t", context).protocol["digest"] != protocol["digest"]
+    assert list(same.example_ids) == [str(i) for i in range(len(same.requests))]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"window": 65}, r"^tasks\.t\.window: 65 tokens are more than the model's context of 64$"),
+    ({"window": 1}, r"^tasks\.t\.window: 1 is wrong; it must be at least 2$"),
+    ({"window": 32, "stride": 33}, r"^tasks\.t\.stride: must be between 1 and the window of 32 tokens, not 33$"),
+    ({"stride": 0}, r"^tasks\.t\.stride: 0 is wrong; it must be at least 1$"),
+    ({"limit": 0}, r"^tasks\.t\.limit: 0 is wrong; it must be at least 1$"),
+    ({"column": "page"}, r"no column 'page'"),
+    ({"data_files": None}, r"^tasks\.t: set data_files"),
+])
+def test_bad_settings(small, text_file, settings, message):
+    with pytest.raises(InputError, match=message):
+        asked("t", **{"kind": "text", "data_files": text_file, **settings}).prepare("t", small[1])
+
+
+def test_nothing_to_score(tmp_path, small):
+    path = tmp_path / "short.txt"
+    path.write_text("a")
+    with pytest.raises(InputError, match="has 1 tokens; at least 2"):
+        TextTask(data_files=str(path)).prepare("t", small[1])
+    with pytest.raises(InputError, match=r"tasks\.t: the model has no tokenizer"):
+        TextTask(data_files=str(path)).prepare("t", TaskContext(None, None, 64, "causal"))
