@@ -1,3 +1,84 @@
-"""The spectral ablation harness: what do the small, the bulk and the large singular values of a model's weights do?"""
+"""The spectral ablation harness: what do the small, the bulk and the large singular values of a model's weights do?
+
+    >>> import harness as sh
+    >>> sh.regions.small(0.1).label
+    'small 0.1'
+
+What stands here comes from `harness.api`, `harness.spectral.regions` and `harness.models.families`; it is imported when
+it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.api import (
+        MatrixView,
+        Model,
+        NamedTask,
+        Run,
+        Score,
+        load,
+        measure,
+        open,
+        paired,
+        run,
+        task,
+        wrap,
+    )
+    from harness.errors import InputError
+    from harness.evaluation.settings import RuntimeSettings
+    from harness.models.families import Family, Stored
+    from harness.models.targets import TargetSettings
+    from harness.spectral import regions
 
 __version__ = "0.1.0"
+
+_MODULE_OF = {
+    **dict.fromkeys(
+        ("MatrixView", "Model", "NamedTask", "Run", "Score",
+         "load", "measure", "open", "paired", "run", "task", "wrap"),
+        "harness.api",
+    ),
+    "Family": "harness.models.families",
+    "Stored": "harness.models.families",
+    "InputError": "harness.errors",
+    "RuntimeSettings": "harness.evaluation.settings",
+    "TargetSettings": "harness.models.targets",
+    "regions": "harness.spectral.regions",
+}
+
+__all__ = [
+    "Family",
+    "InputError",
+    "MatrixView",
+    "Model",
+    "NamedTask",
+    "Run",
+    "RuntimeSettings",
+    "Score",
+    "Stored",
+    "TargetSettings",
+    "__version__",
+    "load",
+    "measure",
+    "open",
+    "paired",
+    "regions",
+    "run",
+    "task",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    module = import_module(_MODULE_OF[name])
+    return module if name == "regions" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
