@@ -6,18 +6,17 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import __version__
 from harness.commands import from_settings, of_folder
 from harness.errors import InputError, complain
 
 DESCRIPTION = "Remove chosen spectral regions from chosen weight matrices of a transformer and measure what that does."
+OTHERS = "A measurement that another package adds is a command of its own name."
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One command.
 
     help: one line for `harness --help`. run: does it and returns the exit status. add: adds the arguments of its own.
@@ -77,8 +76,14 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def commands() -> dict[str, Command]:
-    """Return the commands by name: the harness's own, then one for each measurement that another package adds."""
+def commands(asked: str) -> dict[str, Command]:
+    """Return the commands by name: the harness's own, then one for each measurement that another package adds.
+
+    asked: the command that was asked for. Only a name that is not the harness's own is looked for in other packages,
+    because the search takes longer than all the rest of `harness --help`.
+    """
+    if asked in COMMANDS or asked.startswith("-") or not asked:
+        return COMMANDS
     from harness.registry import added_names
 
     others = {name: Command(f"measure {name}", from_settings.measure, from_settings.add_measuring, name)
@@ -87,7 +92,7 @@ def commands() -> dict[str, Command]:
 
 
 def _parser(known: dict[str, Command]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="harness", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="harness", description=DESCRIPTION, epilog=OTHERS)
     parser.add_argument("--version", action="version", version=f"harness {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in known.items():
@@ -101,13 +106,10 @@ def _parser(known: dict[str, Command]) -> argparse.ArgumentParser:
 
 
 def _epilog(command: Command) -> str:
-    from harness.measurements import find
-    from harness.settings.compose import groups
+    from harness.settings.configs import groups
 
-    assert command.settings is not None
-    config = find(command.settings).settings.CONFIG
-    lines = [f"settings are Hydra overrides of conf/{config}.yaml: group=name chooses a YAML file, key=value sets one"
-             " value", "", "groups:"]
+    lines = ["settings are Hydra overrides: group=name chooses a YAML file of conf/, key=value sets one value", "",
+             "groups:"]
     lines += [f"  {group}={{{','.join(names)}}}" for group, names in groups().items()]
     if command.examples:
         lines += ["", "examples:", *(f"  {line}" for line in command.examples)]
@@ -118,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: the arguments, by default those of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        known = commands()
+        known = commands(argv[0] if argv else "")
         parser = _parser(known)
         if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):
             subcommands: Any = parser._subparsers

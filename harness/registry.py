@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -22,6 +24,8 @@ def nearest(name: str, known: Iterator[str] | list[str]) -> str:
 
 def added_names(group: str) -> list[str]:
     """Return the names that other packages add to a group, in alphabetical order, without loading anything."""
+    from importlib.metadata import entry_points
+
     return sorted({point.name for point in entry_points(group=group)})
 
 
@@ -40,6 +44,8 @@ class Registry(Generic[T]):
 
     @cached_property
     def _added(self) -> dict[str, EntryPoint]:
+        from importlib.metadata import entry_points
+
         added: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group):
             other = "the harness" if point.name in self._builtin else _package(added.get(point.name))

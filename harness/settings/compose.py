@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 from harness.errors import InputError
+from harness.settings.configs import config_folder, groups
 from harness.settings.constraints import ReadBy
 from harness.settings.explain import Known, explain, no_name
 from harness.settings.validation import keys_of, plain, refuse_unread, validated
@@ -27,25 +28,6 @@ class Root(Protocol):
     def check(self, settings: Any) -> None:
         """Check of settings what matters only if they are to be run. Raises InputError."""
         ...
-
-
-def config_folder() -> Path:
-    """Return conf/ of the checkout, or harness/conf of an installed wheel. Raises InputError if there is neither."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise InputError(f"the configs that come with the harness are missing beside {package}; install it again")
-
-
-def groups(folder: Path | None = None) -> dict[str, list[str]]:
-    """Return the config groups of a folder, by default conf/, and the names in each group."""
-    folder = folder or config_folder()
-    return {
-        group.name: sorted(path.stem for path in group.glob("*.yaml"))
-        for group in sorted(folder.iterdir())
-        if group.is_dir() and any(group.glob("*.yaml"))
-    }
 
 
 def known_keys(kind: type) -> dict[str, Any]:
