@@ -36,7 +36,8 @@ class BlimpTask(FilesTask, SplitTask):
         Metrics; higher is better for all of them: accuracy over all pairs, and accuracy_<paradigm> for each paradigm,
         in whose ExampleScores the pairs of other paradigms have score and weight 0. A tie counts one half, which is
         chance (lm-eval counts it as right).
-        Raises InputError if a paradigm is missing or a folder has no .jsonl files, and as `DataSource.rows` does.
+        Raises InputError if a paradigm is missing, a folder has no .jsonl files, or a pair is empty or of equal
+        sentences, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
         paradigms = _paradigms(f"tasks.{name}", self)
@@ -47,6 +48,9 @@ class BlimpTask(FilesTask, SplitTask):
         for paradigm, pairs in paradigms.items():
             for number, row in pairs:
                 key = f"tasks.{name} {paradigm} row {number}"
+                data.refuse_empty(f"tasks.{name} {paradigm}", [(number, row)], COLUMNS)
+                if row["sentence_good"].strip() == row["sentence_bad"].strip():
+                    raise InputError(f"{key}: its two sentences are the same")
                 for column in COLUMNS:
                     sentence = _sentence(key, context, row[column], mask)
                     requests += sentence

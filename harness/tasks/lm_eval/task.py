@@ -141,6 +141,7 @@ def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: Task
         docs = lm_eval_metrics.documents(task, asked.limit)
         if not docs:
             raise InputError(f"{key}: {task_name!r} has no documents")
+        lm_eval_metrics.check_answers(key, task, docs)
         types = {instance.request_type for doc in docs for instance in doc}
         if "generate_until" in types and len(types) > 1:
             raise InputError(f"{key}.task: {task_name!r} both generates and scores; only one of them can be measured")
