@@ -36,8 +36,8 @@ class BlimpTask(FilesTask, SplitTask):
         Metrics; higher is better for all of them: accuracy over all pairs, and accuracy_<paradigm> for each paradigm,
         in whose ExampleScores the pairs of other paradigms have score and weight 0. A tie counts one half, which is
         chance (lm-eval counts it as right).
-        Raises InputError if a paradigm is missing, a folder has no .jsonl files, or a pair is empty or of equal
-        sentences, and as `DataSource.rows` does.
+        Raises InputError if a paradigm is missing, a folder has no .jsonl files, a sentence is empty, or all pairs
+        of a paradigm are of equal sentences, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
         paradigms = _paradigms(f"tasks.{name}", self)
@@ -46,11 +46,12 @@ class BlimpTask(FilesTask, SplitTask):
             mask = masked.mask_token(name, context.tokenizer)
         requests, counts, ids, paradigm_of = [], [], [], []
         for paradigm, pairs in paradigms.items():
+            # BLiMP itself has a pair of equal sentences (passive_1, row 324), which is a tie.
+            if all(row["sentence_good"].strip() == row["sentence_bad"].strip() for _, row in pairs):
+                raise InputError(f"tasks.{name} {paradigm}: in all of its {len(pairs)} pairs the sentences are the same")
             for number, row in pairs:
                 key = f"tasks.{name} {paradigm} row {number}"
                 data.refuse_empty(f"tasks.{name} {paradigm}", [(number, row)], COLUMNS)
-                if row["sentence_good"].strip() == row["sentence_bad"].strip():
-                    raise InputError(f"{key}: its two sentences are the same")
                 for column in COLUMNS:
                     sentence = _sentence(key, context, row[column], mask)
                     requests += sentence

@@ -124,13 +124,13 @@ def _label(key: str, row: dict[str, Any], task: ClassificationTask, classes: int
             label = int(value)
     if label is None and task.label_map:
         raise InputError(
-            f"{key}: label {value!r} is not in {key.split(' ')[0]}.label_map, which has"
+            f"{key}: label {repr(value)[:80]} is not in {key.split(' ')[0]}.label_map, which has"
             f" {', '.join(map(str, task.label_map))}; add it, or use other data"
         )
     if label is None or not 0 <= label < classes:
         known = ", ".join(map(str, ids_of)) or f"0 to {classes - 1}"
         raise InputError(
-            f"{key}: label {value!r} is none of the model's {classes} classes ({known}); use a split with labels,"
+            f"{key}: label {repr(value)[:80]} is none of the model's {classes} classes ({known}); use a split with labels,"
             f" or set {key.split(' ')[0]}.label_map, for example {{entailment: 0}}"
         )
     return label

@@ -36,7 +36,7 @@ class LambadaTask(DataTask, SplitTask):
         requests = []
         for number, row in chosen:
             passage, _, word = row["text"].rpartition(" ")
-            if not word or word != word.strip():
+            if not word.strip() or word != word.rstrip():
                 raise InputError(f"tasks.{name} row {number}: column 'text' must end with the word that is asked for,"
                                  f" not with {row['text'][-40:]!r}")
             requests.append(tokenization.pair_request(f"tasks.{name} row {number}", context, passage, " " + word))
