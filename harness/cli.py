@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness import __version__
+from harness.__main__ import INTERRUPTED
 from harness.commands import from_settings, of_folder
 from harness.errors import InputError, complain
 
@@ -116,28 +118,69 @@ def _epilog(command: Command) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: the arguments, by default those of the process."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    _write_any_character()
     try:
-        known = commands()
-        parser = _parser(known)
-        if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):
-            subcommands: Any = parser._subparsers
-            subcommands._group_actions[0].choices[argv[0]].epilog = _epilog(known[argv[0]])
-        arguments, rest = parser.parse_known_args(argv)
-        # argparse does not recognise settings that follow an option.
-        unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(arguments, "overrides")]
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        if rest:
-            arguments.overrides += rest
-        return known[arguments.command].run(arguments)
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # so that a full or closed output is found here, and not when Python ends
     except InputError as error:
         complain(error)
         return 2
     except KeyboardInterrupt:
-        print("harness: interrupted; what is done is kept: run the same command again to go on", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of the output has ended, as in `| head`. Python must not fail when it flushes the rest at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output has ended, as in `| head`.
+        _drop_output()
         return 0
+    except MemoryError as error:
+        complain(InputError(f"not enough memory: {error or 'none is left'}; use a smaller model, or smaller settings"))
+        return 2
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _drop_output()
+        complain(InputError(f"standard output: {error.strerror}; write it to another place"))
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the current folder cannot be used ({error.strerror}); change to another folder") from error
+    known = commands()
+    parser = _parser(known)
+    if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):
+        subcommands: Any = parser._subparsers
+        subcommands._group_actions[0].choices[argv[0]].epilog = _epilog(known[argv[0]])
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse does not recognise settings that follow an option.
+    unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return known[arguments.command].run(arguments)
+
+
+def _write_any_character() -> None:
+    """Let the output write an escape such as \\xb1 for a character that its encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _output_fails() -> bool:
+    """Return whether the standard output cannot take what is still to be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Write the rest of the output to nowhere. Python would fail when it flushes it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
+from harness.settings.plain_values import NAME_RULE, is_name
 from harness.tasks import data, masked, tokenization
 from harness.tasks.settings import FilesTask, SplitTask
 
@@ -47,8 +48,10 @@ class BlimpTask(FilesTask, SplitTask):
         requests, counts, ids, paradigm_of = [], [], [], []
         for paradigm, pairs in paradigms.items():
             # BLiMP itself has a pair of equal sentences (passive_1, row 324), which is a tie.
+            if not is_name(paradigm):
+                raise InputError(f"tasks.{name}: {paradigm[:80]!r} cannot be the name of a paradigm; {NAME_RULE}")
             if all(row["sentence_good"].strip() == row["sentence_bad"].strip() for _, row in pairs):
-                raise InputError(f"tasks.{name} {paradigm}: in all of its {len(pairs)} pairs the sentences are the same")
+                raise InputError(f"tasks.{name} {paradigm}: in all {len(pairs)} pairs the sentences are the same")
             for number, row in pairs:
                 key = f"tasks.{name} {paradigm} row {number}"
                 data.refuse_empty(f"tasks.{name} {paradigm}", [(number, row)], COLUMNS)

@@ -130,7 +130,7 @@ def _label(key: str, row: dict[str, Any], task: ClassificationTask, classes: int
     if label is None or not 0 <= label < classes:
         known = ", ".join(map(str, ids_of)) or f"0 to {classes - 1}"
         raise InputError(
-            f"{key}: label {repr(value)[:80]} is none of the model's {classes} classes ({known}); use a split with labels,"
-            f" or set {key.split(' ')[0]}.label_map, for example {{entailment: 0}}"
+            f"{key}: label {repr(value)[:80]} is none of the model's {classes} classes ({known}); use a split with"
+            f" labels, or set {key.split(' ')[0]}.label_map, for example {{entailment: 0}}"
         )
     return label

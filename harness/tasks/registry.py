@@ -8,6 +8,7 @@ from typing import Any
 from harness.errors import InputError, SettingError, wrong
 from harness.evaluation.requests import PreparedTask, ScoredTask, TaskContext
 from harness.registry import Registry
+from harness.settings.plain_values import NAME_RULE, is_name
 from harness.settings.validation import chosen
 from harness.tasks import tokenization
 from harness.tasks.settings import Task
@@ -43,12 +44,19 @@ def task_of(values: Any, name: str = "") -> Task:
     return chosen(TASKS, "kind", values)
 
 
+def require_name(name: str) -> None:
+    """Raise SettingError if this cannot be the name of a task in a study."""
+    if not is_name(name):
+        raise wrong("", name, f"it is the name of a task; {NAME_RULE}")
+
+
 def tasks_of(values: Any) -> dict[str, Task]:
     """Return the settings of all tasks of a study by name. Raises SettingError as `task_of` does."""
     if not isinstance(values, Mapping):
         raise wrong("", values, "it must be names with the settings of tasks")
     tasks = {}
     for name, one in values.items():
+        require_name(str(name))
         try:
             tasks[str(name)] = task_of(one, str(name))
         except SettingError as error:

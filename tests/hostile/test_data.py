@@ -256,7 +256,8 @@ def test_files_that_cannot_be_read(outcome, name):
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("a.jsonl", b"\xef\xbb\xbf@\n"), ("a.jsonl", b"@\r@\r"), ("a.jsonl", b"@\r\n\r\n@\r\n"), ("a.json", b"\xef\xbb\xbf[@]"),
+    ("a.jsonl", b"\xef\xbb\xbf@\n"), ("a.jsonl", b"@\r@\r"), ("a.jsonl", b"@\r\n\r\n@\r\n"),
+    ("a.json", b"\xef\xbb\xbf[@]"),
     ("a.csv", b'\xef\xbb\xbfprompt,answer\r\n"Anna and Ben. Anna gave a ball, to",Ben\r\n'),
 ])
 def test_other_line_ends_and_a_bom_are_read(outcome, name, content):
@@ -280,7 +281,8 @@ def test_parquet_with_values_of_other_types(outcome):
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
     | st.sampled_from(["Ben", "dog", "\ud800", "", "Anna and Ben. Anna gave it to"]),
-    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=5), inside, max_size=3), max_leaves=5,
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=5), inside, max_size=3),
+    max_leaves=5,
 )
 
 
