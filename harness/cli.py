@@ -150,6 +150,10 @@ def _run(argv: list[str]) -> int:
         os.getcwd()
     except OSError as error:
         raise InputError(f"the current folder cannot be used ({error.strerror}); change to another folder") from error
+    for argument in argv:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            raise InputError(f"{ascii(argument)}: this is not text in the encoding of the terminal; use names in UTF-8 and"
+                             " a locale of UTF-8, for example LC_ALL=C.UTF-8")
     known = commands()
     parser = _parser(known)
     if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):
@@ -173,8 +177,9 @@ def _write_any_character() -> None:
 
 
 def _output_fails() -> bool:
-    """Return whether the standard output cannot take what is still to be written."""
+    """Return whether the standard output takes nothing more, as on a full disk."""
     try:
+        sys.stdout.write("\n")  # without a buffer there is nothing left to flush
         sys.stdout.flush()
     except OSError:
         return True
