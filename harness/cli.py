@@ -152,8 +152,8 @@ def _run(argv: list[str]) -> int:
         raise InputError(f"the current folder cannot be used ({error.strerror}); change to another folder") from error
     for argument in argv:
         if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
-            raise InputError(f"{ascii(argument)}: this is not text in the encoding of the terminal; use names in UTF-8 and"
-                             " a locale of UTF-8, for example LC_ALL=C.UTF-8")
+            raise InputError(f"{ascii(argument)}: this is not text in the encoding of the terminal; use names in UTF-8"
+                             " and a locale of UTF-8, for example LC_ALL=C.UTF-8")
     known = commands()
     parser = _parser(known)
     if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):

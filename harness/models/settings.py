@@ -22,9 +22,9 @@ _NOT_OF_EMBEDDED = ("revision", "gguf_file", "device_map", "trust_remote_code")
 class RecallModelSettings:
     """How the embedded two-layer recall transformer of arXiv 2406.03068 is built and trained."""
 
-    dim: Annotated[int, Bounds(at_least=1, at_most=LARGEST)] = 128
-    hidden_dim: Annotated[int, Bounds(at_least=1, at_most=LARGEST)] = 512
-    context_length: Annotated[int, Bounds(at_least=8, at_most=LARGEST)] = 64
+    dim: Annotated[int, at_least(1)] = 128
+    hidden_dim: Annotated[int, at_least(1)] = 512
+    context_length: Annotated[int, at_least(8)] = 64
     feed_forward: Literal["mlp", "linear", "none"] = "mlp"
     n_triggers: Annotated[int, at_least(1)] = 1
     noise: Annotated[float, Bounds(at_least=0, below=1)] = 0.5
@@ -41,6 +41,9 @@ class RecallModelSettings:
 
     def __post_init__(self) -> None:
         refuse_long_path("cache_dir", self.cache_dir)
+        for key in ("dim", "hidden_dim", "context_length"):
+            if getattr(self, key) > LARGEST:
+                raise wrong(key, getattr(self, key), f"it must be at most {LARGEST}")
         if self.checkpoint is not None and not 0 <= self.checkpoint <= self.steps:
             raise wrong("checkpoint", self.checkpoint, f"it must be within 0..{self.steps}, model.recall.steps")
 

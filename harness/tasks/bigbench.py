@@ -8,7 +8,6 @@ greedy decoding must begin with it.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -143,7 +142,7 @@ def _check_choices(key: str, targets: Sequence[str], choices: Sequence[str], sco
     if scores is None or not len(scores):
         return
     is_list = isinstance(scores, (list, tuple, np.ndarray)) and len(scores) == len(choices)
-    if not is_list or not all(isinstance(s, numbers.Real) and 0 <= s < np.inf for s in scores):
+    if not is_list or not all(isinstance(s, (int, float, np.number)) and 0 <= s < np.inf for s in scores):
         raise InputError(f"{key}: scores must be one number for each of the {len(choices)} choices, at least 0")
     right = {choice for choice, score in zip(choices, scores) if score == max(scores) > 0}
     if right != set(targets):
