@@ -49,7 +49,7 @@ from harness.settings.validation import validated
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region
 from harness.tables.store import read_table, unit_states
-from harness.tasks.registry import TASKS, check_kinds, task_of
+from harness.tasks.registry import TASKS, check_kinds, prepare_task, require_name, task_of
 from harness.tasks.settings import Task
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def task(name: str, **settings: Any) -> NamedTask:
     if file.is_file():
         import yaml
 
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     elif name in TASKS:
         values = {"kind": name}
     elif "kind" not in settings:
@@ -122,6 +122,7 @@ def task(name: str, **settings: Any) -> NamedTask:
     missing = [key for key, value in {**values, **settings}.items() if value == "???"]
     if missing:
         raise InputError(f"task {name!r}: {missing[0]} must be given")
+    require_name(name)
     return NamedTask(name, task_of({**values, **settings}, name))
 
 
@@ -322,7 +323,7 @@ class Model:
             raise InputError("a module without a transformers config can be decomposed and edited, but not scored")
         check_kinds({named.name: named.task}, loaded.description.config, family.kind)
         context = TaskContext(loaded.tokenizer, loaded.description.config, loaded.context_length, family.kind)
-        return named.task.prepare(named.name, context)
+        return prepare_task(named.name, named.task, context)
 
     def score(self, asked: NamedTask | PreparedTask | str, batch_tokens: int = 8192) -> Score:
         """Measure a task under the module's present weights, edited or not.

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 from harness import __version__
+from harness.__main__ import INTERRUPTED
 from harness.commands import from_settings, of_folder
 from harness.errors import InputError, complain
+
+TYPE_CHECKING = False  # as in harness/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
 
 DESCRIPTION = "Remove chosen spectral regions from chosen weight matrices of a transformer and measure what that does."
 OTHERS = "A measurement that another package adds is a command of its own name."
 
 
-class Command(NamedTuple):
+class Command:
     """One command.
 
     help: one line for `harness --help`. run: does it and returns the exit status. add: adds the arguments of its own.
@@ -24,11 +29,12 @@ class Command(NamedTuple):
     examples: lines for the help of the command.
     """
 
-    help: str
-    run: Callable[[argparse.Namespace], int]
-    add: Callable[[argparse.ArgumentParser], None]
-    settings: str | None = None
-    examples: tuple[str, ...] = ()
+    # A dataclass would need a module whose import takes a tenth of `harness --help`.
+    def __init__(
+        self, help: str, run: Callable[[argparse.Namespace], int], add: Callable[[argparse.ArgumentParser], None],
+        settings: str | None = None, examples: tuple[str, ...] = (),
+    ) -> None:
+        self.help, self.run, self.add, self.settings, self.examples = help, run, add, settings, examples
 
 
 COMMANDS = {
@@ -118,28 +124,74 @@ def _epilog(command: Command) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: the arguments, by default those of the process."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    _write_any_character()
     try:
-        known = commands(argv[0] if argv else "")
-        parser = _parser(known)
-        if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):
-            subcommands: Any = parser._subparsers
-            subcommands._group_actions[0].choices[argv[0]].epilog = _epilog(known[argv[0]])
-        arguments, rest = parser.parse_known_args(argv)
-        # argparse does not recognise settings that follow an option.
-        unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(arguments, "overrides")]
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        if rest:
-            arguments.overrides += rest
-        return known[arguments.command].run(arguments)
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # so that a full or closed output is found here, and not when Python ends
     except InputError as error:
         complain(error)
         return 2
     except KeyboardInterrupt:
-        print("harness: interrupted; what is done is kept: run the same command again to go on", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of the output has ended, as in `| head`. Python must not fail when it flushes the rest at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output has ended, as in `| head`.
+        _drop_output()
         return 0
+    except MemoryError as error:
+        complain(InputError(f"not enough memory: {error or 'none is left'}; use a smaller model, or smaller settings"))
+        return 2
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _drop_output()
+        complain(InputError(f"standard output: {error.strerror}; write it to another place"))
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the current folder cannot be used ({error.strerror}); change to another folder") from error
+    for argument in argv:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            raise InputError(f"{ascii(argument)}: this is not text in the encoding of the terminal; use names in UTF-8"
+                             " and a locale of UTF-8, for example LC_ALL=C.UTF-8")
+    known = commands(argv[0] if argv else "")
+    parser = _parser(known)
+    if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):
+        subcommands: Any = parser._subparsers
+        subcommands._group_actions[0].choices[argv[0]].epilog = _epilog(known[argv[0]])
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse does not recognise settings that follow an option.
+    unknown = [argument for argument in rest if argument.startswith("-") or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides += rest
+    return known[arguments.command].run(arguments)
+
+
+def _write_any_character() -> None:
+    """Let the output write an escape such as \\xb1 for a character that its encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _output_fails() -> bool:
+    """Return whether the standard output takes nothing more, as on a full disk."""
+    try:
+        sys.stdout.write("\n")  # without a buffer there is nothing left to flush
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """Write the rest of the output to nowhere. Python would fail when it flushes it at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any
+
+TYPE_CHECKING = False  # as in harness/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
+
+# Characters of a wrong value in a message, and of a whole line.
+LONGEST_VALUE, LONGEST_LINE = 200, 4000
 
 
 class InputError(Exception):
@@ -31,9 +38,14 @@ class SettingError(InputError, ValueError):
 
 def wrong(key: str, value: Any, right: str) -> SettingError:
     """Return the error for a wrong value of a setting. right: what would be right, as a sentence."""
-    return SettingError(key, f"{value!r} is wrong; {right}")
+    shown = repr(value)
+    shown = shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}..."
+    return SettingError(key, f"{shown} is wrong; {right}")
 
 
 def complain(error: Exception) -> None:
     """Print an error to stderr as the one line that a user sees."""
-    print(f"harness: {' '.join(str(error).split())}", file=sys.stderr)
+    line = f"harness: {' '.join(str(error).split())[:LONGEST_LINE]}"
+    # A name may hold bytes that are not UTF-8, which no stream of text takes.
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)

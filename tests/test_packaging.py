@@ -62,7 +62,7 @@ def test_wheel_holds_nothing_else(installed):
     assert {path.name for path in installed.iterdir()} == {"harness", info.name}
     licence = (info / "licenses" / "LICENSE").read_text()
     assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
-    assert "harness = harness.cli:main" in (info / "entry_points.txt").read_text()
+    assert "harness = harness.__main__:main" in (info / "entry_points.txt").read_text()
 
 
 def test_listed_packages_are_the_folders():

@@ -9,12 +9,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from harness.commands.outcome import exit_status, ignore
 from harness.errors import InputError
 
+TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
+    from typing import Any
+
     from harness.engine.measurement import Measurement
 
 # The commands that do not have the name of their measurement.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from harness.commands.outcome import exit_status, ignore
 
+TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
     from harness.engine.measurement import Measurement
 

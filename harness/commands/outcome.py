@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
     from harness.engine.run import Outcome
 

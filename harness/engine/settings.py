@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from harness.errors import wrong
 from harness.settings.constraints import at_least
+from harness.settings.plain_values import refuse_lines
 
 
 @dataclass
@@ -36,6 +37,11 @@ class ClusterSettings:
     poll_seconds: Annotated[float, at_least(0.1)] = 15.0  # between two looks while waiting
 
     def __post_init__(self) -> None:
+        # They become lines of the script of a job.
+        for one in fields(self):
+            value = getattr(self, one.name)
+            for text in value if isinstance(value, list) else [value]:
+                refuse_lines(one.name, text if isinstance(text, str) else None)
         if self.signal.startswith("SIG") or not hasattr(signal, f"SIG{self.signal}"):
             raise wrong("signal", self.signal, "it must be the name of a signal without SIG, for example USR2")
         # Slurm may send the signal a minute early, and kills at the limit whatever the job is doing then

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from harness.errors import wrong
 from harness.settings.constraints import Bounds, at_least
+from harness.settings.plain_values import refuse_long_path
 
 GIB = 2**30
 
@@ -80,6 +81,7 @@ class RuntimeSettings:
     adaptive: AdaptiveSettings = field(default_factory=AdaptiveSettings)
 
     def __post_init__(self) -> None:
+        refuse_long_path("cache_dir", self.cache_dir)
         if self.precision == "adaptive" and not self.adaptive.stops:
             right = "set relative, of_baseline, absolute or sign; without any no cell would stop"
             raise wrong("adaptive", None, right)

@@ -113,8 +113,9 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
             f"model.name: {settings.name!r} was handed over by a Python process; only that process can measure it"
         )
     folder = Path(settings.name).expanduser()
-    local = folder.is_dir()
-    if not local and (folder.exists() or settings.name.startswith((".", "/", "~")) or settings.name.count("/") > 1):
+    local = os.path.isdir(folder)  # unlike Path.is_dir, it also says no to a name that is too long
+    is_path = settings.name.startswith((".", "/", "~")) or settings.name.count("/") > 1
+    if not local and (is_path or os.path.exists(folder)):
         raise InputError(
             f"model.name: {settings.name!r} is not a folder; give a local folder, a Hugging Face name, or recall"
         )

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from harness.errors import SettingError, wrong
 from harness.settings.constraints import Bounds, at_least
+from harness.settings.plain_values import refuse_long_path
 
 EMBEDDED = "recall"  # the name of the embedded model
+LARGEST = 2**16  # of the widths and of the context, beyond which torch cannot even count the weights
 _UNNAMED = "???"  # Hydra's mark of a value that must be given
 # Settings that the embedded model does not read.
 _NOT_OF_EMBEDDED = ("revision", "gguf_file", "device_map", "trust_remote_code")
@@ -38,6 +40,10 @@ class RecallModelSettings:
     cache_dir: str | None = None  # default: $XDG_CACHE_HOME/spectral-harness or ~/.cache/spectral-harness
 
     def __post_init__(self) -> None:
+        refuse_long_path("cache_dir", self.cache_dir)
+        for key in ("dim", "hidden_dim", "context_length"):
+            if getattr(self, key) > LARGEST:
+                raise wrong(key, getattr(self, key), f"it must be at most {LARGEST}")
         if self.checkpoint is not None and not 0 <= self.checkpoint <= self.steps:
             raise wrong("checkpoint", self.checkpoint, f"it must be within 0..{self.steps}, model.recall.steps")
 
@@ -57,6 +63,9 @@ class ModelSettings:
     recall: RecallModelSettings = field(default_factory=RecallModelSettings)
 
     def __post_init__(self) -> None:
+        refuse_long_path("name", self.name)
+        if self.name[:1] in "=+-@" and self.name:
+            raise wrong("name", self.name, "no name on the hub begins so; write ./ before the name of a local folder")
         if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
             raise wrong("device", self.device, "use auto, cpu, cuda or cuda:<index>")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,8 @@ from typing import Any, Protocol, get_type_hints
 from harness.errors import InputError
 from harness.settings.configs import config_folder, groups
 from harness.settings.constraints import ReadBy
-from harness.settings.explain import Known, explain, no_name
+from harness.settings.explain import Known, explain, no_name, not_chosen, refuse_keys, too_long
+from harness.settings.plain_values import refuse_unusable
 from harness.settings.validation import keys_of, plain, refuse_unread, validated
 
 
@@ -72,8 +75,8 @@ class Source:
 
         Raises InputError for a config_dir that does not exist.
         """
-        if self.config_dir is not None and not Path(self.config_dir).is_dir():
-            raise InputError(f"--config-dir: no folder {self.config_dir!r}")
+        if self.config_dir is not None and not os.path.isdir(self.config_dir):
+            raise InputError(f"--config-dir: no folder {self.config_dir[:200]!r}")
         folders = [] if self.config_dir is None else [Path(self.config_dir).resolve()]
         if self.folder() != config_folder():
             folders.append(config_folder())
@@ -99,12 +102,14 @@ def compose(source: Source, overrides: Sequence[str]) -> Any:
 
     Raises an InputError of one line.
     """
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    refuse_keys(overrides)
     words = [*overrides, *source.searchpath()]
     register_schema(source)
     GlobalHydra.instance().clear()
@@ -114,12 +119,24 @@ def compose(source: Source, overrides: Sequence[str]) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain(error, source.known(), words)) from error
     except (ValueError, TypeError) as error:  # Hydra raises these for a group that is set to a number or to null
-        raise InputError(no_name(words, groups()) or " ".join(str(error).split())) from error
-    return settings_of(source, composed)
+        raise InputError(no_name(words, groups()) or too_long(words) or " ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise InputError("the settings are nested too deeply; give single values, or lists of values") from error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise InputError(f"a YAML file of settings cannot be read: {error}") from error
+        key, _, value = max(words, key=len).partition("=")
+        raise InputError(f"{key}: {value[:200]!r} is wrong; the name is too long for a file") from error
+    except yaml.YAMLError as error:  # a file of the user that is no YAML
+        raise InputError(f"a YAML file of settings cannot be read: {' '.join(str(error).split())}") from error
+    return settings_of(source, composed, overrides)
 
 
-def settings_of(source: Source, composed: Any) -> Any:
-    """Return the checked settings of a composed DictConfig. Raises an InputError of one line."""
+def settings_of(source: Source, composed: Any, overrides: Sequence[str] = ()) -> Any:
+    """Return the checked settings of a composed DictConfig. Raises an InputError of one line.
+
+    overrides: those that the user typed.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -130,7 +147,31 @@ def settings_of(source: Source, composed: Any) -> Any:
         raise InputError(f"{key.group(1) if key else 'a key'}: must be set on the command line") from error
     except OmegaConfBaseException as error:
         raise InputError(explain(error, source.known())) from error
+    tasks = values.get("tasks")
+    if isinstance(tasks, dict):
+        values["tasks"] = _chosen_tasks(source, tasks, overrides)
+    refuse_unusable(values)
     return checked(source.root, {key: value for key, value in values.items() if key not in source.others})
+
+
+def _chosen_tasks(source: Source, tasks: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the tasks without those that an experiment file sets and that are not chosen on the command line.
+
+    Of these there are only the values that the experiment changes, and no kind, which is in the YAML file of the task.
+    Raises InputError if the user has typed a setting of such a task.
+    """
+    left = {name for name, one in tasks.items() if isinstance(one, dict) and "kind" not in one}
+    known = source.known()
+    for name in sorted(map(str, left)):
+        typed = next((one for one in overrides if re.match(rf"\+{{0,2}}tasks\.{re.escape(name)}[.=]", one)), None)
+        if not any((folder / f"{name}.yaml").is_file() for folder in known.task_folders):
+            left.discard(name)  # not a task that could be chosen; its kind is missing
+        elif typed is not None:
+            if typed.startswith("+"):
+                left.discard(name)
+            else:
+                raise InputError(not_chosen(f"tasks.{name}", name))
+    return {name: one for name, one in tasks.items() if name not in left}
 
 
 def checked(root: Root, values: Mapping[str, Any]) -> Any:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.errors import InputError
 from harness.registry import nearest
+
+LONGEST_KEY = 200
 
 
 def _no_keys(kind: str) -> Sequence[str]:
@@ -31,6 +34,9 @@ class Known:
 
 def explain(error: Exception, known: Known, overrides: Sequence[str] = ()) -> str:
     """Return one line for an error of Hydra or OmegaConf. overrides: the overrides that the user typed."""
+    typed = getattr(error, "override", None)
+    if typed is not None:  # an OverrideParseException
+        return _not_in_grammar(typed)
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -75,6 +81,43 @@ def no_name(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> st
     return None
 
 
+def refuse_keys(overrides: Sequence[str]) -> None:
+    """Raise InputError for an override whose key is empty, or longer than any name of a file may be."""
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.lstrip("+~"):
+            raise InputError(f"{override[:200]!r}: not a setting; give key=value")
+        if len(key) > LONGEST_KEY:
+            raise InputError(f"{key[:60]}...: the name of a setting has at most {LONGEST_KEY} characters")
+
+
+def too_long(overrides: Sequence[str]) -> str | None:
+    """Return one line for the first override with a number of more digits than Python reads, or None."""
+    found = next((one for one in overrides if re.search(r"\d{4301}", one)), None)
+    if found is None:
+        return None
+    return f"{found.partition('=')[0][:200]}: the number is too large; it must fit into 64 bits"
+
+
+def not_chosen(key: str, name: str) -> str:
+    """Return one line for a setting of a task that could be chosen and is not."""
+    return f"{key}: not a task of these settings; choose it with task={name}, or task=[...,{name}]"
+
+
+def _not_in_grammar(override: str) -> str:
+    """Return one line for an override that Hydra's parser does not understand."""
+    key, equals, value = override.partition("=")
+    if not equals and not key.startswith("~"):
+        return f"{override[:200]!r}: not a setting; give key=value"
+    if not re.fullmatch(r"[+~]{0,2}[\w.@:/-]+", key, re.ASCII):
+        return f"{key[:200]!r}: not the name of a setting; give key=value, where the key has letters, digits, . and _"
+    # Hydra reads quoted text as it is; the outer quotes are for the shell.
+    text = "..." if "'" in value or len(value) > 60 else value.strip('"')
+    example = f"'{key}=\"{text}\"'"
+    return (f"{key}: {value[:200]!r} is not a value in Hydra's grammar; put text with special characters into two pairs"
+            f" of quotes, as in {example}")
+
+
 def _keys_below(prefix: str, keys: Mapping[str, Any]) -> list[str]:
     node: Any = keys
     for part in filter(None, prefix.split(".")):
@@ -88,7 +131,7 @@ def _task_key(key: str, known: Known, overrides: Sequence[str]) -> str:
     there = [file for file in (folder / f"{name}.yaml" for folder in known.task_folders) if file.is_file()]
     if not inside:
         if there:
-            return f"{key}: not a task of these settings; choose it with task={name}, or task=[...,{name}]"
+            return not_chosen(key, name)
         near = nearest(name, list(known.groups["task"]))
         return f"{key}: no such task in these settings; {near}choose one with task=..., or add +{key}.kind=..."
     given = [override.partition("=")[2] for override in overrides if override.startswith(f"+tasks.{name}.kind=")]

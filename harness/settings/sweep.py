@@ -29,7 +29,7 @@ def sweep(source: Source, overrides: Sequence[str], job: Callable[[Any], object]
     @hydra.main(config_path=str(source.folder()), config_name=source.root.CONFIG, version_base="1.3")
     def run_job(composed: Any) -> None:
         try:
-            job(settings_of(source, composed))
+            job(settings_of(source, composed, overrides))
         except InputError as error:
             complain(error)
             raise SystemExit(2) from error

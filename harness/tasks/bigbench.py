@@ -8,7 +8,7 @@ greedy decoding must begin with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -111,14 +111,40 @@ def question(key: str, row: Mapping[str, Any]) -> tuple[str, list[str], list[str
     """
     text = row.get("inputs")
     if text is None and isinstance(row.get("input"), str):
-        parts = (row.get("task_prefix"), row.get("input_prefix"), row["input"], row.get("output_prefix"))
-        text = "".join(part or "" for part in parts)
-    targets, choices = row.get("targets"), row.get("choices", row.get("multiple_choice_targets"))
-    # The lists of a row from parquet or from the hub may be arrays or tuples.
-    targets, choices = ([] if x is None else [str(s).strip() for s in x] for x in (targets, choices))
-    if not isinstance(text, str) or not text.strip() or not targets or not all(targets):
+        parts = [row.get("task_prefix"), row.get("input_prefix"), row["input"], row.get("output_prefix")]
+        text = "".join(part or "" for part in parts) if all(isinstance(part, str | None) for part in parts) else None
+    targets = _texts(f"{key}: targets", row.get("targets"))
+    choices = _texts(f"{key}: choices", row.get("choices", row.get("multiple_choice_targets")))
+    if not isinstance(text, str) or not text.strip() or not targets:
         raise InputError(
             f"{key}: needs text in the column input or inputs, and answers in targets; its columns are"
             f" {', '.join(map(str, row))}"
         )
+    if choices:
+        _check_choices(key, targets, choices, row.get("scores", row.get("multiple_choice_scores")))
     return text.strip(), list(dict.fromkeys(targets)), list(dict.fromkeys(choices))
+
+
+def _texts(place: str, values: Any) -> list[str]:
+    """Return the texts of a list without spaces around them. Raises InputError if it is not a list of texts."""
+    if values is None:
+        return []
+    # The lists of a row from parquet or from the hub may be arrays or tuples.
+    if not isinstance(values, (list, tuple, np.ndarray)) or not all(isinstance(s, str) and s.strip() for s in values):
+        raise InputError(f"{place} must be a list of texts that are not empty, not {str(values)[:80]!r}")
+    return [text.strip() for text in values]
+
+
+def _check_choices(key: str, targets: Sequence[str], choices: Sequence[str], scores: Any) -> None:
+    """Raise InputError if there is nothing to choose, or the scores of the choices do not say what `targets` says."""
+    if len(set(choices)) < 2:
+        raise InputError(f"{key}: a question with choices needs two of them, not only {choices[0]!r}")
+    if scores is None or not len(scores):
+        return
+    is_list = isinstance(scores, (list, tuple, np.ndarray)) and len(scores) == len(choices)
+    if not is_list or not all(isinstance(s, (int, float, np.number)) and 0 <= s < np.inf for s in scores):
+        raise InputError(f"{key}: scores must be one number for each of the {len(choices)} choices, at least 0")
+    right = {choice for choice, score in zip(choices, scores) if score == max(scores) > 0}
+    if right != set(targets):
+        named = ", ".join(sorted(right)) or "none"
+        raise InputError(f"{key}: by its scores the right answers are {named}, and by its targets {', '.join(targets)}")

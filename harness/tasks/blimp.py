@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
+from harness.settings.plain_values import NAME_RULE, is_name
 from harness.tasks import data, masked, tokenization
 from harness.tasks.settings import FilesTask, SplitTask
 
@@ -36,7 +37,8 @@ class BlimpTask(FilesTask, SplitTask):
         Metrics; higher is better for all of them: accuracy over all pairs, and accuracy_<paradigm> for each paradigm,
         in whose ExampleScores the pairs of other paradigms have score and weight 0. A tie counts one half, which is
         chance (lm-eval counts it as right).
-        Raises InputError if a paradigm is missing or a folder has no .jsonl files, and as `DataSource.rows` does.
+        Raises InputError if a paradigm is missing, a folder has no .jsonl files, a sentence is empty, or all pairs
+        of a paradigm are of equal sentences, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
         paradigms = _paradigms(f"tasks.{name}", self)
@@ -45,8 +47,14 @@ class BlimpTask(FilesTask, SplitTask):
             mask = masked.mask_token(name, context.tokenizer)
         requests, counts, ids, paradigm_of = [], [], [], []
         for paradigm, pairs in paradigms.items():
+            # BLiMP itself has a pair of equal sentences (passive_1, row 324), which is a tie.
+            if not is_name(paradigm):
+                raise InputError(f"tasks.{name}: {paradigm[:80]!r} cannot be the name of a paradigm; {NAME_RULE}")
+            if all(row["sentence_good"].strip() == row["sentence_bad"].strip() for _, row in pairs):
+                raise InputError(f"tasks.{name} {paradigm}: in all {len(pairs)} pairs the sentences are the same")
             for number, row in pairs:
                 key = f"tasks.{name} {paradigm} row {number}"
+                data.refuse_empty(f"tasks.{name} {paradigm}", [(number, row)], COLUMNS)
                 for column in COLUMNS:
                     sentence = _sentence(key, context, row[column], mask)
                     requests += sentence

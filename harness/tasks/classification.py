@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -54,6 +54,7 @@ class ClassificationTask(DataTask, SplitTask):
         found = self.rows(key, columns)
         picked = self.choose(key, found, lambda row: "\n".join(row[column] for column in columns))
         ids_of = {str(k): int(v) for k, v in (getattr(context.model_config, "label2id", None) or {}).items()}
+        data.refuse_empty(key, picked, [self.text_column])
         labels = [_label(f"{key} row {n}", row, self, classes, ids_of) for n, row in picked]
         metrics = MetricSet(key, self.metrics, taken=("accuracy", "cross_entropy"))
         metrics.rehearse(labels)
@@ -113,23 +114,23 @@ def _label(key: str, row: dict[str, Any], task: ClassificationTask, classes: int
     if task.label_column not in row:
         raise InputError(f"{key}: no column {task.label_column!r}; its columns are {', '.join(map(str, row))}")
     value = row[task.label_column]
-    is_number = isinstance(value, numbers.Real)
-    if is_number and value == int(value):  # a data frame may have turned 1 into 1.0
+    if isinstance(value, float) and value.is_integer():  # a data frame may have turned 1 into 1.0
         value = int(value)
+    # A truth value is not a number here: whether true is class 1 is for label_map to say.
     label = {str(k): v for k, v in task.label_map.items()}.get(str(value))
     if label is None and not task.label_map:
         label = ids_of.get(str(value))
-        if label is None and str(value).lstrip("-").isdigit():
+        if label is None and re.fullmatch(r"[0-9]{1,9}", str(value)):
             label = int(value)
     if label is None and task.label_map:
         raise InputError(
-            f"{key}: label {value!r} is not in {key.split(' ')[0]}.label_map, which has"
+            f"{key}: label {repr(value)[:80]} is not in {key.split(' ')[0]}.label_map, which has"
             f" {', '.join(map(str, task.label_map))}; add it, or use other data"
         )
     if label is None or not 0 <= label < classes:
         known = ", ".join(map(str, ids_of)) or f"0 to {classes - 1}"
         raise InputError(
-            f"{key}: label {value!r} is none of the model's {classes} classes ({known}); use a split with labels,"
-            f" or set {key.split(' ')[0]}.label_map, for example {{entailment: 0}}"
+            f"{key}: label {repr(value)[:80]} is none of the model's {classes} classes ({known}); use a split with"
+            f" labels, or set {key.split(' ')[0]}.label_map, for example {{entailment: 0}}"
         )
     return label

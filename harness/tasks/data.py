@@ -6,13 +6,15 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
 
+# What csv puts in the place of the fields that a row has too many or too few of.
+_MORE, _FEWER = "\0more", "\0fewer"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
@@ -66,6 +68,17 @@ class DataSource:
             raise hub_error(key, self.name, error) from error
 
 
+def refuse_empty(key: str, rows: Iterable[tuple[int, Mapping[str, Any]]], columns: Sequence[str]) -> None:
+    """Raise InputError for the first row with a column that holds no text, or nothing but white space.
+
+    A model gives such a row a score like any other. rows: pairs of a number and a row. key: begins the message.
+    """
+    for number, row in rows:
+        for column in columns:
+            if not row[column].strip():
+                raise InputError(f"{key} row {number}: column {column!r} is empty; fill it in or remove the row")
+
+
 def digest(texts: Iterable[str]) -> str:
     """Return 64 bits of BLAKE2b of a sequence of strings, as 16 hexadecimal digits.
 
@@ -96,11 +109,14 @@ def _from_file(key: str, data_files: str) -> list[dict[str, Any]]:
     if path.suffix not in readers:
         raise InputError(f"{where}: {data_files} has none of the known suffixes {' '.join(SUFFIXES)}")
     try:
-        return readers[path.suffix](where, path)
+        found = readers[path.suffix](where, path)
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: {data_files} is not UTF-8 (byte {error.start})") from error
     except (OSError, csv.Error) as error:
         raise InputError(f"{where}: cannot read {data_files}: {error}") from error
+    if path.suffix in (".txt", ".csv") and any("\0" in text for row in found for text in row.values()):
+        raise InputError(f"{where}: {data_files} holds NUL characters, so it is not a text file")
+    return found
 
 
 def _jsonl(where: str, path: Path) -> list[dict[str, Any]]:
@@ -109,10 +125,7 @@ def _jsonl(where: str, path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: {path} line {number} is not JSON: {error.msg}") from error
+            row = _parsed(f"{where}: {path} line {number}", line)
             if not isinstance(row, dict):
                 raise InputError(f"{where}: {path} line {number} is not a JSON object")
             found.append(row)
@@ -120,12 +133,37 @@ def _jsonl(where: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _json(where: str, path: Path) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: {path} is not JSON: {error.msg} in line {error.lineno}") from error
+    found = _parsed(f"{where}: {path}", path.read_text(encoding="utf-8-sig"))
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         raise InputError(f"{where}: {path} must hold a list of objects (one object per line is .jsonl)")
+    return found
+
+
+def _parsed(place: str, text: str) -> Any:
+    """Return the value of a JSON text. Raises InputError with one line that begins with `place`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        line = f" in line {error.lineno}" if "\n" in text.strip() else ""
+        raise InputError(f"{place} is not JSON: {error.msg}{line}") from error
+    except RecursionError as error:
+        raise InputError(f"{place}: its lists and objects are nested too deeply") from error
+    except ValueError as error:  # a key that occurs twice, or more digits than Python turns into a number
+        raise InputError(f"{place}: {error}") from error
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{place}: half of a surrogate pair (\\u{ord(error.object[error.start]):x}) is not a"
+                             " character; write both halves or remove it") from error
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
     return found
 
 
@@ -134,9 +172,20 @@ def _csv(where: str, path: Path) -> list[dict[str, Any]]:
     limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            return list(csv.DictReader(lines))
+            found = csv.DictReader(lines, restkey=_MORE, restval=_FEWER, strict=True)
+            rows = list(found)
     finally:
         csv.field_size_limit(limit)
+    names = found.fieldnames or []
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{where}: {path} has two columns called {twice!r}; give each a name of its own")
+    for number, row in enumerate(rows):
+        if _MORE in row or _FEWER in row.values():
+            than = "more" if _MORE in row else "fewer"
+            raise InputError(f"{where}: {path} row {number} has {than} fields than the {len(names)} of the first line;"
+                             " put texts with commas or line ends into quotes")
+    return rows
 
 
 def _parquet(where: str, path: Path) -> list[dict[str, Any]]:
@@ -147,7 +196,7 @@ def _parquet(where: str, path: Path) -> list[dict[str, Any]]:
         return found
     except ImportError as error:
         raise InputError(f"{where}: reading {path} needs pandas and pyarrow: {error}") from error
-    except ValueError as error:  # the errors of pyarrow are ValueErrors
+    except Exception as error:  # pyarrow and pandas have many, also for a file that is cut off
         raise InputError(f"{where}: cannot read {path}: {error}") from error
 
 

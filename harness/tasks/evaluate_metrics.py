@@ -24,6 +24,7 @@ from harness.evaluation.jackknife import jackknife_scores
 from harness.evaluation.requests import ExampleScores
 from harness.optional import require
 from harness.settings.constraints import ReadBy
+from harness.settings.plain_values import NAME_RULE, is_name
 from harness.settings.validation import plain, validated
 
 EXAMPLE = "for example [f1] or [{name: f1, arguments: {average: macro}}]"
@@ -67,6 +68,9 @@ def read_metrics(values: Any) -> list[EvaluateMetric]:
         for one in values
     ]
     labels = [metric.called for metric in metrics]
+    for label in labels:
+        if not is_name(label):
+            raise wrong("", label, f"it is the name of a metric in tables; set label. {NAME_RULE}")
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise SettingError("", f"two metrics are called {twice!r}; set label of one of them, {EXAMPLE}")

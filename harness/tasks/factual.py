@@ -47,6 +47,8 @@ class FactualTask(DataTask, SplitTask):
         tokenization.require_tokenizer(name, context.tokenizer)
         if not self.generic_words:
             raise InputError(f"tasks.{name}.generic_words: name at least one word")
+        if not all(word.strip() for word in self.generic_words):
+            raise InputError(f"tasks.{name}.generic_words: one of the words is empty; remove it")
         found = self.rows(f"tasks.{name}")
         chosen = self.choose(f"tasks.{name}", found, lambda row: prompt_and_target(f"tasks.{name}", row)[0])
         numbers = [number for number, _ in chosen]
@@ -110,8 +112,12 @@ def prompt_and_target(key: str, row: Mapping[str, Any]) -> tuple[str, str]:
     `key`.
     """
     rewrite = row.get("requested_rewrite")
+    prompt = target = None
     if isinstance(rewrite, Mapping):
-        prompt, target = rewrite["prompt"].format(rewrite["subject"]), rewrite["target_true"]["str"]
+        template, subject, answer = (rewrite.get(part) for part in ("prompt", "subject", "target_true"))
+        if isinstance(template, str) and isinstance(subject, str) and isinstance(answer, Mapping):
+            # not str.format, for which other braces of the data would be fields
+            prompt, target = template.replace("{}", subject), answer.get("str")
     else:
         prompt = row.get("prompt")
         target = next((row[column] for column in TARGET_COLUMNS if column in row), None)

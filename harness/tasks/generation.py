@@ -40,10 +40,14 @@ def generated_in_batches(
     return [answers[i] for i in range(len(prompts))]
 
 
-def padding_of(tokenizer: Any) -> int:
-    """Return the token that fills the rows of a batch. The attention mask hides it from the model."""
+def padding_of(tokenizer: Any, model: Any) -> int:
+    """Return the token that fills the rows of a batch. The attention mask hides it from the model.
+
+    It has a row in the model's embedding, which a padding token that was added to a tokenizer may lack.
+    """
+    size = model.get_input_embeddings().num_embeddings
     known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
-    return next((token for token in known if token is not None), 0)
+    return next((token for token in known if token is not None and token < size), 0)
 
 
 def refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,7 @@ class IoiTask(DataTask, SplitTask):
         tokenization.require_tokenizer(name, context.tokenizer)
         found = self.rows(f"tasks.{name}", ["prompt", "answer"])
         chosen = self.choose(f"tasks.{name}", found, lambda row: row["prompt"])
+        data.refuse_empty(f"tasks.{name}", chosen, ["prompt", "answer"])
         requests, shared = [], []
         for number, row in chosen:
             key = f"tasks.{name} row {number}"
@@ -89,6 +90,8 @@ def other_name(key: str, prompt: str, answer: str) -> str:
     Raises InputError if there is not exactly one such word, or the answer does not occur exactly once; its message
     begins with `key`.
     """
+    if not any(character.isalpha() for character in answer):
+        raise InputError(f"{key}: the answer {answer!r} is no name")
     words = Counter(re.findall(r"\b[^\W\d_][\w'’-]*", prompt))
     if len(re.findall(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt)) != 1:
         raise InputError(f"{key}: the answer {answer!r} must occur exactly once in the prompt {prompt!r}")

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
 from harness.tasks.settings import DataTask, SplitTask
@@ -27,7 +28,7 @@ class LambadaTask(DataTask, SplitTask):
 
         Metrics: accuracy, whether every token of the word is the most probable one (higher is better); perplexity, exp
         of the mean over words of the negative log-probability (lower is better).
-        Raises InputError as `DataSource.rows` does.
+        Raises InputError for a text that does not end with a word, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
         found = self.rows(f"tasks.{name}", ["text"])
@@ -35,6 +36,9 @@ class LambadaTask(DataTask, SplitTask):
         requests = []
         for number, row in chosen:
             passage, _, word = row["text"].rpartition(" ")
+            if not word.strip() or word != word.rstrip():
+                raise InputError(f"tasks.{name} row {number}: column 'text' must end with the word that is asked for,"
+                                 f" not with {row['text'][-40:]!r}")
             requests.append(tokenization.pair_request(f"tasks.{name} row {number}", context, passage, " " + word))
         protocol = {
             "data": self.source(),

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.errors import InputError, SettingError, wrong
-from harness.evaluation.requests import PreparedTask, TaskContext
+from harness.evaluation.requests import PreparedTask, ScoredTask, TaskContext
 from harness.registry import Registry
+from harness.settings.plain_values import NAME_RULE, is_name
 from harness.settings.validation import chosen
+from harness.tasks import tokenization
 from harness.tasks.settings import Task
 
 # A kind is imported only when a study uses it, because the import of lm_eval alone takes seconds.
@@ -42,12 +44,19 @@ def task_of(values: Any, name: str = "") -> Task:
     return chosen(TASKS, "kind", values)
 
 
+def require_name(name: str) -> None:
+    """Raise SettingError if this cannot be the name of a task in a study."""
+    if not is_name(name):
+        raise wrong("", name, f"it is the name of a task; {NAME_RULE}")
+
+
 def tasks_of(values: Any) -> dict[str, Task]:
     """Return the settings of all tasks of a study by name. Raises SettingError as `task_of` does."""
     if not isinstance(values, Mapping):
         raise wrong("", values, "it must be names with the settings of tasks")
     tasks = {}
     for name, one in values.items():
+        require_name(str(name))
         try:
             tasks[str(name)] = task_of(one, str(name))
         except SettingError as error:
@@ -90,4 +99,16 @@ def check_kinds(tasks: Mapping[str, Task], model_config: Any, kind: str) -> None
 
 def prepare_tasks(tasks: Mapping[str, Task], context: TaskContext) -> dict[str, PreparedTask]:
     """Return every task of a study prepared for one model. Raises InputError if data or settings do not fit it."""
-    return {name: task.prepare(name, context) for name, task in tasks.items()}
+    return {name: prepare_task(name, task, context) for name, task in tasks.items()}
+
+
+def prepare_task(name: str, task: Task, context: TaskContext) -> PreparedTask:
+    """Return one task prepared for one model. Raises InputError if its data or settings do not fit the model."""
+    prepared = task.prepare(name, context)
+    if isinstance(prepared, ScoredTask):
+        # The targets of a classifier are classes.
+        asked = "tokens source" if "classification" in task.measured_on else "tokens source targets"
+        for request in prepared.requests:
+            for part in asked.split():
+                tokenization.require_embedded(name, getattr(request, part), context.model_config)
+    return prepared

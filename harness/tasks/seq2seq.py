@@ -67,6 +67,7 @@ class Seq2SeqTask(DataTask, SplitTask):
             raise InputError(f"{key}: the model's config has no decoder_start_token_id for the decoder to begin with")
         found = self.rows(key, [self.source_column, self.target_column])
         picked = self.choose(key, found, lambda row: f"{row[self.source_column]}\n{row[self.target_column]}")
+        data.refuse_empty(key, picked, [self.source_column])  # an empty target asks whether the text ends at once
         requests, n_truncated = [], 0
         for number, row in picked:
             source = tokenizer(self.source_prefix + row[self.source_column], verbose=False)["input_ids"]
@@ -95,6 +96,8 @@ class Seq2SeqTask(DataTask, SplitTask):
             metrics = MetricSet(key, self.metrics)
             references = [row[self.target_column] for _, row in picked]
             metrics.rehearse(references)
+            for one in requests:
+                tokenization.require_embedded(name, one.source, context.model_config)
             sources = [[int(token) for token in one.source] for one in requests if one.source is not None]
             new_tokens = self.max_new_tokens or max(len(tokenized.targets) for tokenized in requests)
             protocol |= {**metrics.protocol(), "decoding": "greedy", "max_new_tokens": new_tokens}
@@ -140,7 +143,7 @@ def _generate(loaded: LoadedModel, sources: Sequence[list[int]], new_tokens: int
     from transformers import GenerationConfig
 
     model: Any = loaded.model
-    pad, width = padding_of(loaded.tokenizer), len(sources[0])
+    pad, width = padding_of(loaded.tokenizer, model), len(sources[0])
     input_ids = torch.full((len(sources), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(input_ids)
     for row, source in enumerate(sources):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from harness.errors import InputError, SettingError
@@ -125,5 +125,5 @@ def position(text: str) -> float:
 
 def require_file(key: str, path: str | None) -> None:
     """Raise SettingError if a path is given and nothing is there."""
-    if path is not None and not Path(path).expanduser().exists():
-        raise SettingError(key, f"no such file {path!r}; give the path of an existing file")
+    if path is not None and not os.path.exists(os.path.expanduser(path)):
+        raise SettingError(key, f"no such file {path[:200]!r}; give the path of an existing file")

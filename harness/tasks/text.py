@@ -54,6 +54,8 @@ class TextTask(DataTask, LimitedTask):
         window, stride = _window_and_stride(name, self, context.context_length)
         found = self.rows(f"tasks.{name}", [self.column])
         text = self.separator.join(row[self.column] for row in found)
+        if not text.strip():
+            raise InputError(f"tasks.{name}: column {self.column!r} holds no text in any row")
         tokens, starts, exact = _tokenise(context.tokenizer, text)
         if len(tokens) < 2:
             raise InputError(f"tasks.{name}: the text has {len(tokens)} tokens; at least 2 are needed")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from harness.errors import InputError
 from harness.evaluation.requests import Request, TaskContext, continuation_request
 
@@ -75,6 +77,23 @@ def require_tokenizer(name: str, tokenizer: Any) -> None:
     """Raise InputError if the model has no tokenizer. name: the name of the task."""
     if tokenizer is None:
         raise InputError(f"tasks.{name}: the model has no tokenizer, so it cannot read text; remove the task")
+
+
+def require_embedded(name: str, tokens: Any, model_config: Any) -> None:
+    """Raise InputError if one of the tokens has no row in the model's embedding. name: the name of the task.
+
+    A tokenizer may have more tokens than the embedding, if no text of the task has them; None stands for no tokens.
+    """
+    text_config = model_config if hasattr(model_config, "vocab_size") else model_config.get_text_config()
+    size = getattr(text_config, "vocab_size", None)
+    if size is None or tokens is None or not len(tokens):
+        return
+    least, largest = int(np.min(tokens)), int(np.max(tokens))
+    if 0 <= least and largest < size:
+        return
+    wrong = largest if largest >= size else least
+    raise InputError(f"tasks.{name}: the tokenizer makes the token {wrong}, but the model has the tokens 0 to"
+                     f" {size - 1} only; use the tokenizer that the model was trained with")
 
 
 def adds_bos(tokenizer: Any) -> bool:

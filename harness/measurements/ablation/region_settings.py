@@ -30,7 +30,7 @@ class RegionSettings:
 
     def __post_init__(self) -> None:
         for control in self.controls:
-            if control not in CONTROLS:
+            if not isinstance(control, str) or control not in CONTROLS:
                 raise wrong("controls", control, f"use one of {', '.join(CONTROLS)}")
         if "lower_bulk" in self.controls and self.by != "mp":
             raise wrong("controls", "lower_bulk", "it is matched to the outliers of region.by=mp")

@@ -60,6 +60,8 @@ def prepare(
             " own"
         )
     contexts = [instance.args[0] for doc in docs for instance in doc]
+    for text in contexts:
+        tokenization.require_embedded(name, tokenization.encode(context.tokenizer, text), context.model_config)
     references = [lm_eval_metrics.target(task, doc[0].doc) for doc in docs] if metrics else []
     metrics.rehearse(references)
 
@@ -124,7 +126,7 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 def _generate(loaded: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
     """Return the new tokens after each prompt of a batch. The longest prompt is first."""
     tokenizer, width = loaded.tokenizer, len(prompts[0])
-    pad = padding_of(tokenizer)
+    pad = padding_of(tokenizer, loaded.model)
     input_ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):

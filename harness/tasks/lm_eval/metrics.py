@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores
 
 # Metrics whose value for a document is between 0 and 1.
@@ -38,6 +39,35 @@ def documents(task: Any, limit: int | None) -> list[list[Any]]:
             )
             found.append(instances if isinstance(instances, list) else [instances])
     return found
+
+
+def check_answers(key: str, task: Any, docs: Sequence[list[Any]]) -> None:
+    """Raise InputError for the first document without a right answer that can be scored.
+
+    lm-eval counts every answer to such a document as wrong, or gives an empty answer a score like any other.
+    key: "tasks.<name>".
+    """
+    own = task.config.process_results is not None or not hasattr(task, "multiple_input")  # the task's own code scores
+    for number, instances in enumerate(docs):
+        place, doc = f"{key} document {number}", instances[0].doc
+        asked = [instance.args[1] for instance in instances if instance.request_type == "loglikelihood"]
+        if not all(isinstance(text, str) and text.strip() for text in asked):
+            raise InputError(f"{place}: one of the answers that are scored is empty; fill it in or remove the document")
+        if own:
+            continue
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        if task.OUTPUT_TYPE == "multiple_choice":
+            choices = task.doc_to_choice(doc)
+            if len(choices) < 2:
+                raise InputError(f"{place}: it has {len(choices)} choices; at least two are needed")
+            right = gold if isinstance(gold, (list, tuple)) else [gold]
+            # The comparison with the range also refuses NaN, and accepts 1.0 of a data frame.
+            if not right or not all(one in choices if isinstance(one, str) else one in range(len(choices))
+                                    for one in right):
+                raise InputError(f"{place}: its right answer {gold!r} is none of its {len(choices)} choices; use a"
+                                 " split with labels, or correct it")
+        elif isinstance(gold, str) and not gold.strip() and task.OUTPUT_TYPE == "generate_until":
+            raise InputError(f"{place}: its right answer is empty; fill it in or remove the document")
 
 
 @contextlib.contextmanager

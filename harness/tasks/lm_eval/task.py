@@ -21,6 +21,7 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.optional import require
 from harness.settings.constraints import at_least
+from harness.settings.plain_values import refuse_long_path
 from harness.tasks import tokenization
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
 from harness.tasks.lm_eval import index
@@ -43,6 +44,7 @@ class LmEvalTask(LimitedTask):
     kind: ClassVar[str] = "lm_eval"
 
     def __post_init__(self) -> None:
+        refuse_long_path("include_path", self.include_path)
         for split, path in self.data_files.items():
             require_file(f"data_files.{split}", path)
 
@@ -141,6 +143,7 @@ def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: Task
         docs = lm_eval_metrics.documents(task, asked.limit)
         if not docs:
             raise InputError(f"{key}: {task_name!r} has no documents")
+        lm_eval_metrics.check_answers(key, task, docs)
         types = {instance.request_type for doc in docs for instance in doc}
         if "generate_until" in types and len(types) > 1:
             raise InputError(f"{key}.task: {task_name!r} both generates and scores; only one of them can be measured")
