@@ -16,8 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,7 +158,7 @@ def weight_file(path: Path) -> WeightFile:
     raise InputError(f"model.name: {path} is being written; wait until it is complete")
 
 
-def _state(file: BinaryIO) -> list[int]:
+def _state(file: BufferedReader) -> list[int]:
     found = os.fstat(file.fileno())
     return [found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
@@ -184,7 +185,7 @@ def _remember(remembered: Path, found: WeightFile, state: list[int]) -> None:
         pass  # the digests are then computed again next time
 
 
-def _hash(path: Path, file: BinaryIO, size: int) -> WeightFile:
+def _hash(path: Path, file: BufferedReader, size: int) -> WeightFile:
     """Read a file once, from its beginning to its end, and return it with all digests."""
     if path.suffix == ".gguf":
         return WeightFile(path, hashlib.file_digest(file, "sha256").hexdigest(), {})
@@ -194,7 +195,7 @@ def _hash(path: Path, file: BinaryIO, size: int) -> WeightFile:
     for name, tensor in tensors:
         of_tensor, left = xxh3_128(), tensor.end - tensor.begin
         while left:
-            n = file.readinto(buffer[: min(left, CHUNK)])  # type: ignore[attr-defined]  # BinaryIO does not list it
+            n = file.readinto(buffer[: min(left, CHUNK)])
             if not n:
                 raise _damaged(path, "it ends too early")
             whole.update(buffer[:n])
@@ -208,7 +209,7 @@ def _damaged(path: Path, reason: str) -> InputError:
     return InputError(f"model.name: cannot read {path} as safetensors: {reason}; download it again")
 
 
-def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[bytes, list[tuple[str, StoredTensor]]]:
+def _read_header(path: Path, file: BufferedReader, size: int) -> tuple[bytes, list[tuple[str, StoredTensor]]]:
     """Return the first bytes of a file up to its first tensor, and its tensors in the order of their bytes.
 
     Raises InputError if the tensors do not fill the file exactly, as the format demands.
@@ -257,7 +258,7 @@ def read_tensor(file: WeightFile, name: str) -> Tensor:
 
 def read_state(files: Sequence[WeightFile]) -> dict[str, Tensor]:
     """Return all tensors of some files by name, as `read_tensor` does. A later file wins over an earlier one."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for file in files:
         try:
             with file.path.open("rb") as opened:
@@ -267,13 +268,13 @@ def read_state(files: Sequence[WeightFile]) -> dict[str, Tensor]:
     return state
 
 
-def _read(opened: BinaryIO, file: WeightFile, name: str) -> Tensor:
+def _read(opened: BufferedReader, file: WeightFile, name: str) -> Tensor:
     tensor = file.tensors[name]
     content, dtype = bytearray(tensor.end - tensor.begin), DTYPES[tensor.dtype]
     opened.seek(tensor.begin)
     view, n = memoryview(content), 1
     while view and n:  # one call reads at most 2 GiB
-        n = opened.readinto(view)  # type: ignore[attr-defined]  # BinaryIO does not list it
+        n = opened.readinto(view)
         view = view[n:]
     if view or xxh3_128(content).hexdigest() != tensor.digest:
         raise _changed(file.path)

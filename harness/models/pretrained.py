@@ -113,7 +113,8 @@ def _generation_config(settings: ModelSettings, description: ModelDescription) -
     for name in ("generation_config.json", "config.json"):  # older checkpoints have them among the model's config
         try:
             return GenerationConfig.from_pretrained(
-                description.source, name, revision=description.revision, _from_model_config=name == "config.json"
+                description.source, name, revision=description.revision or "main",
+                _from_model_config=name == "config.json",
             )
         except OSError:
             pass
