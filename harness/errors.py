@@ -43,6 +43,11 @@ def wrong(key: str, value: Any, right: str) -> SettingError:
     return SettingError(key, f"{shown} is wrong; {right}")
 
 
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """Return the message of a foreign exception as one line of at most `longest` characters, never an empty one."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
+
+
 def complain(error: Exception) -> None:
     """Print an error to stderr as the one line that a user sees."""
     line = f"harness: {' '.join(str(error).split())[:LONGEST_LINE]}"

@@ -34,6 +34,10 @@ class Measured:
     described: Mapping[str, Any] = field(default_factory=dict)
 
 
+class SpoiledRun(Exception):
+    """What the units of a run shared, such as the weights, was found to have changed under way."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a measurement is given beside its units.
@@ -86,7 +90,11 @@ class MeasureModule(Protocol):
         ...
 
     def measure(self, plan: Plan, units: Sequence[Any], context: Context) -> Iterator[Measured]:
-        """Measure the units, in any order; what goes wrong with one becomes an error row of that one."""
+        """Measure the units, in any order; what goes wrong with one becomes an error row of that one.
+
+        After the last unit it may raise SpoiledRun, if it finds that what the units shared was no longer what it should
+        be. The rows that this process has written are then withdrawn, and each of these units becomes an error row.
+        """
         ...
 
 

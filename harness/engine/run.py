@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.engine.manifest import MANIFEST, freeze
-from harness.engine.measurement import Context, Measured, Measurement
+from harness.engine.measurement import Context, Measured, Measurement, SpoiledRun
 from harness.engine.plan import Plan
 from harness.engine.ranks import Ranks, join
 from harness.engine.shards import split
@@ -28,6 +28,7 @@ from harness.tables.store import (
     list_table,
     quarantine,
     unit_states,
+    withdraw,
     write_unit,
 )
 
@@ -203,15 +204,20 @@ def measure_units(measurement: Measurement, plan: Plan, units: Sequence[Any], co
     """
     from tqdm import tqdm
 
-    where, division = provenance(), context.division
+    where, division, written = provenance(), context.division, []
     with tqdm(total=len(units), unit="unit", disable=not context.progress, smoothing=0.1) as bar:
 
         def describe(text: str) -> None:
             bar.set_description(text[:48].ljust(48))
 
-        for measured in measurement.measure.measure(plan, units, replace(context, describe=describe)):
-            division.agree("writing", partial(_write, measurement, plan, measured, where, division))
-            bar.update()
+        try:
+            for measured in measurement.measure.measure(plan, units, replace(context, describe=describe)):
+                division.agree("writing", partial(_write, measurement, plan, measured, where, division))
+                written.append(measured.unit.id)
+                bar.update()
+        except SpoiledRun as error:
+            own = written if division.rank == 0 else []
+            division.agree("withdrawing", partial(withdraw, plan.folder, measurement.tables, own, str(error)))
 
 
 def _write(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from harness.errors import InputError
+from harness.errors import InputError, one_line
 from harness.models.matrices import Layout, Matrix
 from harness.registry import Registry
 
@@ -34,6 +34,7 @@ EMBEDDING_NAMES = frozenset(
     "lm_head head cls embed_tokens embed_positions wte wpe embed_in embed_out shared embedding embeddings "
     "word_embeddings position_embeddings token_type_embeddings".split()
 )
+MOST_MODULES = 10_000  # layers or experts; a config with more is damaged, and would take hours to build
 AUTO_CLASSES = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
@@ -209,11 +210,22 @@ def family_of(config: Any) -> Family:
 def skeleton(config: Any, family: Family | None = None) -> PreTrainedModel:
     """Return the model of a config on the meta device, which has names and shapes but no weights.
 
-    family: needed if the head is not the usual one of this model type. Raises InputError for an unknown model type.
+    family: needed if the head is not the usual one of this model type. Raises InputError for an unknown model type, and
+    for a config of which no model can be built.
     """
     load_class = (family or family_of(config)).auto_class()
-    with torch.device("meta"):
-        return load_class.from_config(config)
+    for key in ("num_hidden_layers", "num_layers", "num_decoder_layers", "num_experts", "num_local_experts"):
+        value = getattr(config, key, None)
+        fewest = 1 if key == "num_hidden_layers" else 0
+        if isinstance(value, int) and not fewest <= value <= MOST_MODULES:
+            raise InputError(f"model.name: config.json: {key} is {value}; it must be within {fewest}..{MOST_MODULES}")
+    try:
+        with torch.device("meta"):
+            return load_class.from_config(config)
+    except Exception as error:  # what transformers raises for impossible sizes and unknown names is of any type
+        raise InputError(
+            f"model.name: config.json describes no model that can be built: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def expand_layer_types(names: Iterable[str], key: str = "target.layer_types") -> tuple[str, ...]:

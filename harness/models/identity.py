@@ -3,86 +3,110 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from xxhash import xxh3_128
 
-from harness.errors import InputError
-from harness.files import replacing, user_cache
+from harness.errors import InputError, one_line
+from harness.models.checkpoint import WeightFile, find_weights, require_regular, weight_file
 from harness.models.settings import ModelSettings
 
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
-REMEMBERED_FROM = 1 << 28  # bytes; reading a smaller file again takes too little time to remember its digest
-# A file may change twice within one tick of its file system's clock, so the digest of a newer file is not remembered.
-SETTLED_SECONDS = 10
+CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 
 
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal.
 
-    The digest of a large file is remembered in the user's cache folder. It is used again as long as the file's size,
-    inode and times of change stay the same. Raises OSError if the file cannot be read.
+    Raises InputError if it is no regular file, and OSError if it cannot be read.
     """
-    before = path.stat()
-    if before.st_size < REMEMBERED_FROM:
-        return _digest(path)
-    remembered = user_cache("digests") / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    state = [before.st_size, before.st_dev, before.st_ino, before.st_mtime_ns, before.st_ctime_ns]
-    try:
-        there = json.loads(remembered.read_text())
-        if there["state"] == state:
-            return there["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    digest = _digest(path)
-    if time.time() - max(before.st_mtime, before.st_ctime) > SETTLED_SECONDS:
-        _remember(remembered, {"path": str(path), "state": state, "digest": digest})
-    return digest
-
-
-def _digest(path: Path) -> str:
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remember(path: Path, what: dict[str, Any]) -> None:
+def config_digests(folder: Path, settings: ModelSettings) -> list[str]:
+    """Return the digests of the files in a local folder that say how its weights are used.
+
+    These are the config and, if the settings trust it, the checkpoint's own code.
+    """
+    files = [folder / CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
+    if settings.trust_remote_code:
+        files += sorted(folder.rglob("*.py"))
+    return [file_digest(path) for path in files]
+
+
+def local_weights(folder: Path, settings: ModelSettings, config: Any) -> tuple[WeightFile, ...]:
+    """Return the weight files of a local folder, hashed.
+
+    config: the config of transformers. Raises InputError if the folder does not hold the weights of the settings, if
+    they are damaged, or if it holds an adapter.
+    """
+    if settings.gguf_file:
+        path = folder / settings.gguf_file
+        if not path.exists():
+            there = sorted(path.name for path in folder.glob("*.gguf"))
+            raise InputError(
+                f"model.gguf_file: no file {settings.gguf_file!r} in {folder}; GGUF files there:"
+                f" {', '.join(there) or 'none'}"
+            )
+        return (weight_file(path),)
+    if (folder / ADAPTER_FILE).exists():
+        raise InputError(
+            f"model.name: {folder} holds an adapter ({ADAPTER_FILE}), which is not applied here; merge it into its"
+            " model first, as merge_and_unload of peft does"
+        )
+    paths = find_weights(lambda name: folder / name if (folder / name).exists() else None, str(folder), config)
+    if not paths:
+        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+        beside = f"; {pickled.name} may hold code and is not read" if pickled else ""
+        raise InputError(
+            f"model.name: the folder {folder} holds no weights that can be read (model.safetensors or"
+            f" model.safetensors.index.json, or set model.gguf_file){beside}"
+        )
+    return tuple(weight_file(path) for path in paths)
+
+
+def hub_weights(settings: ModelSettings, revision: str | None, config: Any) -> tuple[WeightFile, ...]:
+    """Return the weight files of a model on the hub, hashed. Files that the local cache lacks are downloaded.
+
+    revision, config: as in ModelDescription. Raises InputError if there are no such files, and if a file of the cache
+    is not the one that was downloaded.
+    """
+    from transformers.utils.hub import cached_file
+
+    def fetch(name: str) -> Path | None:
+        found = cached_file(settings.name, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
     try:
-        with replacing(path, durable=False) as temporary:
-            temporary.write_text(json.dumps(what))
-    except OSError:
-        pass  # the digest is then computed again next time
+        if settings.gguf_file:
+            path = fetch(settings.gguf_file)
+            paths = [] if path is None else [path]
+        else:
+            paths = find_weights(fetch, settings.name, config)
+        files = tuple(weight_file(path) for path in paths)
+    except OSError as error:
+        raise InputError(f"model.name: cannot read the weights of {settings.name!r}: {one_line(error)}") from error
+    if not files:
+        raise InputError(f"model.name: {settings.name!r} has no weights in safetensors; use another revision or a"
+                         " checkpoint that was converted")
+    for file in files:
+        # The cache of huggingface_hub names a large file by its SHA-256.
+        blob = file.path.resolve().name
+        if len(blob) == 64 and blob != file.digest:
+            raise InputError(f"model.name: {file.path.resolve()} is damaged; delete it, so that it is downloaded again")
+    return files
 
 
-def _weight_files(folder: Path, gguf_file: str | None) -> list[Path]:
-    if gguf_file:
-        return [folder / gguf_file]
-    for suffix in WEIGHT_SUFFIXES:
-        files = sorted(folder.glob(f"*{suffix}"))
-        if files:
-            return files
-    return []
-
-
-def local_identity(folder: Path, settings: ModelSettings) -> dict[str, Any]:
+def local_identity(files: Sequence[WeightFile], configs: Sequence[str]) -> dict[str, Any]:
     """Return the identity of a model in a local folder: a digest of the bytes of its weights and its configuration.
 
-    Raises InputError if the folder holds no weights, or not the GGUF file of the settings.
+    files: as `local_weights` returns them. configs: as `config_digests` returns them.
     """
-    files = _weight_files(folder, settings.gguf_file)
-    if settings.gguf_file and not files[0].is_file():
-        there = sorted(path.name for path in folder.glob("*.gguf"))
-        raise InputError(
-            f"model.gguf_file: no file {settings.gguf_file!r} in {folder}; GGUF files there:"
-            f" {', '.join(there) or 'none'}"
-        )
-    if not files:
-        raise InputError(f"model.name: the folder {folder} holds no weights (*.safetensors, or set model.gguf_file)")
-    config_file = folder / "config.json"
-    digests = [file_digest(path) for path in files] + ([file_digest(config_file)] if config_file.is_file() else [])
+    digests = [*(file.digest for file in files), *configs]
     return {"digest": hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()}
 
 
@@ -102,15 +126,29 @@ def hub_identity(settings: ModelSettings) -> dict[str, Any]:
 def module_identity(model: torch.nn.Module) -> dict[str, Any]:
     """Return the identity of a module in memory: a digest of its parameters and buffers, and of its config if any.
 
-    The digest covers every byte of these tensors, and their names, shapes and dtypes.
+    The digest covers every byte of these tensors, and their names, shapes and dtypes. A tensor that is not in memory
+    (on the device "meta") counts with its name only.
     """
-    from xxhash import xxh3_128
-
     config: Any = getattr(model, "config", None)
-    found = xxh3_128(type(model).__name__.encode())
-    found.update(config.to_json_string(use_diff=False).encode() if hasattr(config, "to_json_string") else b"")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    head = type(model).__name__
+    if hasattr(config, "to_json_string"):
+        head += config.to_json_string(use_diff=False)
+    return {"digest": _digest_of(head, [*model.named_parameters(), *model.named_buffers()])}
+
+
+def parameters_digest(model: torch.nn.Module) -> str:
+    """Return a digest of every byte of the parameters of a module, by which a change of them is noticed.
+
+    Buffers do not count, because some models change theirs when they read a long sequence (dynamic rotary embeddings).
+    """
+    return _digest_of("", model.named_parameters())
+
+
+def _digest_of(head: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    found = xxh3_128(head.encode())
+    for name, tensor in tensors:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        content = tensor.detach().cpu().contiguous()
-        found.update(content.view(-1).view(torch.uint8).numpy().data if content.numel() else b"")
-    return {"digest": found.hexdigest()}
+        if tensor.numel() and not tensor.is_meta:
+            content = tensor.detach().cpu().contiguous()
+            found.update(content.view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from harness.errors import InputError
+from harness.errors import InputError, one_line
+from harness.models.checkpoint import WeightFile
 from harness.models.families import Family, blocks_of, family_of, matrices_of
-from harness.models.identity import hub_identity, local_identity
+from harness.models.identity import config_digests, hub_identity, local_identity, local_weights
 from harness.models.matrices import Matrix
+from harness.models.pretrained import from_files, some_of
 from harness.models.settings import ModelSettings
 from harness.optional import require
 
@@ -31,7 +33,9 @@ class ModelDescription:
 
     source: a name on the hub or a folder, as `from_pretrained` takes it; "recall" for the embedded model; MEMORY.
     identity: goes into the id of every cell, and changes when the weights change. config: the model's config of
-    transformers. dtype: a key of TORCH_DTYPES, never "auto". context_length: in tokens.
+    transformers. dtype: a key of TORCH_DTYPES, never "auto". context_length: in tokens. files: the weight files of a
+    local model, as they were hashed for the identity; none for a model on the hub, whose files are fetched when it is
+    loaded.
     """
 
     source: str
@@ -40,6 +44,7 @@ class ModelDescription:
     family: Family
     dtype: str
     context_length: int
+    files: tuple[WeightFile, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def revision(self) -> str | None:
@@ -68,10 +73,6 @@ class LoadedModel:
     def context_length(self) -> int:
         """The longest sequence that the model accepts, in tokens."""
         return self.description.context_length
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def context_length_of(model_config: Any) -> int:
@@ -121,14 +122,25 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
         )
     source = str(folder) if local else settings.name
     kwargs = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
+    files: tuple[WeightFile, ...] = ()
     try:
-        identity = local_identity(folder, settings) if local else hub_identity(settings)
+        before = config_digests(folder, settings) if local else []
+        if local and settings.gguf_file:
+            files = local_weights(folder, settings, None)
+        identity = {} if local else hub_identity(settings)
         model_config = AutoConfig.from_pretrained(
             source, revision=identity.get("revision"), trust_remote_code=settings.trust_remote_code, **kwargs
         )
-    except (OSError, ValueError, KeyError) as error:
+        if local:
+            files = files or local_weights(folder, settings, model_config)
+            identity = local_identity(files, before)
+            if config_digests(folder, settings) != before:
+                raise InputError(f"model.name: the files in {folder} are being changed; wait until they are complete")
+    except InputError:
+        raise
+    except Exception as error:  # what transformers raises for a config that it cannot read is of any type
         where = "local folder" if local else "Hugging Face name (offline: download it first, or give a local folder)"
-        raise InputError(f"model.name: cannot read {settings.name!r} as a {where}: {_one_line(error)}") from error
+        raise InputError(f"model.name: cannot read {settings.name!r} as a {where}: {one_line(error)}") from error
     family = family_of(model_config).with_classifier() if classifier else family_of(model_config)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     dtype = settings.dtype
@@ -136,7 +148,8 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
         stated = getattr(model_config, "dtype", None) or getattr(text_config, "dtype", None)
         dtype = str(stated).removeprefix("torch.") if stated is not None else "float32"
         dtype = dtype if dtype in TORCH_DTYPES else "float32"
-    return ModelDescription(source, identity, model_config, family, dtype, context_length_of(text_config))
+    context_length = context_length_of(text_config)
+    return ModelDescription(source, identity, model_config, family, dtype, context_length, files)
 
 
 def load_tokenizer(settings: ModelSettings, description: ModelDescription) -> Any:
@@ -154,7 +167,7 @@ def load_tokenizer(settings: ModelSettings, description: ModelDescription) -> An
             description.source, revision=description.revision, trust_remote_code=settings.trust_remote_code, **kwargs
         )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model.name: no tokenizer for {settings.name!r}: {_one_line(error)}") from error
+        raise InputError(f"model.name: no tokenizer for {settings.name!r}: {one_line(error)}") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -210,7 +223,7 @@ def load(
         model = load_recall(trained, settings.attn_implementation or "sdpa")
         model, missing = model.to(dtype), ()  # type: ignore[arg-type]  # transformers' wrapper of `to` loses `self`
     else:
-        model, missing = _from_pretrained(settings, description, dtype)
+        model, missing = from_files(settings, description, dtype)
     if settings.device_map is None:
         model = model.to(device)  # type: ignore[arg-type]
     else:
@@ -226,73 +239,10 @@ def require_head(loaded: LoadedModel) -> None:
     if loaded.missing:
         saved_as = ", ".join(getattr(loaded.model.config, "architectures", None) or ["another class"])
         raise InputError(
-            f"model.name: {loaded.description.source!r} holds no weights for {_some(loaded.missing)}, so that"
+            f"model.name: {loaded.description.source!r} holds no weights for {some_of(loaded.missing)}, so that"
             f" {type(loaded.model).__name__} cannot be scored (it was saved as {saved_as});"
             " use a checkpoint that has this head"
         )
-
-
-def _some(names: tuple[str, ...], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _missing_of_head(model: PreTrainedModel, missing: set[str], name: str) -> tuple[str, ...]:
-    """Return the names of the missing weights, sorted. Raises InputError if one of them is outside of the head."""
-    # the base model of T5 is the whole model, so that its head is among the modules of the body
-    body = dict(model.named_modules() if model.base_model is model else model.base_model.named_modules())
-    head = model.get_output_embeddings()
-    of_body = {
-        id(parameter)
-        for module in body.values() if module is not head
-        for parameter in module.parameters(recurse=False)
-    }
-    # BERT's pooler counts as part of the head, because only classifiers use it
-    lacking = sorted(key for key, p in model.named_parameters()
-                     if key in missing and id(p) in of_body and ".pooler." not in f".{key}")
-    if lacking:
-        raise InputError(
-            f"model.name: {name!r} is not complete: it holds no weights for {_some(tuple(lacking))};"
-            " use another checkpoint"
-        )
-    return tuple(sorted(missing))
-
-
-def _from_pretrained(
-    settings: ModelSettings, description: ModelDescription, dtype: torch.dtype
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model, and the names of the weights of its head that the checkpoint does not hold."""
-    from transformers.utils import logging as transformers_logging
-
-    kwargs: dict[str, Any] = {"gguf_file": settings.gguf_file} if settings.gguf_file else {"use_safetensors": True}
-    if settings.device_map is not None:
-        kwargs["device_map"] = settings.device_map
-    loader: Callable = description.family.auto_class().from_pretrained
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # instead of its report of missing weights there is an error of one line
-    try:
-        model, info = loader(
-            description.source, revision=description.revision, dtype=dtype,
-            attn_implementation=settings.attn_implementation, trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True, ignore_mismatched_sizes=True, **kwargs,
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"model.name: cannot load {settings.name!r}: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if "conversion of the weights" not in str(error):
-            raise
-        raise InputError(
-            f"model.name: {settings.name!r} does not fit its config: weights that the model stores together (its"
-            " experts) are missing or of other sizes in the file; use another checkpoint"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    for key, stored, expected in sorted(info["mismatched_keys"]):
-        raise InputError(
-            f"model.name: {settings.name!r} does not fit its config: {key} is {list(stored)} in the file and"
-            f" {list(expected)} by config.json; use another checkpoint"
-        )
-    return model, _missing_of_head(model, set(info["missing_keys"]), settings.name)
 
 
 def loaded_from(

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
 from harness.errors import InputError
+from harness.models.checkpoint import SINGLE_FILE, read_state, weight_file
 from harness.models.recall_data import RecallProcess, recall_process
 from harness.models.settings import RecallModelSettings
 
@@ -295,7 +296,8 @@ def load_recall(path: str | Path, attn_implementation: str = "sdpa") -> RecallFo
     try:
         with quiet():
             model = RecallForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation=attn_implementation, local_files_only=True
+                None, config=RecallConfig.from_pretrained(path, local_files_only=True), dtype=torch.float32,
+                state_dict=read_state([weight_file(Path(path) / SINGLE_FILE)]), attn_implementation=attn_implementation,
             )
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a saved recall model ({error})".splitlines()[0]) from error

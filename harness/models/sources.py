@@ -6,25 +6,23 @@ the same values as in a model that `load` returns.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from harness.errors import InputError
+from harness.errors import InputError, one_line
+from harness.models.checkpoint import WeightFile, private_copy, read_tensor, refuse_unscaled
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import TORCH_DTYPES, LoadedModel, ModelDescription, load, pick_device
 from harness.models.matrices import Matrix
+from harness.models.pretrained import weight_files
 from harness.models.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,11 @@ def open_source(settings: ModelSettings, description: ModelDescription) -> Matri
     """Return the matrices of a model, streamed from its checkpoint if that is possible.
 
     It is possible for a GGUF file, and for safetensors whose tensors have the model's own names. Other checkpoints
-    (*.bin, experts in separate tensors) are loaded whole. Raises InputError as `load` does.
+    (experts in separate tensors) are loaded whole. Raises InputError as `load` does.
     """
     if description.source != "recall" and settings.device_map is None:
         model = skeleton(description.config)
-        tensor = _gguf_tensors(settings.gguf_file, description, model) if settings.gguf_file else None
+        tensor = _gguf_tensors(settings, description, model) if settings.gguf_file else None
         tensor = tensor or (None if settings.gguf_file else _safetensors(settings, description, model))
         if tensor is not None:
             device, dtype = pick_device(settings.device), TORCH_DTYPES[description.dtype]
@@ -111,61 +109,26 @@ def _safetensors(
 
     None if the checkpoint does not hold the parameters of all matrices under their own names and in their own shapes.
     """
-    from safetensors import SafetensorError, safe_open
-
-    files = _safetensors_files(settings, description)
-    where: dict[str, tuple[Path, str]] = {}
-    shapes: dict[str, list[int]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for key in tensors.keys():
-                    where[key], shapes[key] = (path, key), tensors.get_slice(key).get_shape()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"model.name: cannot read {path}: {' '.join(str(error).split())}") from error
+    files = weight_files(settings, description)
+    refuse_unscaled(files, description.config)
+    where = {name: file for file in files for name in file.tensors}
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, tuple[WeightFile, str]] = {}
     for name in {matrix.parameter for matrix in matrices_of(model)}:
-        shape = list(model.get_parameter(name).shape)
+        shape = tuple(model.get_parameter(name).shape)
         # a checkpoint that was saved without a head lacks the prefix; one with a head has it though this model may not
         for key in (name, name.removeprefix(prefix), prefix + name):
-            if shapes.get(key) == shape:
-                found[name] = where[key]
+            if key in where and where[key].tensors[key].shape == shape:
+                found[name] = where[key], key
                 break
         else:
             return None
 
-    def tensor(name: str) -> Tensor:
-        path, key = found[name]
-        with safe_open(path, framework="pt") as tensors:
-            return tensors.get_tensor(key)
-
-    return tensor
-
-
-def _safetensors_files(settings: ModelSettings, description: ModelDescription) -> list[Path]:
-    folder = Path(description.source).expanduser()
-    if folder.is_dir():
-        def fetch(name: str) -> Path | None:
-            return folder / name if (folder / name).is_file() else None
-    else:
-        from transformers.utils.hub import cached_file
-
-        def fetch(name: str) -> Path | None:
-            found = cached_file(
-                description.source, name, revision=description.revision, _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-            )
-            return None if found is None else Path(found)
-
-    index = fetch(INDEX_FILE)
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else [SINGLE_FILE]
-    files = [file for file in map(fetch, names) if file is not None]
-    return files if len(files) == len(names) else []
+    return lambda name: read_tensor(*found[name])
 
 
 def _gguf_tensors(
-    file: str, description: ModelDescription, model: PreTrainedModel
+    settings: ModelSettings, description: ModelDescription, model: PreTrainedModel
 ) -> Callable[[str], Tensor] | None:
     """Return a function from the name of a parameter to its tensor, which it reads from a GGUF file and dequantises.
 
@@ -183,13 +146,11 @@ def _gguf_tensors(
         return None
     if any(matrix.expert is not None for matrix in matrices_of(model)):
         return None
-    path = Path(description.source).expanduser() / file
-    if not path.is_file():
-        return None
     try:
-        reader = GGUFReader(path)
+        with private_copy(weight_files(settings, description)[0]) as copy:
+            reader = GGUFReader(copy.name)  # it maps the file into memory, which remains after the file is deleted
     except (OSError, ValueError) as error:
-        raise InputError(f"model.gguf_file: cannot read {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"model.gguf_file: cannot read {settings.gguf_file}: {one_line(error)}") from error
     field = reader.get_field("general.architecture")
     architecture = field.contents() if field else ""
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=description.config.to_dict())

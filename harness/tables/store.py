@@ -11,6 +11,7 @@ from harness.tables.reader import (
     read_table,
     unit_states,
 )
+from harness.tables.withdrawal import withdraw
 from harness.tables.writer import Rows, write_unit
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "quarantine",
     "read_table",
     "unit_states",
+    "withdraw",
     "write_unit",
 ]

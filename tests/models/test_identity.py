@@ -7,10 +7,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save
+from xxhash import xxh3_128
 
-from harness.models import identity
-from harness.models.identity import file_digest
+from harness.models import checkpoint
+from harness.models.checkpoint import weight_file
 from harness.models.loading import describe_model
 from harness.models.settings import ModelSettings
 from tests.checkpoints import save_checkpoint
@@ -42,20 +45,36 @@ def test_any_byte_of_any_tensor_counts(tmp_path):
 
 
 def set_clock(monkeypatch, seconds):
-    monkeypatch.setattr(identity, "time", SimpleNamespace(time=lambda: seconds))
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(time=lambda: seconds))
+
+
+def content(changed=0, longer=b""):
+    """The bytes of a safetensors file with one tensor of 992 bytes."""
+    tensor = torch.zeros(248 + len(longer), dtype=torch.float32)
+    tensor[100] = changed
+    return save({"a": tensor})
 
 
 @pytest.fixture
 def remembered(tmp_path, monkeypatch):
-    """A file whose digest is remembered, and how often a file has been read."""
+    """A file whose digests are remembered, and how often a file has been hashed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(identity, "REMEMBERED_FROM", 100)
-    reads, real = [], identity._digest
-    monkeypatch.setattr(identity, "_digest", lambda path: reads.append(path) or real(path))
+    monkeypatch.setattr(checkpoint, "REMEMBERED_FROM", 100)
+    reads, real = [], checkpoint._hash
+    monkeypatch.setattr(checkpoint, "_hash", lambda path, *rest: reads.append(path) or real(path, *rest))
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(bytes(1000))
+    path.write_bytes(content())
     set_clock(monkeypatch, time.time() + 60)
     return path, reads
+
+
+def file_digest(path):
+    """The digest of the file, after its tensor was seen to have the digest of its bytes."""
+    found = weight_file(path)
+    stored = found.tensors["a"]
+    assert xxh3_128(path.read_bytes()[stored.begin : stored.end]).hexdigest() == stored.digest
+    assert torch.equal(checkpoint.read_tensor(found, "a"), load_file(path)["a"])
+    return found.digest
 
 
 def sha256(path):
@@ -72,14 +91,14 @@ def test_a_changed_file_is_read_again(remembered, change):
     path, reads = remembered
     file_digest(path)
     before = path.stat()
-    changed = bytes(500) + b"\1" + bytes(499)
+    changed = content(1, b"longer" if change == "longer" else b"")
     if change == "replaced":
         other = path.with_name("other")
         other.write_bytes(changed)
         os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
         other.replace(path)
     else:
-        path.write_bytes(changed + b"\2" if change == "longer" else changed)
+        path.write_bytes(changed)
     if change == "content and time put back":
         time.sleep(0.02)  # more than a tick of the file system's clock
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))

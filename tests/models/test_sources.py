@@ -87,9 +87,12 @@ def test_a_damaged_file_is_one_line(tmp_path):
     folder = save_checkpoint(tmp_path / "model")
     config = config_of(folder)
     description = describe_model(config)
+    source = open_source(config, description)
     (folder / "model.safetensors").write_bytes(b"\x10" * 50)
+    with pytest.raises(InputError, match="model.name: .*model.safetensors has changed since the run was planned"):
+        source.read(source.matrices[0])
     with pytest.raises(InputError, match="model.name: cannot read .*model.safetensors"):
-        open_source(config, description)
+        describe_model(config)
 
 
 def write_gguf(path, model):

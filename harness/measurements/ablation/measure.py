@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from harness.engine.manifest import manifest_there
-from harness.engine.measurement import Context, Measured
+from harness.engine.measurement import Context, Measured, SpoiledRun
 from harness.engine.ranks import Ranks
 from harness.errors import InputError
 from harness.evaluation.adaptive import Sampler
@@ -26,7 +26,8 @@ from harness.measurements.ablation.rows import RowMaker
 from harness.measurements.ablation.units import Study
 from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.editing import Ablation, RealisedAblation, ablated
-from harness.models.loading import LoadedModel, load, require_head
+from harness.models.identity import module_identity, parameters_digest
+from harness.models.loading import MEMORY, LoadedModel, load, require_head
 from harness.models.memory import is_out_of_memory, release_memory
 
 SMALLER = 0.25  # size of the batches, relative to the usual one, when a cell is tried again after it ran out of memory
@@ -79,13 +80,30 @@ def with_largest_batch(
 
 
 def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[Measured]:
-    """Measure the baseline of every task, then the ablations in the order in which the frontier moves."""
+    """Measure the baseline of every task, then the ablations in the order in which the frontier moves.
+
+    Raises SpoiledRun at the end if the weights are not those of the beginning, and InputError at the beginning if a
+    module in memory is no longer the one for which the study was planned.
+    """
+    loaded: LoadedModel = context.session
+    if loaded.description.source == MEMORY and loaded.description.identity not in ({}, module_identity(loaded.model)):
+        raise InputError("model: its weights have changed since the study was planned; plan it again")
+    as_loaded = parameters_digest(loaded.model)
     run = CellRun(study, context, {cell.task for cell in cells})
     yield from run.baselines({cell.id for cell in cells if cell.is_baseline})
     for ablation, members in group_by_ablation([cell for cell in cells if not cell.is_baseline]):
         context.describe(f"{ablation.target.label}: {ablation.region.label}")
         run.advance(ablation.target.first_block)
         yield from run.ablation(ablation, members)
+    context.division.agree("verifying the weights", lambda: _verify(loaded, as_loaded))
+
+
+def _verify(loaded: LoadedModel, as_loaded: str) -> None:
+    if parameters_digest(loaded.model) != as_loaded:
+        raise SpoiledRun(
+            "the weights in memory were not the same at the end of the run as at its beginning, so that no number of"
+            " the run can be trusted; run it again"
+        )
 
 
 class CellRun:

@@ -1,0 +1,147 @@
+"""Make a model of transformers from the weight files of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.errors import InputError, one_line
+from harness.models.checkpoint import WeightFile, private_copy, read_state, refuse_unscaled
+from harness.models.families import skeleton
+from harness.models.identity import hub_weights
+from harness.models.memory import is_out_of_memory
+from harness.models.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from harness.models.loading import ModelDescription
+
+
+def weight_files(settings: ModelSettings, description: ModelDescription) -> tuple[WeightFile, ...]:
+    """Return the weight files of a model that is not the embedded one. Raises InputError as `hub_weights` does."""
+    return description.files or hub_weights(settings, description.revision, description.config)
+
+
+def from_files(
+    settings: ModelSettings, description: ModelDescription, dtype: torch.dtype
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model with the weights of its files, and the names of the weights of its head that they lack.
+
+    Raises InputError if the weights do not fit the config, if one outside of the head is missing, or if they have
+    changed since they were hashed.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    files = weight_files(settings, description)
+    refuse_unscaled(files, description.config)
+    model_class, config = _class_and_config(settings, description, files)
+    kwargs: dict[str, Any] = {} if settings.device_map is None else {"device_map": settings.device_map}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # instead of its report of missing weights there is an error of one line
+    try:
+        with ExitStack() as copies:
+            if settings.gguf_file:
+                copy = copies.enter_context(private_copy(files[0]))
+                kwargs |= {"pretrained_model_name_or_path": description.source, "gguf_file": copy.name}
+            else:
+                kwargs |= {"pretrained_model_name_or_path": None, "state_dict": read_state(files)}
+            model, info = model_class.from_pretrained(
+                config=config, dtype=dtype, attn_implementation=settings.attn_implementation,
+                generation_config=_generation_config(settings, description), output_loading_info=True,
+                ignore_mismatched_sizes=True, **kwargs,
+            )
+    except InputError:
+        raise
+    except Exception as error:  # what transformers raises for weights that do not fit is of any type
+        if is_out_of_memory(error):
+            raise
+        if "conversion of the weights" in str(error):
+            raise InputError(
+                f"model.name: {settings.name!r} does not fit its config: weights that the model stores together (its"
+                " experts) are missing or of other sizes in the file; use another checkpoint"
+            ) from error
+        raise InputError(f"model.name: cannot load {settings.name!r}: {one_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model.config.name_or_path = description.source
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        raise _misfit(settings.name, key, stored, expected)
+    return model, _missing_of_head(model, set(info["missing_keys"]), settings.name)
+
+
+def _misfit(name: str, key: str, stored: Sequence[int], expected: Sequence[int]) -> InputError:
+    return InputError(
+        f"model.name: {name!r} does not fit its config: {key} is {list(stored)} in the file and {list(expected)} by"
+        " config.json; use another checkpoint"
+    )
+
+
+def _class_and_config(
+    settings: ModelSettings, description: ModelDescription, files: Sequence[WeightFile]
+) -> tuple[Any, Any]:
+    """Return the class that loads the model, and its config.
+
+    The class is the checkpoint's own if the settings trust its code. A model that also reads images has a part that
+    reads text, with a config of its own. Raises InputError if a parameter has another size in the files than by the
+    config, before memory is taken for a size that may be absurd.
+    """
+    auto, config = description.family.auto_class(), description.config
+    own = getattr(config, "auto_map", None) or {}
+    if settings.trust_remote_code and auto.__name__ in own:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        reference = own[auto.__name__]
+        return get_class_from_dynamic_module(reference, description.source, revision=description.revision), config
+    bare = skeleton(config, description.family)
+    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    for name, parameter in sorted(bare.named_parameters()):
+        if name in stored and stored[name].shape != tuple(parameter.shape):
+            raise _misfit(settings.name, name, stored[name].shape, parameter.shape)
+    return type(bare), config if isinstance(config, type(bare.config)) else config.get_text_config()
+
+
+def _generation_config(settings: ModelSettings, description: ModelDescription) -> Any:
+    """Return the checkpoint's own settings of text generation, or None if it has none."""
+    from transformers import GenerationConfig
+
+    if settings.gguf_file:
+        return None
+    for name in ("generation_config.json", "config.json"):  # older checkpoints have them among the model's config
+        try:
+            return GenerationConfig.from_pretrained(
+                description.source, name, revision=description.revision or "main",
+                _from_model_config=name == "config.json",
+            )
+        except OSError:
+            pass
+    return None
+
+
+def _missing_of_head(model: PreTrainedModel, missing: set[str], name: str) -> tuple[str, ...]:
+    """Return the names of the missing weights, sorted. Raises InputError if one of them is outside of the head."""
+    # the base model of T5 is the whole model, so that its head is among the modules of the body
+    body = dict(model.named_modules() if model.base_model is model else model.base_model.named_modules())
+    head = model.get_output_embeddings()
+    of_body = {
+        id(parameter)
+        for module in body.values() if module is not head
+        for parameter in module.parameters(recurse=False)
+    }
+    # BERT's pooler counts as part of the head, because only classifiers use it
+    lacking = sorted(key for key, p in model.named_parameters()
+                     if key in missing and id(p) in of_body and ".pooler." not in f".{key}")
+    if lacking:
+        raise InputError(
+            f"model.name: {name!r} is not complete: it holds no weights for {some_of(tuple(lacking))};"
+            " use another checkpoint"
+        )
+    return tuple(sorted(missing))
+
+
+def some_of(names: tuple[str, ...], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
