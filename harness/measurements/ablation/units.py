@@ -29,6 +29,7 @@ from harness.measurements.ablation.settings import StudySettings
 from harness.models.branches import check_branchable
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
+from harness.models.identity import generation_settings, generation_values
 from harness.models.loading import ModelDescription, describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
 from harness.models.targets import BASELINE, Target, expand_targets
@@ -213,7 +214,10 @@ def prepare(settings: StudySettings) -> Prepared:
     check_kinds(settings.tasks, description.config, family_of(description.config).kind)
     matrices = matrices_of(skeleton(description.config, description.family), description.family)
     tokenizer = load_tokenizer(settings.model, description)
-    context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind)
+    generation = generation_values(generation_settings(settings.model, description))
+    context = TaskContext(
+        tokenizer, description.config, description.context_length, description.family.kind, generation
+    )
     return Prepared(description, matrices, tokenizer, prepare_tasks(settings.tasks, context))
 
 

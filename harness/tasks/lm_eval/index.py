@@ -140,8 +140,15 @@ def _members(manager: Any, name: str) -> list[str]:
     return [member for child in _children(manager, name) for member in _members(manager, child)]
 
 
-@functools.cache
 def _task_manager(folder: str | None, include_defaults: bool) -> Any:
+    files = sorted(Path(folder).rglob("*.yaml")) if folder is not None else []
+    state = tuple((str(path), (there := path.stat()).st_mtime_ns, there.st_size) for path in files)
+    return _manager_of(folder, include_defaults, state)
+
+
+@functools.cache
+def _manager_of(folder: str | None, include_defaults: bool, state: tuple[tuple[str, int, int], ...]) -> Any:
+    """Return the TaskManager of a folder. state: of its files, so that a process sees a file that has changed."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=include_defaults, include_path=folder)
