@@ -18,7 +18,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,9 @@ class Describer:
         if hasattr(value, "__wrapped__"):  # the cache of functools
             return self.plain(value.__wrapped__)
         if inspect.isroutine(value):
-            return {"!builtin": f"{value.__module__}.{value.__qualname__}"}
+            owner = getattr(value, "__self__", None)
+            of = None if isinstance(owner, types.ModuleType) else self.plain(owner)
+            return {"!builtin": value.__qualname__, "module": getattr(value, "__module__", None), "of": of}
         if isinstance(value, Path):
             return {"!path": value.name}
         return self._object(value)
@@ -143,7 +145,7 @@ def code_beside(script: Path) -> tuple[str, dict[str, str]]:
         name, path = pending.pop(0)
         text = path.read_bytes()
         digest.update(name.encode() + b"\0" + text + b"\0")
-        for imported in sorted(set(_imports(text)) - known - inside):
+        for imported in sorted(_imports(text) - known - inside):
             known.add(imported)
             if imported in _distributions():
                 found.add(imported)
@@ -198,20 +200,20 @@ def _installed(path: Path) -> bool:
     return any(path.resolve().is_relative_to(place) for place in places)
 
 
-def _imports(text: bytes) -> Iterator[str]:
-    """Yield the top-level modules that a script imports, without those of Python itself."""
+@functools.lru_cache(1024)
+def _imports(text: bytes) -> frozenset[str]:
+    """Return the top-level modules that a script imports, without those of Python itself."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
-        return  # a file that nothing can import
+        return frozenset()  # a file that nothing can import
+    names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            names = [node.module]
-        else:
-            continue
-        yield from (top for name in names if (top := name.split(".")[0]) not in sys.stdlib_module_names)
+            names.append(node.module)
+    return frozenset(name.split(".")[0] for name in names) - sys.stdlib_module_names
 
 
 @functools.cache
@@ -221,7 +223,12 @@ def _distributions() -> Mapping[str, list[str]]:
 
 def _versions(modules: AbstractSet[str]) -> dict[str, str]:
     names = {name for module in modules for name in _distributions().get(module, [])}
-    return {name: importlib.metadata.version(name) for name in sorted(names)}
+    return {name: _version(name) for name in sorted(names)}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    return importlib.metadata.version(name)
 
 
 def _canonical(plain: Any) -> str:

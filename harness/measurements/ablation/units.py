@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,8 +176,10 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) 
     digests = {name: one["digest"] for name, one in manifest["tasks"].items()}
     for name, task in prepared.tasks.items():
         if task_digest(task) != digests[name]:
+            changed = _changed(manifest["tasks"][name]["protocol"], task.protocol)
             raise InputError(
-                f"tasks.{name}: its data changed since {folder} was frozen; restore them or choose another output"
+                f"tasks.{name}: its {changed} changed since {folder} was frozen; restore what it was or choose another"
+                " output"
             )
     first = cells[0]
     if cell_id(numeric_settings(settings, prepared.description), first.ablation, digests[first.task]) != first.id:
@@ -185,6 +188,12 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) 
             " restore it or choose another output"
         )
     return Study(folder=folder, settings=settings, units=cells, prepared=prepared, digests=digests)
+
+
+def _changed(frozen: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """Return the keys of a protocol that have other values now. Without any, only tokens are different."""
+    now = json.loads(json.dumps(dict(protocol), default=str))
+    return ", ".join(sorted(key for key in {*frozen, *now} if frozen.get(key) != now.get(key))) or "tokens"
 
 
 def describe(study: Study) -> str:
