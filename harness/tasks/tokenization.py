@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,9 @@ NOT_OF_TEXTS = (
 def tokenizer_digest(tokenizer: Any) -> str:
     """Return a digest of everything of a tokenizer on which the tokens of a text and the text of tokens depend."""
     named = getattr(tokenizer, "init_kwargs", None) or {}
-    files = {key: named.get(key) for key in getattr(tokenizer, "vocab_files_names", None) or {}}
+    without = {*NOT_OF_TEXTS, *(getattr(tokenizer, "vocab_files_names", None) or {})}
     settings = {key: getattr(tokenizer, key, named.get(key)) for key in {*named, *OF_TEXTS}
-                if key not in NOT_OF_TEXTS and key not in files and not key.startswith("_")}
+                if key not in without and not key.startswith("_")}
     found = {
         "class": _class_of(tokenizer),
         "settings": {key: value if isinstance(value, (bool, int, float, list, dict)) else str(value)
@@ -103,14 +104,18 @@ def tokenizer_digest(tokenizer: Any) -> str:
     if backend is not None:
         content = json.loads(backend.to_str())
         return digest_of({**found, "content": {**content, "truncation": None, "padding": None}})
-    if hasattr(tokenizer, "get_vocab"):
-        found["vocabulary"] = tokenizer.get_vocab()
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    paths = [Path(path) for _, path in sorted(files.items()) if isinstance(path, str) and Path(path).is_file()]
     return digest_of({
-        **found, "added": {str(key): repr(value) for key, value in added.items()},
-        "files": [path.read_bytes() for path in paths],
+        **found, "added": {str(key): repr(value) for key, value in added.items()}, "files": _vocabulary_of(tokenizer),
     })
+
+
+def _vocabulary_of(tokenizer: Any) -> dict[str, bytes]:
+    """Return the content of the files of a slow tokenizer, which it writes from what it has in memory."""
+    with tempfile.TemporaryDirectory(prefix="harness-") as folder:
+        if hasattr(tokenizer, "save_vocabulary"):
+            tokenizer.save_vocabulary(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def _class_of(tokenizer: Any) -> Any:
