@@ -49,7 +49,7 @@ from harness.settings.validation import validated
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region
 from harness.tables.store import read_table, unit_states
-from harness.tasks.registry import TASKS, check_kinds, task_of
+from harness.tasks.registry import TASKS, check_kinds, prepare_task, task_of
 from harness.tasks.settings import Task
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class Model:
         context = TaskContext(
             loaded.tokenizer, loaded.description.config, loaded.context_length, family.kind, generation
         )
-        return named.task.prepare(named.name, context)
+        return prepare_task(named.name, named.task, context)
 
     def score(self, asked: NamedTask | PreparedTask | str, batch_tokens: int = 8192) -> Score:
         """Measure a task under the module's present weights, edited or not.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import functools
 import hashlib
 import importlib.metadata
@@ -27,6 +28,8 @@ import numpy as np
 
 # Our own code is not the user's: a change of it that changes numbers raises NUMBERS_VERSION.
 OURS = __name__.split(".")[0]
+# Modules whose other objects are values that `repr` shows.
+VALUES = {"builtins", "datetime", "decimal", "fractions", "numpy", "pandas", "uuid"}
 
 
 def digest_of(value: Any) -> str:
@@ -88,6 +91,8 @@ class Describer:
             return {"!builtin": value.__qualname__, "module": getattr(value, "__module__", None), "of": of}
         if isinstance(value, Path):
             return {"!path": value.name}
+        if isinstance(value, enum.Enum):
+            return {"!enum": value.name, "of": self.plain(type(value))}
         return self._object(value)
 
     def _function(self, function: types.FunctionType) -> dict[str, Any]:
@@ -102,6 +107,11 @@ class Describer:
             found["lambda"] = [list(code.co_names), self.plain(constants)]
         return found
 
+    def _instructions(self, code: types.CodeType) -> list[Any]:
+        constants = [self._instructions(one) if isinstance(one, types.CodeType) else self.plain(one)
+                     for one in code.co_consts]
+        return [code.co_code.hex(), list(code.co_names), constants]
+
     def _object(self, value: Any) -> dict[str, Any]:
         kind = type(value)
         found = {"!object": self.plain(kind)}
@@ -110,7 +120,7 @@ class Describer:
         # An object of a library (a metric, say) may hold times, paths and caches. What it was made from is in the code.
         if all(_place(base)[0] == "user" for base in kind.__mro__ if base is not object):
             return {**found, "state": self.plain(getattr(value, "__dict__", {}))}
-        if kind.__module__ in ("datetime", "decimal", "fractions", "uuid", "builtins"):
+        if kind.__module__.split(".")[0] in VALUES:
             return {**found, "text": repr(value)}
         return found
 
@@ -123,7 +133,7 @@ class Describer:
             return {"module": name, "packages": _versions({name})}
         if path is None:  # typed into an interpreter or made by exec
             code = getattr(thing, "__code__", None)
-            return [code.co_code.hex(), list(code.co_names)] if code is not None else Path(name).name
+            return self._instructions(code) if code is not None else Path(name).name
         if path.parent not in self._sources:
             self._sources[path.parent] = code_beside(path)
         digest, packages = self._sources[path.parent]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from harness.errors import InputError, SettingError, wrong
 from harness.evaluation.requests import PreparedTask, TaskContext
 from harness.registry import Registry
 from harness.settings.validation import chosen
+from harness.tasks.fingerprint import OURS, digest_of
 from harness.tasks.settings import Task
 
 # A kind is imported only when a study uses it, because the import of lm_eval alone takes seconds.
@@ -90,4 +92,12 @@ def check_kinds(tasks: Mapping[str, Task], model_config: Any, kind: str) -> None
 
 def prepare_tasks(tasks: Mapping[str, Task], context: TaskContext) -> dict[str, PreparedTask]:
     """Return every task of a study prepared for one model. Raises InputError if data or settings do not fit it."""
-    return {name: task.prepare(name, context) for name, task in tasks.items()}
+    return {name: prepare_task(name, task, context) for name, task in tasks.items()}
+
+
+def prepare_task(name: str, task: Task, context: TaskContext) -> PreparedTask:
+    """Return one task prepared for a model. The code of a kind of another package is in its protocol."""
+    prepared = task.prepare(name, context)
+    if type(task).__module__.split(".")[0] == OURS:
+        return prepared
+    return dataclasses.replace(prepared, protocol={**prepared.protocol, "code": digest_of(type(task))})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from harness.evaluation.requests import TaskContext
 from harness.measurements.ablation.cells import task_digest
 from harness.models.recall import recall_config
 from harness.models.settings import RecallModelSettings
+from harness.tasks.registry import prepare_task
 from harness.tasks.tokenization import tokenizer_digest
 from tests.encoders import tiny_classifier, tokenizer
 from tests.evaluation.reference import tiny, tiny_tokenizer
@@ -181,3 +184,34 @@ def test_a_tokenizer_is_the_same_from_a_file(tmp_path) -> None:
     read = [PreTrainedTokenizerFast.from_pretrained(tmp_path / name) for name in ("saved", "moved")]
     assert tokenizer_digest(read[0]) == tokenizer_digest(read[1])
     assert tokenizer_digest(tiny_tokenizer()) == tokenizer_digest(made) != tokenizer_digest(tiny_tokenizer(bos=True))
+
+
+KIND = '''
+from dataclasses import dataclass
+from typing import ClassVar
+import numpy as np
+from harness.evaluation.requests import DirectTask, ExampleScores
+from harness.tasks.settings import Task
+
+
+@dataclass
+class One(Task):
+    kind: ClassVar[str] = "one"
+
+    def prepare(self, name, context):
+        return DirectTask(name, {}, ["0"], lambda *_: {"one": ExampleScores(np.array([1.0]), np.array([1.0]))})
+'''
+
+
+def test_the_code_of_a_kind_of_another_package_is_in_the_digest(tmp_path, monkeypatch) -> None:
+    def found(folder: str, code: str) -> str:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "kind_elsewhere.py").write_text(code)
+        with monkeypatch.context() as context:
+            context.syspath_prepend(str(tmp_path / folder))
+            context.delitem(sys.modules, "kind_elsewhere", raising=False)
+            return task_digest(prepare_task("t", import_module("kind_elsewhere").One(), TaskContext(None, None, 1, "")))
+
+    before = found("a", KIND)
+    assert found("b", KIND) == before
+    assert found("c", KIND.replace("np.array([1.0]), np", "np.array([2.0]), np")) != before
