@@ -349,6 +349,51 @@ def test_what_makes_no_number_does_not(base, change, known, digest) -> None:
     assert changed(base, change, digest) == before(base, known, digest)
 
 
+REGISTERED = '''
+from lm_eval.api.filter import Filter
+from lm_eval.api.registry import register_filter, register_metric
+
+
+@register_filter("own_filter")
+class OwnFilter(Filter):
+    def apply(self, resps, docs):
+        return [[text.upper() for text in one] for one in resps]
+
+
+@register_metric(metric="own_metric", higher_is_better=True, aggregation="mean")
+def own_metric(references, predictions, **kwargs):
+    return float(references[0] == predictions[0])
+
+
+def same(docs):
+    return docs
+'''
+
+
+def test_what_a_user_registers_is_in_the_digest(digest) -> None:
+    """A filter and a metric that YAML names by the names that utils.py gave them, whose code is in another module."""
+    from lm_eval.api import registry
+
+    def found(code: str) -> str:
+        for table in (registry.filter_registry, registry.metric_registry, registry.metric_agg_registry,
+                      registry.higher_is_better_registry):
+            for name in ("own_filter", "own_metric"):
+                table._objs.pop(name, None)
+        world = World(copy.deepcopy({**SAY, "process_docs": "!function utils.same"}))
+        world.utils, world.elsewhere = "from somewhere_else import same\n", code
+        world.yaml["metric_list"] = [{"metric": "own_metric"}]
+        world.yaml["filter_list"] = [{"name": "x", "filter": [{"function": "own_filter"}, {"function": "take_first"}]}]
+        return digest(world)
+
+    before = found(REGISTERED)
+    assert found(REGISTERED) == before
+    others = [found(REGISTERED.replace(*change)) for change in (
+        ("text.upper()", "text.lower()"), ("float(references", "0.5 * float(references"),
+        ("better=True", "better=False"), ('aggregation="mean"', 'aggregation="nanmean"'),
+    )]
+    assert len({before, *others}) == 5
+
+
 def test_another_process_finds_the_same_digest(tmp_path, digest) -> None:
     """Other addresses, another order of sets, another folder, which is named by a relative path."""
     code = (
