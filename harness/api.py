@@ -38,7 +38,7 @@ from harness.measurements.ablation.units import Prepared, build
 from harness.models.decompositions import DecompositionCache
 from harness.models.editing import Ablation, RealisedAblation, ablated
 from harness.models.families import Family
-from harness.models.identity import module_identity
+from harness.models.identity import generation_values, module_identity
 from harness.models.loading import MEMORY, LoadedModel, evaluating, loaded_from, require_head
 from harness.models.loading import load as load_model
 from harness.models.matrices import Matrix
@@ -322,7 +322,10 @@ class Model:
         if loaded.description.config is None:
             raise InputError("a module without a transformers config can be decomposed and edited, but not scored")
         check_kinds({named.name: named.task}, loaded.description.config, family.kind)
-        context = TaskContext(loaded.tokenizer, loaded.description.config, loaded.context_length, family.kind)
+        generation = generation_values(getattr(loaded.model, "generation_config", None))
+        context = TaskContext(
+            loaded.tokenizer, loaded.description.config, loaded.context_length, family.kind, generation
+        )
         return prepare_task(named.name, named.task, context)
 
     def score(self, asked: NamedTask | PreparedTask | str, batch_tokens: int = 8192) -> Score:

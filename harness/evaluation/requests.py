@@ -91,13 +91,15 @@ class TaskContext:
     """What a task may know of the model for which it is prepared. Weights are not part of it.
 
     tokenizer, model_config: those of transformers. context_length: in tokens. kind: of the model's family, "causal",
-    "masked", "seq2seq" or "classification".
+    "masked", "seq2seq" or "classification". generation: what the checkpoint says of generating text, as
+    `harness.models.identity.generation_values` returns it; empty for a model that does not generate.
     """
 
     tokenizer: Any
     model_config: Any
     context_length: int
     kind: str
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,14 @@ class DirectTask:
     protocol, example_ids: as in ScoredTask.
     measure: a function from a LoadedModel, the Division of the processes that measure it together, and the share of the
         usual batch size that fits into memory, to the ExampleScores of each metric by name.
+    inputs: what the model is fed, as sequences of token ids.
     """
 
     name: str
     protocol: Mapping[str, Any]
     example_ids: Sequence[str]
     measure: Callable[[LoadedModel, Division, float], dict[str, ExampleScores]]
+    inputs: Sequence[Sequence[int]] = ()
 
 
 PreparedTask = ScoredTask | DirectTask

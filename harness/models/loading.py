@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,13 @@ import torch
 from harness.errors import InputError, one_line
 from harness.models.checkpoint import WeightFile
 from harness.models.families import Family, blocks_of, family_of, matrices_of
-from harness.models.identity import config_digests, hub_identity, local_identity, local_weights
+from harness.models.identity import (
+    config_digests,
+    generation_settings,
+    hub_identity,
+    local_identity,
+    local_weights,
+)
 from harness.models.matrices import Matrix
 from harness.models.pretrained import from_files, some_of
 from harness.models.settings import ModelSettings
@@ -35,7 +41,7 @@ class ModelDescription:
     identity: goes into the id of every cell, and changes when the weights change. config: the model's config of
     transformers. dtype: a key of TORCH_DTYPES, never "auto". context_length: in tokens. files: the weight files of a
     local model, as they were hashed for the identity; none for a model on the hub, whose files are fetched when it is
-    loaded.
+    loaded. generation: the checkpoint's settings of text generation, as `generation_settings` returns them.
     """
 
     source: str
@@ -45,6 +51,7 @@ class ModelDescription:
     dtype: str
     context_length: int
     files: tuple[WeightFile, ...] = field(default=(), repr=False, compare=False)
+    generation: Any = field(default=None, repr=False, compare=False)
 
     @property
     def revision(self) -> str | None:
@@ -149,7 +156,8 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
         dtype = str(stated).removeprefix("torch.") if stated is not None else "float32"
         dtype = dtype if dtype in TORCH_DTYPES else "float32"
     context_length = context_length_of(text_config)
-    return ModelDescription(source, identity, model_config, family, dtype, context_length, files)
+    description = ModelDescription(source, identity, model_config, family, dtype, context_length, files)
+    return replace(description, generation=generation_settings(settings, description))
 
 
 def load_tokenizer(settings: ModelSettings, description: ModelDescription) -> Any:

@@ -51,7 +51,7 @@ def from_files(
                 kwargs |= {"pretrained_model_name_or_path": None, "state_dict": read_state(files)}
             model, info = model_class.from_pretrained(
                 config=config, dtype=dtype, attn_implementation=settings.attn_implementation,
-                generation_config=_generation_config(settings, description), output_loading_info=True,
+                generation_config=copy.deepcopy(description.generation), output_loading_info=True,
                 ignore_mismatched_sizes=True, **kwargs,
             )
     except InputError:
@@ -102,23 +102,6 @@ def _class_and_config(
         if name in stored and stored[name].shape != tuple(parameter.shape):
             raise _misfit(settings.name, name, stored[name].shape, parameter.shape)
     return type(bare), config if isinstance(config, type(bare.config)) else config.get_text_config()
-
-
-def _generation_config(settings: ModelSettings, description: ModelDescription) -> Any:
-    """Return the checkpoint's own settings of text generation, or None if it has none."""
-    from transformers import GenerationConfig
-
-    if settings.gguf_file:
-        return None
-    for name in ("generation_config.json", "config.json"):  # older checkpoints have them among the model's config
-        try:
-            return GenerationConfig.from_pretrained(
-                description.source, name, revision=description.revision or "main",
-                _from_model_config=name == "config.json",
-            )
-        except OSError:
-            pass
-    return None
 
 
 def _missing_of_head(model: PreTrainedModel, missing: set[str], name: str) -> tuple[str, ...]:

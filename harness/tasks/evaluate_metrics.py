@@ -6,13 +6,10 @@ differences follow from the jackknife (`harness.evaluation.jackknife`).
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.metadata
 import inspect
 import numbers
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +23,7 @@ from harness.optional import require
 from harness.settings.constraints import ReadBy
 from harness.settings.plain_values import NAME_RULE, is_name
 from harness.settings.validation import plain, validated
+from harness.tasks.fingerprint import code_beside
 
 EXAMPLE = "for example [f1] or [{name: f1, arguments: {average: macro}}]"
 
@@ -109,7 +107,7 @@ class MetricSet:
             return {}
         import evaluate
 
-        found = [{**plain(metric), **_source_of(module)} for metric, module in self._metrics]
+        found = [{**plain(metric), "name": _name(metric), **_source_of(module)} for metric, module in self._metrics]
         return {"metrics": found, "evaluate": evaluate.__version__}
 
     def rehearse(self, references: Sequence[Any]) -> None:
@@ -165,24 +163,14 @@ def _loaded(key: str, metric: EvaluateMetric) -> Any:
 
 def _source_of(module: Any) -> dict[str, Any]:
     """Return the digest of a metric's scripts and the versions of the packages that they import."""
-    script = inspect.getsourcefile(type(module))
-    digest, packages = hashlib.blake2b(digest_size=8), {}
-    distributions = importlib.metadata.packages_distributions()
-    for path in sorted(Path(str(script)).parent.glob("*.py")):
-        text = path.read_bytes()
-        digest.update(path.name.encode() + b"\0" + text + b"\0")
-        for imported in _imports(ast.parse(text)):
-            for distribution in distributions.get(imported, []):
-                packages[distribution] = importlib.metadata.version(distribution)
-    return {"script": digest.hexdigest(), "packages": dict(sorted(packages.items()))}
+    digest, packages = code_beside(Path(str(inspect.getsourcefile(type(module)))))
+    return {"script": digest, "packages": packages}
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            yield node.module.split(".")[0]
+def _name(metric: EvaluateMetric) -> str:
+    """Return the name for the protocol, in which the place of a local script has no part."""
+    path = Path(metric.name).expanduser()
+    return path.name if path.exists() else metric.name
 
 
 def _value(

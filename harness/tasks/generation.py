@@ -9,7 +9,9 @@ import torch
 
 from harness.evaluation.division import Division
 
-BATCH_TOKENS = 16384  # tokens of the prompts and the generated text of one batch, padding included
+# Tokens of the prompts and the generated text of one batch, padding included. The ids of cells depend on it, because
+# another padding changes the last bits of logits, and so a text in which two tokens are almost equally probable.
+BATCH_TOKENS = 16384
 
 
 def generated_in_batches(

@@ -92,7 +92,7 @@ class RecallProbesTask(EmbeddedTask):
             }
 
         example_ids = [f"{group} {i}" for group, n in groups.items() for i in range(n)]
-        return DirectTask(name, protocol, example_ids, measure)
+        return DirectTask(name, protocol, example_ids, measure, inputs=[*batch.tokens, *batch.targets])
 
 
 def _over_all_examples(

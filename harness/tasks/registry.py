@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from harness.registry import Registry
 from harness.settings.plain_values import NAME_RULE, is_name
 from harness.settings.validation import chosen
 from harness.tasks import tokenization
+from harness.tasks.fingerprint import OURS, digest_of
 from harness.tasks.settings import Task
 
 # A kind is imported only when a study uses it, because the import of lm_eval alone takes seconds.
@@ -103,12 +105,19 @@ def prepare_tasks(tasks: Mapping[str, Task], context: TaskContext) -> dict[str, 
 
 
 def prepare_task(name: str, task: Task, context: TaskContext) -> PreparedTask:
-    """Return one task prepared for one model. Raises InputError if its data or settings do not fit the model."""
+    """Return one task prepared for one model. The code of a kind of another package is in its protocol.
+
+    Raises InputError if its data or settings do not fit the model.
+    """
     prepared = task.prepare(name, context)
     if isinstance(prepared, ScoredTask):
         # The targets of a classifier are classes.
         asked = "tokens source" if "classification" in task.measured_on else "tokens source targets"
-        for request in prepared.requests:
-            for part in asked.split():
-                tokenization.require_embedded(name, getattr(request, part), context.model_config)
-    return prepared
+        fed = [getattr(request, part) for request in prepared.requests for part in asked.split()]
+    else:
+        fed = list(prepared.inputs)
+    for tokens in fed:
+        tokenization.require_embedded(name, tokens, context.model_config)
+    if type(task).__module__.split(".")[0] == OURS:
+        return prepared
+    return dataclasses.replace(prepared, protocol={**prepared.protocol, "code": digest_of(type(task))})

@@ -100,7 +100,10 @@ class Seq2SeqTask(DataTask, SplitTask):
                 tokenization.require_embedded(name, one.source, context.model_config)
             sources = [[int(token) for token in one.source] for one in requests if one.source is not None]
             new_tokens = self.max_new_tokens or max(len(tokenized.targets) for tokenized in requests)
-            protocol |= {**metrics.protocol(), "decoding": "greedy", "max_new_tokens": new_tokens}
+            protocol |= {
+                **metrics.protocol(), "decoding": "greedy", "max_new_tokens": new_tokens, "batch_tokens": BATCH_TOKENS,
+                "tokenizer": tokenization.tokenizer_digest(tokenizer),
+            }
 
             def measure_written(
                 loaded: LoadedModel, division: Division, batch_share: float
@@ -112,7 +115,7 @@ class Seq2SeqTask(DataTask, SplitTask):
                 texts = [loaded.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
                 return metrics.scores(texts, references)
 
-            return DirectTask(name, protocol, ids, measure_written)
+            return DirectTask(name, protocol, ids, measure_written, inputs=sources)
 
         def measure(scores: Scores) -> dict[str, ExampleScores]:
             nll = -scores.request_logprob()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.errors import InputError
 from harness.evaluation.requests import Request, TaskContext, continuation_request
+from harness.tasks.fingerprint import digest_of
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -71,6 +75,55 @@ def request(context: Sequence[int], continuation: Sequence[int], context_length:
         )
     kept = context[max(0, len(context) + len(continuation) - 1 - context_length) :]
     return continuation_request(list(kept), list(continuation))
+
+
+# Settings of a tokenizer that its call or its caller may have changed, so that they are read from the object.
+OF_TEXTS = (
+    "clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space", "add_bos_token", "add_eos_token",
+)
+# Settings that change no token: places, padding and cutting (both are done here), and chats.
+NOT_OF_TEXTS = (
+    "name_or_path", "backend", "tokenizer_class", "auto_map", "model_max_length", "chat_template", "is_local",
+    "local_files_only", "trust_remote_code", "added_tokens_decoder", "padding_side", "truncation_side",
+    "tokenizer_file",
+)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of everything of a tokenizer on which the tokens of a text and the text of tokens depend."""
+    named = getattr(tokenizer, "init_kwargs", None) or {}
+    without = {*NOT_OF_TEXTS, *(getattr(tokenizer, "vocab_files_names", None) or {})}
+    settings = {key: getattr(tokenizer, key, named.get(key)) for key in {*named, *OF_TEXTS}
+                if key not in without and not key.startswith("_")}
+    found = {
+        "class": _class_of(tokenizer),
+        "settings": {key: value if isinstance(value, (bool, int, float, list, dict)) else str(value)
+                     for key, value in settings.items() if value is not None},
+        "special": {key: str(value) for key, value in getattr(tokenizer, "special_tokens_map", {}).items()},
+        "special_ids": sorted(getattr(tokenizer, "all_special_ids", ())),
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        return digest_of({**found, "content": {**content, "truncation": None, "padding": None}})
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return digest_of({
+        **found, "added": {str(key): repr(value) for key, value in added.items()}, "files": _vocabulary_of(tokenizer),
+    })
+
+
+def _vocabulary_of(tokenizer: Any) -> dict[str, bytes]:
+    """Return the content of the files of a slow tokenizer, which it writes from what it has in memory."""
+    with tempfile.TemporaryDirectory(prefix="harness-") as folder:
+        if hasattr(tokenizer, "save_vocabulary"):
+            tokenizer.save_vocabulary(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _class_of(tokenizer: Any) -> Any:
+    # The version of transformers is left out: what it says of a tokenizer is in its content.
+    kind = type(tokenizer)
+    return kind.__qualname__ if kind.__module__.startswith("transformers.") else kind
 
 
 def require_tokenizer(name: str, tokenizer: Any) -> None:

@@ -118,7 +118,7 @@ def test_changed_data_and_changed_weights_are_refused(assets, tmp_path, monkeypa
     again = restored("study")
     assert (again.id, again.settings, again.units) == (plan.id, plan.settings, plan.units)
     text.write_text("Once upon a time there was a boy. " * 30)
-    with pytest.raises(InputError, match="tasks.text: its data changed"):
+    with pytest.raises(InputError, match="tasks.text: its digest, n_bytes changed since .*study was frozen"):
         restored("study")
     text.write_text("Once upon a time there was a girl. " * 30)
     (weights,) = (tmp_path / "model").glob("*.safetensors")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from harness.evaluation.requests import Scores, TaskContext
+from harness.models.identity import generation_values
 
 TEXT = (
     "Anna and Ben went to the park. Anna gave a ball to Ben. The sun was warm, and the two friends played all day.\n\n"
@@ -63,7 +64,8 @@ def tiny_model(context_length: int = 64):
 def tiny(bos: bool = False, context_length: int = 64):
     """(model, TaskContext) of the tiny model and tokenizer."""
     model = tiny_model(context_length)
-    return model, TaskContext(tiny_tokenizer(bos), model.config, context_length, "causal")
+    generation = generation_values(model.generation_config)
+    return model, TaskContext(tiny_tokenizer(bos), model.config, context_length, "causal", generation)
 
 
 def real(folder):

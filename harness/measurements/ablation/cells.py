@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from harness.engine.plan import canonical, digest
 from harness.errors import InputError
-from harness.evaluation.requests import DirectTask, PreparedTask
+from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.editing import Ablation
@@ -144,14 +146,18 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
 
 
 def task_digest(task: PreparedTask) -> str:
-    """Return a digest of what a task asks: its protocol and all arrays of its requests."""
+    """Return a digest of what a task asks: its protocol, and all arrays of its requests or its inputs."""
     found = hashlib.blake2b(json.dumps(dict(task.protocol), sort_keys=True, default=str).encode(), digest_size=16)
-    for request in () if isinstance(task, DirectTask) else task.requests:
-        optional = [array for array in (request.source, request.segments) if array is not None]
-        for array in (request.tokens, request.positions, request.targets, *optional):
-            found.update(len(array).to_bytes(8, "little"))
-            found.update(array.astype("<i8").tobytes())
+    for array in task.inputs if isinstance(task, DirectTask) else _arrays(task):
+        found.update(len(array).to_bytes(8, "little"))
+        found.update(np.asarray(array, dtype="<i8").tobytes())
     return found.hexdigest()
+
+
+def _arrays(task: ScoredTask) -> Iterator[np.ndarray]:
+    for request in task.requests:
+        yield from (request.tokens, request.positions, request.targets)
+        yield from (array for array in (request.source, request.segments) if array is not None)
 
 
 def distinct_digests(tasks: Mapping[str, PreparedTask]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from harness.measurements.ablation.settings import StudySettings
 from harness.models.branches import check_branchable
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
+from harness.models.identity import generation_values
 from harness.models.loading import ModelDescription, describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
 from harness.models.targets import BASELINE, Target, expand_targets
@@ -174,8 +176,10 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) 
     digests = {name: one["digest"] for name, one in manifest["tasks"].items()}
     for name, task in prepared.tasks.items():
         if task_digest(task) != digests[name]:
+            changed = _changed(manifest["tasks"][name]["protocol"], task.protocol)
             raise InputError(
-                f"tasks.{name}: its data changed since {folder} was frozen; restore them or choose another output"
+                f"tasks.{name}: its {changed} changed since {folder} was frozen; restore what it was or choose another"
+                " output"
             )
     first = cells[0]
     if cell_id(numeric_settings(settings, prepared.description), first.ablation, digests[first.task]) != first.id:
@@ -184,6 +188,12 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) 
             " restore it or choose another output"
         )
     return Study(folder=folder, settings=settings, units=cells, prepared=prepared, digests=digests)
+
+
+def _changed(frozen: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """Return the keys of a protocol that have other values now. Without any, only tokens are different."""
+    now = json.loads(json.dumps(dict(protocol), default=str))
+    return ", ".join(sorted(key for key in {*frozen, *now} if frozen.get(key) != now.get(key))) or "tokens"
 
 
 def describe(study: Study) -> str:
@@ -213,7 +223,10 @@ def prepare(settings: StudySettings) -> Prepared:
     check_kinds(settings.tasks, description.config, family_of(description.config).kind)
     matrices = matrices_of(skeleton(description.config, description.family), description.family)
     tokenizer = load_tokenizer(settings.model, description)
-    context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind)
+    generation = generation_values(description.generation)
+    context = TaskContext(
+        tokenizer, description.config, description.context_length, description.family.kind, generation
+    )
     return Prepared(description, matrices, tokenizer, prepare_tasks(settings.tasks, context))
 
 

@@ -12,8 +12,10 @@ import torch
 from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.evaluation.requests import DirectTask, ExampleScores, TaskContext
+from harness.models.identity import generation_values
 from harness.models.loading import LoadedModel
 from harness.tasks import tokenization
+from harness.tasks.fingerprint import Describer
 from harness.tasks.generation import BATCH_TOKENS, generated_in_batches, padding_of, refuse_nan
 from harness.tasks.lm_eval import metrics as lm_eval_metrics
 
@@ -59,15 +61,16 @@ def prepare(
             f" model's context of {context.context_length}; set generation_kwargs.max_gen_toks in a task YAML of your"
             " own"
         )
-    contexts = [instance.args[0] for doc in docs for instance in doc]
-    for text in contexts:
-        tokenization.require_embedded(name, tokenization.encode(context.tokenizer, text), context.model_config)
+    prompts = _prompts(
+        context.tokenizer, [instance.args[0] for doc in docs for instance in doc],
+        context.context_length - decoding.new_tokens,
+    )
     references = [lm_eval_metrics.target(task, doc[0].doc) for doc in docs] if metrics else []
     metrics.rehearse(references)
 
     def measure(loaded: LoadedModel, division: Division, batch_share: float) -> dict[str, ExampleScores]:
-        batch_tokens = int(BATCH_TOKENS * batch_share)
-        texts = continuations(loaded, contexts, decoding, division, batch_tokens)
+        require_generation(loaded.model, context.generation)
+        texts = _texts(loaded, prompts, decoding, division, int(BATCH_TOKENS * batch_share))
         found = lm_eval_metrics.example_scores(task, lm_eval_metrics.values(task, docs, texts), part.by_metric)
         for filter_name, answers in lm_eval_metrics.filtered_answers(docs).items() if metrics else ():
             for metric, scores in metrics.scores(answers, references).items():
@@ -75,10 +78,23 @@ def prepare(
         return found
 
     how = {
-        "decoding": "greedy", "max_gen_toks": decoding.new_tokens, "until": list(decoding.stops), **decoding.extra,
+        "decoding": "greedy", "max_gen_toks": decoding.new_tokens, "until": list(decoding.stops),
+        **Describer().plain(decoding.extra), "generation": dict(context.generation), "batch_tokens": BATCH_TOKENS,
+        "tokenizer": tokenization.tokenizer_digest(context.tokenizer),
     }  # fmt: skip
     ids = [str(i) for i in range(len(docs))]
-    return DirectTask(name, {**protocol, **how, **metrics.protocol()}, ids, measure)
+    return DirectTask(name, {**protocol, **how, **metrics.protocol()}, ids, measure, inputs=prompts)
+
+
+def require_generation(model: Any, known: Mapping[str, Any]) -> None:
+    """Raise InputError if a model would not generate with the settings that the id of its cells depends on."""
+    present = generation_values(getattr(model, "generation_config", None))
+    other = sorted(key for key in {*present, *known} if present.get(key) != known.get(key))
+    if other:
+        raise InputError(
+            f"model: its generation_config has another {other[0]} ({present.get(other[0])!r}) than when the task was"
+            f" prepared ({known.get(other[0])!r}); prepare the task again"
+        )
 
 
 def _decoding(generation_kwargs: Mapping[str, Any]) -> Decoding:
@@ -102,9 +118,18 @@ def continuations(
     leave no room for the new ones. division: the processes that share the batches. batch_tokens: as BATCH_TOKENS.
     Raises FloatingPointError if the model's outputs are NaN.
     """
+    prompts = _prompts(loaded.tokenizer, contexts, loaded.context_length - decoding.new_tokens)
+    return _texts(loaded, prompts, decoding, division or Division(), batch_tokens)
+
+
+def _prompts(tokenizer: Any, contexts: Sequence[str], room: int) -> list[list[int]]:
+    return [tokenization.encode(tokenizer, text)[-room:] for text in contexts]
+
+
+def _texts(
+    loaded: Any, prompts: Sequence[list[int]], decoding: Decoding, division: Division, batch_tokens: int
+) -> list[str]:
     tokenizer = loaded.tokenizer
-    room = loaded.context_length - decoding.new_tokens
-    prompts = [tokenization.encode(tokenizer, text)[-room:] for text in contexts]
     eos = tokenizer.eos_token_id
     if eos is not None:
         decoding = replace(decoding, stops=[*decoding.stops, tokenizer.decode([eos])])
@@ -112,7 +137,7 @@ def continuations(
     def generate(members: Sequence[list[int]]) -> list[list[int]]:
         return _generate(loaded, members, decoding)
 
-    answers = generated_in_batches(prompts, decoding.new_tokens, generate, division or Division(), batch_tokens)
+    answers = generated_in_batches(prompts, decoding.new_tokens, generate, division, batch_tokens)
     return [_cut(tokenizer.decode(tokens, skip_special_tokens=True), decoding.stops) for tokens in answers]
 
 

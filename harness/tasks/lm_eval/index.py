@@ -140,8 +140,15 @@ def _members(manager: Any, name: str) -> list[str]:
     return [member for child in _children(manager, name) for member in _members(manager, child)]
 
 
-@functools.cache
 def _task_manager(folder: str | None, include_defaults: bool) -> Any:
+    files = sorted(Path(folder).rglob("*.yaml")) if folder is not None else []
+    state = tuple((str(path), (there := path.stat()).st_mtime_ns, there.st_size) for path in files)
+    return _manager_of(folder, include_defaults, state)
+
+
+@functools.cache
+def _manager_of(folder: str | None, include_defaults: bool, state: tuple[tuple[str, int, int], ...]) -> Any:
+    """Return the TaskManager of a folder. state: of its files, so that a process sees a file that has changed."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=include_defaults, include_path=folder)
@@ -186,7 +193,7 @@ def _single(key: str, asked: LmEvalTask, manager: Any) -> Any:
     stock = manager.task_index[asked.task].cfg
     if stock.get("unsafe_code"):
         raise InputError(f"{key}.task: {asked.task!r} executes what the model writes; such tasks are not run")
-    overrides = _local_data(key, asked, stock) if asked.data_files else {}
+    overrides = _local_data(key, asked, stock, _fewshot_config(manager, asked.task)) if asked.data_files else {}
     shots = stock.get("num_fewshot") if asked.num_fewshot is None else asked.num_fewshot
     if not shots and "class" not in stock:
         # Without few-shot examples, the split from which they would be drawn need not be read and processed.
@@ -206,11 +213,20 @@ def _single(key: str, asked: LmEvalTask, manager: Any) -> Any:
             raise InputError(f"{key}: lm-eval cannot load {asked.task!r}: {reason(error)}{hint}") from error
 
 
-def _local_data(key: str, asked: LmEvalTask, stock: dict[str, Any]) -> dict[str, Any]:
+def _fewshot_config(manager: Any, name: str) -> dict[str, Any]:
+    """Return the fewshot_config of a task with its functions, of which the index has only the names."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = manager.task_index[name]
+    if not isinstance(entry.cfg.get("fewshot_config"), dict) or entry.yaml_path is None:
+        return {}
+    return load_yaml(entry.yaml_path)["fewshot_config"]
+
+
+def _local_data(key: str, asked: LmEvalTask, stock: dict[str, Any], fewshot: dict[str, Any]) -> dict[str, Any]:
     """Return settings by which a task reads its splits from local files and has no split without a file."""
     if "class" in stock:
         raise InputError(f"{key}.data_files: {asked.task!r} loads its data by code of its own; leave data_files empty")
-    fewshot: dict[str, Any] = stock["fewshot_config"] if isinstance(stock.get("fewshot_config"), dict) else {}
     known: set[str] = {split for role in SPLITS if (split := stock.get(role))}
     if fewshot.get("split") is not None:
         known.add(fewshot["split"])

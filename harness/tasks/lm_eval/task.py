@@ -7,11 +7,8 @@ one text that is then cut, an empty context is the prefix token, and a text that
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar
 
@@ -24,7 +21,7 @@ from harness.settings.constraints import at_least
 from harness.settings.plain_values import refuse_long_path
 from harness.tasks import tokenization
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
-from harness.tasks.lm_eval import index
+from harness.tasks.lm_eval import identity, index
 from harness.tasks.lm_eval import metrics as lm_eval_metrics
 from harness.tasks.settings import LimitedTask, require_file
 
@@ -69,7 +66,7 @@ class LmEvalTask(LimitedTask):
         for task in found.tasks.values():
             _check(name, task, self, alone=found.single)
         parts = [_part(name, task_name, task, self, context) for task_name, task in found.tasks.items()]
-        protocol = _protocol(self, parts)
+        protocol = identity.protocol(self, parts, found.groups)
         if found.single and parts[0].task.OUTPUT_TYPE == "generate_until":
             from harness.tasks.lm_eval import generation
 
@@ -104,6 +101,7 @@ class LmEvalTask(LimitedTask):
 class Part:
     """One task of lm-eval, prepared.
 
+    definition: a digest of its configuration and code, as `identity.definition` returns.
     docs: for each document its Instances, which are what lm-eval asks a model.
     by_metric: metric -> the name of its aggregation, or "" for a metric that is left out.
     requests, offsets: the requests of Instance i are requests[offsets[i]:offsets[i + 1]]. A rolling log-likelihood has
@@ -112,6 +110,7 @@ class Part:
 
     name: str
     task: Any
+    definition: str
     docs: list[list[Any]]
     by_metric: dict[str, str]
     requests: list[Request]
@@ -140,6 +139,7 @@ def _check(name: str, task: Any, asked: LmEvalTask, alone: bool) -> None:
 def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: TaskContext) -> Part:
     key = f"tasks.{name}"
     try:
+        definition = identity.definition(task)
         docs = lm_eval_metrics.documents(task, asked.limit)
         if not docs:
             raise InputError(f"{key}: {task_name!r} has no documents")
@@ -167,7 +167,7 @@ def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: Task
                 offsets.append(len(requests))
         if not requests:
             raise InputError(f"{key}: the documents of {task_name!r} hold no text to score")
-    return Part(task_name, task, docs, by_metric, requests, offsets)
+    return Part(task_name, task, definition, docs, by_metric, requests, offsets)
 
 
 def _documents_of_requests(part: Part) -> np.ndarray:
@@ -261,44 +261,3 @@ def _placed(starts: np.ndarray, members: Mapping[int, tuple[ExampleScores, float
     bounds = {scores.bounds for scores, _ in members.values()}
     common = first.bounds if len(bounds) == 1 else None
     return ExampleScores(score, weight, first.transform, first.higher_is_better, common)
-
-
-def _protocol(asked: LmEvalTask, parts: Sequence[Part]) -> dict[str, Any]:
-    import lm_eval
-
-    left_out = sorted({metric for part in parts for metric, name in part.by_metric.items() if not name})
-    tasks = {part.name: part.task for part in parts}
-    return {
-        "lm_eval": lm_eval.__version__,
-        "task": asked.task,
-        "task_version": _common(str(task.VERSION) for task in tasks.values()),
-        "num_fewshot": _common(task.config.num_fewshot for task in tasks.values()),
-        "fewshot_seed": asked.seed,
-        "limit": asked.limit,
-        "split": _common(task.config.test_split or task.config.validation_split for task in tasks.values()),
-        "data_files": {split: _file_digest(path) for split, path in asked.data_files.items()},
-        "documents": _documents_digest(parts),
-        "n_examples": sum(len(part.docs) for part in parts),
-        "metrics_left_out": left_out,
-    }
-
-
-def _common(found: Iterable[Any]) -> Any:
-    """Return the value if all are equal, else the sorted list of the distinct values."""
-    distinct = set(found)
-    return distinct.pop() if len(distinct) == 1 else sorted(distinct, key=str)
-
-
-def _file_digest(path: str) -> str:
-    with Path(path).expanduser().open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-
-
-def _documents_digest(parts: Sequence[Part]) -> str:
-    """Return a digest of every prompt and every right answer that lm-eval built."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        for doc in part.docs:
-            prompts = [instance.args for instance in doc]
-            digest.update(json.dumps([prompts, part.task.doc_to_target(doc[0].doc)], default=str).encode())
-    return digest.hexdigest()

@@ -11,6 +11,7 @@ from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.evaluation.requests import DirectTask, TaskContext
 from harness.evaluation.statistics import estimate
+from harness.models.identity import generation_values
 from harness.models.loading import loaded_from
 from harness.tasks.lm_eval import generation
 from harness.tasks.lm_eval.generation import Decoding
@@ -24,6 +25,11 @@ def hflm_of(model):
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(model.model, tokenizer=model.tokenizer, batch_size=4, device="cpu")
+
+
+def context_of(model) -> TaskContext:
+    generation = generation_values(model.model.generation_config)
+    return TaskContext(model.tokenizer, model.model.config, model.context_length, "causal", generation)
 
 
 @pytest.mark.assets
@@ -57,7 +63,7 @@ def test_gsm8k_is_lm_evals(assets, loaded, tmp_path):  # noqa: F811
     )
 
     config = LmEvalTask(task="gsm8k", include_path=str(tmp_path / "ours"), data_files={"test": str(questions)})
-    prepared = config.prepare("gsm8k", TaskContext(loaded.tokenizer, loaded.model.config, 512, "causal"))
+    prepared = config.prepare("gsm8k", context_of(loaded))
     assert isinstance(prepared, DirectTask)
     assert prepared.protocol["max_gen_toks"] == 16 and prepared.example_ids == ["0", "1", "2", "3"]
     measured = prepared.measure(loaded, Division(), 1.0)
@@ -100,7 +106,7 @@ def test_metrics_of_hugging_face_evaluate_are_lm_evals_own(tiny, tmp_path):
     script = {"name": str(Path(__file__).parents[1] / "metrics" / "sacrebleu.py"), "value": "score"}
     files = {"test": str(questions)}
     config = asked("say", kind="lm_eval", task="say", include_path=str(folder), data_files=files, metrics=[script])
-    context = TaskContext(tiny.tokenizer, tiny.model.config, tiny.context_length, "causal")
+    context = context_of(tiny)
     measured = config.prepare("say", context).measure(tiny, Division(), 1.0)
     assert list(measured) == ["sacrebleu"]
     assert estimate(measured["sacrebleu"]).value == pytest.approx(found["results"]["say"]["bleu,none"], abs=1e-9)
