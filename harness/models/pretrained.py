@@ -45,8 +45,8 @@ def from_files(
     try:
         with ExitStack() as copies:
             if settings.gguf_file:
-                copy = copies.enter_context(private_copy(files[0]))
-                kwargs |= {"pretrained_model_name_or_path": description.source, "gguf_file": copy.name}
+                private = copies.enter_context(private_copy(files[0]))
+                kwargs |= {"pretrained_model_name_or_path": description.source, "gguf_file": private.name}
             else:
                 kwargs |= {"pretrained_model_name_or_path": None, "state_dict": read_state(files)}
             model, info = model_class.from_pretrained(
