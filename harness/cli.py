@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,20 @@ def _epilog(command: Command) -> str:
     return "\n".join(lines)
 
 
+def _one_line_for_skipped_parts(show: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that shows warnings as `show` does, but those of the tables without the place in the code."""
+
+    def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        from harness.tables.reader import SkippedParts
+
+        if issubclass(category, SkippedParts):
+            complain(Exception(message))
+        else:
+            show(message, category, *rest)
+
+    return shown
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: the arguments, by default those of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -130,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         if rest:
             arguments.overrides += rest
-        return known[arguments.command].run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line_for_skipped_parts(warnings.showwarning)
+            return known[arguments.command].run(arguments)
     except InputError as error:
         complain(error)
         return 2

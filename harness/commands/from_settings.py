@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.outcome import exit_status, ignore
 from harness.errors import InputError
+from harness.files import told_in_one_line
 
 if TYPE_CHECKING:
     from harness.engine.measurement import Measurement
@@ -41,7 +42,8 @@ def _measure(measurement: Measurement, settings: Any, arguments: argparse.Namesp
         _hush()
     outcome = run(measurement, settings, RunOptions(not quiet, ignore if quiet else to_stderr, tidy=True))
     if not quiet and is_main_process():
-        measurement.report.report(outcome.folder)
+        with told_in_one_line(outcome.folder):
+            measurement.report.report(outcome.folder)
     return exit_status(outcome)
 
 
