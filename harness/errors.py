@@ -34,6 +34,13 @@ def wrong(key: str, value: Any, right: str) -> SettingError:
     return SettingError(key, f"{value!r} is wrong; {right}")
 
 
+def printable(text: str) -> str:
+    """Return a text that is one line and cannot command a terminal: every other character as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def complain(error: Exception) -> None:
     """Print an error to stderr as the one line that a user sees."""
-    print(f"harness: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"harness: {printable(' '.join(str(error).split()))}", file=sys.stderr)

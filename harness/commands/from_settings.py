@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.commands.outcome import exit_status, ignore
-from harness.errors import InputError
+from harness.errors import InputError, printable
 from harness.files import told_in_one_line
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def plan(arguments: argparse.Namespace) -> int:
     plan = measurement.units.plan(settings)
     if arguments.freeze:
         plan.require_settled("plan --freeze")
-    print(measurement.units.describe(plan))
+    print("\n".join(map(printable, measurement.units.describe(plan).split("\n"))))
     if arguments.freeze:
         freeze(measurement, plan)
     return 0

@@ -14,7 +14,7 @@ from harness.engine.manifest import Manifest, reading
 from harness.engine.measurement import Measurement
 from harness.engine.slurm import LiveShard, live_shards
 from harness.engine.submission import Record, read_record, submission_folder, submission_names, submissions
-from harness.errors import InputError
+from harness.errors import InputError, printable
 from harness.tables.store import CorruptPart, read_table, states_and_damage
 
 WORDS = ("done", "running", "pending", "failed", "missing")
@@ -106,7 +106,7 @@ def describe_status(
         hint = " (cluster.retry_failed=true: failed units too)" if shards else ""
         command = "harness submit command" if shards else "command"
         lines.append(f"give the same {command} again{hint}: it does only what is not done")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _words(manifest: Manifest, states: Mapping[str, str], shards: list[ShardStatus]) -> dict[str, str]:

@@ -86,7 +86,8 @@ def load_manifest(folder: Path) -> Any:
             raise InputError(f"{path}: not a file; move it away, restore the manifest or run the study anew")
         return None
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        return {} if content is None else content
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); restore it or run the study anew") from error
     except RecursionError:
