@@ -153,10 +153,11 @@ def read(part: Part, units: Iterable[str] | None = None) -> pyarrow.Table:
     if reason is not None:
         raise BadPart(reason)
     try:
-        # Of one unit there are few rows, and threads would take longer to start than to read them.
-        threads = part.state == MERGED
         if units is None:
-            content = pq.ParquetFile(part.path, page_checksum_verification=True).read(use_threads=threads)
+            # To read ahead and in threads takes longer than to read the few rows of one unit.
+            merged = part.state == MERGED
+            file = pq.ParquetFile(part.path, page_checksum_verification=True, pre_buffer=merged)
+            content = file.read(use_threads=merged)
         else:  # merged parts are sorted by unit, so that most row groups are skipped by their statistics
             filters = [(part.tables.key, "in", set(units))]
             content = pq.read_table(part.path, filters=filters, partitioning=None, page_checksum_verification=True)

@@ -123,7 +123,7 @@ def open_writer(path: Path, part: Part, small: bool = False) -> Iterator[Any]:
     """Yield a ParquetWriter that writes to `path` the file that will be `part`, with its label.
 
     When the block ends, the file is on the disk (fsync); if it raises, the file is removed. small: leave out
-    dictionaries and statistics, which are useless for the few rows of one unit.
+    compression, dictionaries and statistics. For the few rows of one unit they make the file larger, and slower to read.
     """
     import pyarrow.parquet as pq
 
@@ -133,7 +133,7 @@ def open_writer(path: Path, part: Part, small: bool = False) -> Iterator[Any]:
         with pq.ParquetWriter(
             path,
             schema,
-            compression="zstd",
+            compression="none" if small else "zstd",
             store_schema=False,
             write_page_checksum=True,
             use_dictionary=not small,
