@@ -123,7 +123,7 @@ def open_writer(path: Path, part: Part, small: bool = False) -> Iterator[Any]:
     """Yield a ParquetWriter that writes to `path` the file that will be `part`, with its label.
 
     When the block ends, the file is on the disk (fsync); if it raises, the file is removed. small: leave out
-    compression, dictionaries and statistics. For the few rows of one unit they make the file larger, and slower to read.
+    compression, dictionaries and statistics, which make a file of few rows larger and slower to read.
     """
     import pyarrow.parquet as pq
 
