@@ -179,7 +179,7 @@ def _wrong_key(content: Mapping[str, Any]) -> str | None:
         return "parts is not a list of texts"
     if not isinstance(units, list) or not units:
         return "units is not a list of pairs"
-    seen = set()
+    seen: set[str] = set()
     for unit in units:
         if not isinstance(unit, list) or len(unit) != 2:
             return "its units are not pairs"

@@ -88,7 +88,7 @@ def safe_for_csv(rows: pandas.DataFrame) -> pandas.DataFrame:
     for name in texts:
         formulas = [one for one in texts[name].unique() if isinstance(one, str) and one.startswith(_FORMULA)]
         if formulas:
-            rows = rows.assign(**{name: texts[name].replace({one: "'" + one for one in formulas})})
+            rows = rows.assign(**{str(name): texts[name].replace({one: "'" + one for one in formulas})})
     return rows
 
 
