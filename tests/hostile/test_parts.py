@@ -113,7 +113,7 @@ CASES = {
         "it holds 'aaaa', done, not merged-aaaa, merged"),
     "a merged part of another study": (merged_of_other, set(), "it belongs to the run"),
     "a part of no harness": (
-        lambda f, _: pd.DataFrame({"cell_id": ["aaaa"]}).to_parqueta_of(f), {"aaaa"},
+        lambda f, _: pd.DataFrame({"cell_id": ["aaaa"]}).to_parquet(a_of(f)), {"aaaa"},
         "it does not say to which run it belongs"),
     "an empty part": (lambda f, _: a_of(f).write_bytes(b""), {"aaaa"}, "truncated"),
     "a part with a footer that is none": (
@@ -125,7 +125,7 @@ CASES = {
     "a folder": (
         lambda f, _: a_of(f).unlink() or a_of(f).mkdir(), {"aaaa"}, "truncated"),
     "a pipe": (
-        lambda f, _: a_of(f).unlink() or os.mkfifoa_of(f), {"aaaa"}, "truncated"),
+        lambda f, _: a_of(f).unlink() or os.mkfifo(a_of(f)), {"aaaa"}, "truncated"),
     "a link to nothing": (
         lambda f, _: a_of(f).unlink() or a_of(f).symlink_to("nowhere"), {"aaaa"},
         "truncated"),
