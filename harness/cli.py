@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from harness import __version__
@@ -122,6 +123,20 @@ def _epilog(command: Command) -> str:
     return "\n".join(lines)
 
 
+def _one_line_for_skipped_parts(show: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that shows warnings as `show` does, but those of the tables without the place in the code."""
+
+    def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        from harness.tables.reader import SkippedParts
+
+        if issubclass(category, SkippedParts):
+            complain(Exception(message))
+        else:
+            show(message, category, *rest)
+
+    return shown
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: the arguments, by default those of the process."""
     _write_any_character()
@@ -172,7 +187,9 @@ def _run(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         arguments.overrides += rest
-    return known[arguments.command].run(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_for_skipped_parts(warnings.showwarning)
+        return known[arguments.command].run(arguments)
 
 
 def _write_any_character() -> None:

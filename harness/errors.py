@@ -48,9 +48,16 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Return a text that is one line and cannot command a terminal: every other character as its escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def complain(error: Exception) -> None:
     """Print an error to stderr as the one line that a user sees."""
-    line = f"harness: {' '.join(str(error).split())[:LONGEST_LINE]}"
+    line = f"harness: {printable(' '.join(str(error).split()))[:LONGEST_LINE]}"
     # A name may hold bytes that are not UTF-8, which no stream of text takes.
     with contextlib.suppress(OSError):  # nobody reads it any more
         print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)

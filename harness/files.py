@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -10,6 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from harness.errors import InputError
+
+# number of an error of the system -> what the user can do
+_REMEDIES = {
+    errno.ENOSPC: "make room on the disk", errno.EDQUOT: "make room within the quota",
+    errno.EROFS: "the file system is read-only: copy the folder to another", errno.EACCES: "give yourself access to it",
+    errno.EPERM: "give yourself access to it", errno.ENOTDIR: "a folder must be there: move away what is in its place",
+    errno.EEXIST: "a folder must be there: move away what is in its place",
+    errno.EISDIR: "a file must be there: move the folder away", errno.ENOTEMPTY: "move away what is there",
+}  # fmt: skip
 
 
 def user_cache(name: str = "") -> Path:
@@ -52,6 +64,27 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def told_in_one_line(folder: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError of the block, such as one of a full disk, into an InputError that names the file.
+
+    folder: what is named if the system names no file.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # the reader of the output has ended
+        raise
+    except OSError as error:
+        raise InputError(describe_os_error(error, folder)) from error
+
+
+def describe_os_error(error: OSError, folder: str | os.PathLike) -> str:
+    """Return what went wrong with which file, and what the user can do. folder: where, if the system names no file."""
+    where = error.filename if isinstance(error.filename, (str, os.PathLike)) else folder
+    remedy = _REMEDIES.get(error.errno or 0, "see whether it can be read and written")
+    return f"{os.fspath(where)}: {error.strerror or error}; {remedy}"
 
 
 def sync(path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_family_of_another_package(run):
 def test_two_packages_cannot_have_one_name(run, monkeypatch):
     added = TASKS._added["repetition"]
     ours = type(added)("text", added.value, added.group)
-    monkeypatch.setattr("harness.registry.entry_points", lambda group: [added, ours])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [added, ours])
     TASKS.__dict__.pop("_added")
     with pytest.raises(InputError, match="its entry point 'text' in harness.tasks is the name of a kind of task"):
         TASKS.names()

@@ -27,7 +27,8 @@ from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.tables import TABLES
 from harness.measurements.ablation.units import frozen_cells
 from harness.spectral.regions import Decile
-from harness.tables.parts import MERGED_LIST, MERGED_PREFIX, open_writer, units_file
+from harness.tables.identity import MERGED_PREFIX, Part, units_file
+from harness.tables.parts import MERGED_LIST, label_units, open_writer
 from harness.tables.store import write_unit
 
 HERE = Path(__file__).parent
@@ -92,7 +93,7 @@ def write_loose(folder: Path, manifest: Manifest, cells: Sequence[Cell]) -> tupl
     started, before = time.perf_counter(), time.process_time()
     for cell in cells:
         row, examples = rows_of(manifest, cell, rng)
-        write_unit(folder, TABLES, cell.id, {"metrics": [row], "examples": examples})
+        write_unit(folder, TABLES, cell.id, {"metrics": [row], "examples": examples}, manifest.id)
     return (time.perf_counter() - started) / len(cells), (time.process_time() - before) / len(cells)
 
 
@@ -109,9 +110,10 @@ def write_merged(folder: Path, manifest: Manifest, cells: Sequence[Cell]) -> Non
             columns["examples"].setdefault(name, []).extend([value] * EXAMPLES if isinstance(value, str) else value)
     for table, content in columns.items():
         part = folder / table / f"{MERGED_PREFIX}0.parquet"
-        with open_writer(part, TABLES, table) as writer:
+        with open_writer(part, Part(part, TABLES, table, manifest.id)) as writer:
             writer.write_table(pa.Table.from_pydict(content, schema=TABLES.arrow_schema(table)),
                                row_group_size=200_000)
+            label_units(writer, [cell.id for cell in cells])
         units_file(part).write_text("\n".join(sorted(cell.id for cell in cells)))
         (folder / table / MERGED_LIST).write_text(part.name)
 
@@ -151,7 +153,7 @@ def main() -> None:
         note("plan --freeze", timed("plan", "--freeze", *settings))
         note("plan", timed("plan", *settings))
         manifest = read_manifest(study)
-        cells = frozen_cells(manifest.content)
+        cells = frozen_cells(study, manifest.content)
         loose, merged = cells[: arguments.loose], cells[arguments.loose :]
         note(f"write {len(loose)} cells, per cell", write_loose(study, manifest, loose))
         if merged:

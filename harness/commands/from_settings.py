@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from harness.commands.outcome import exit_status, ignore
-from harness.errors import InputError
+from harness.errors import InputError, printable
+from harness.files import told_in_one_line
 
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def _measure(measurement: Measurement, settings: Any, arguments: argparse.Namesp
         _hush()
     outcome = run(measurement, settings, RunOptions(not quiet, ignore if quiet else to_stderr, tidy=True))
     if not quiet and is_main_process():
-        measurement.report.report(outcome.folder)
+        with told_in_one_line(outcome.folder):
+            measurement.report.report(outcome.folder)
     return exit_status(outcome)
 
 
@@ -68,7 +70,7 @@ def plan(arguments: argparse.Namespace) -> int:
     plan = measurement.units.plan(settings)
     if arguments.freeze:
         plan.require_settled("plan --freeze")
-    print(measurement.units.describe(plan))
+    print("\n".join(map(printable, measurement.units.describe(plan).split("\n"))))
     if arguments.freeze:
         freeze(measurement, plan)
     return 0

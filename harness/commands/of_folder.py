@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from harness.commands.outcome import exit_status, ignore
+from harness.files import told_in_one_line
 
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def compact(arguments: argparse.Namespace) -> int:
     from harness.tables.store import compact
 
     for measurement, folder in _runs_in(arguments.folder):
-        merged = compact(folder, measurement.tables)
+        with told_in_one_line(folder):
+            merged = compact(folder, measurement.tables)
         print(", ".join(f"{table}: {n} files merged" for table, n in merged.items()))
     return 0
 
@@ -61,14 +63,17 @@ def status(arguments: argparse.Namespace) -> int:
     for i, (measurement, folder) in enumerate(_runs_in(arguments.folder)):
         if i:
             print(f"\n{folder}")
-        print(describe_status(measurement, folder, read_manifest(folder), arguments.failed))
+        with told_in_one_line(folder):
+            text = describe_status(measurement, folder, read_manifest(folder), arguments.failed)
+        print(text)
     return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Report on a run from its tables."""
     (measurement, folder), *_ = _runs_in(arguments.folder)
-    measurement.report.report(folder)
+    with told_in_one_line(folder):
+        measurement.report.report(folder)
     return 0
 
 

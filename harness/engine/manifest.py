@@ -1,33 +1,41 @@
 """The manifest: a run frozen as JSON. Every later command on the run reads the manifest and no YAML file.
 
-    {"manifest_version": 2, "kind": "ablation", "id": "0123456789ab", "working_directory": "/home/me",
-     "title": "model gpt2", "settings": {...}, "parts": ["ioi", "wikitext"], "units": [["<unit id>", 0], ...], ...}
+    {"manifest_version": 3, "kind": "ablation", "id": "0123456789ab", "working_directory": "/home/me",
+     "title": "model gpt2", "settings": {...}, "parts": ["ioi", "wikitext"], "units": [["<unit id>", 0], ...], ...,
+     "checksum": "<24 hexadecimal digits>"}
 
 `kind` names the measurement. `parts` are the parts of the run that `harness status` counts separately; a unit names its
-part by its index there. A measurement adds keys of its own for whatever else it needs to restore the run.
+part by its index there. `id` is a hash of the ids of the units, and every part of the tables names it. `checksum` is a
+hash of all but the keys in UNSEALED, so that an edit of what is measured is noticed. Whether the settings still mean
+these units is checked when the run is restored. A measurement adds keys of its own for whatever else it needs to
+restore the run.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engine.measurement import Measurement
-from harness.engine.plan import Plan
+from harness.engine.plan import Plan, canonical, digest
 from harness.errors import InputError
 from harness.files import write_json
 from harness.settings.validation import plain
+from harness.tables.identity import MANIFEST, load_manifest, said_by
+from harness.tables.schema import UNIT_ID
 
 if TYPE_CHECKING:
     import pandas
 
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 2
-KEYS = ("manifest_version", "kind", "id", "working_directory", "title", "settings", "parts", "units")
+MANIFEST_VERSION = 3
+KEYS = ("manifest_version", "kind", "id", "working_directory", "title", "settings", "parts", "units", "checksum")
+UNSEALED = ("manifest_version", "kind", "working_directory", "title", "settings", "checksum")
+MAX_DEPTH = 50  # of lists and mappings inside each other; what the harness writes has fewer than ten
 # Settings that no number depends on: two runs that differ in them alone differ in nothing that a message should name.
 _NUMBERLESS = ("output", "cluster.", "runtime.threads", "runtime.cache")
 
@@ -57,7 +65,7 @@ def manifest_of(measurement: Measurement, plan: Plan) -> dict[str, Any]:
     """The manifest of a plan as JSON."""
     parts = list(dict.fromkeys(unit.part for unit in plan.units))
     index = {part: i for i, part in enumerate(parts)}
-    return {
+    manifest = {
         "manifest_version": MANIFEST_VERSION,
         "kind": measurement.name,
         "id": plan.id,
@@ -68,33 +76,61 @@ def manifest_of(measurement: Measurement, plan: Plan) -> dict[str, Any]:
         "units": [[unit.id, index[unit.part]] for unit in plan.units],
         **plan.frozen(),
     }
+    return {**manifest, "checksum": checksum_of(manifest)}
+
+
+def checksum_of(content: Mapping[str, Any]) -> str:
+    """The checksum of a manifest, with or without its checksum, before or after it was JSON."""
+    sealed = {key: value for key, value in content.items() if key not in UNSEALED}
+    return digest(canonical(json.loads(json.dumps(sealed, default=str))))
 
 
 def freeze(measurement: Measurement, plan: Plan) -> None:
     """Write the manifest atomically, or check that the folder already holds this very run.
 
-    Raises InputError when it holds another, naming the first setting that differs, and where it cannot be written.
+    Raises InputError as `require_own`, and where it cannot be written.
     """
-    folder = plan.folder
-    there = manifest_there(measurement.name, folder)
-    if there is not None:
-        if there.id != plan.id:
-            raise InputError(
-                f"output: {folder} holds another {measurement.name} ({there.id}, not {plan.id};"
-                f" {_first_difference(there.settings, plain(plan.settings))}); leave output unset or name another"
-                " folder"
-            )
+    if require_own(measurement, plan):
         return
     try:
-        write_json(folder / MANIFEST, manifest_of(measurement, plan))
+        write_json(plan.folder / MANIFEST, manifest_of(measurement, plan))
     except OSError as error:
-        raise InputError(f"output: cannot write to {folder}: {error.strerror}; name another folder") from error
+        raise InputError(f"output: cannot write to {plan.folder}: {error.strerror}; name another folder") from error
+
+
+def require_own(measurement: Measurement, plan: Plan) -> bool:
+    """Return whether the folder of a plan holds its manifest. Without one it may hold parts of this run.
+
+    Raises InputError if the folder holds another run, naming the first setting that differs, or parts of another run.
+    """
+    folder, there = plan.folder, manifest_there(measurement.name, plan.folder)
+    if there is None:
+        _refuse_parts_of_others(measurement, plan)
+        return False
+    if there.id != plan.id:
+        raise InputError(
+            f"output: {folder} holds another {measurement.name} ({there.id}, not {plan.id};"
+            f" {_first_difference(there.settings, plain(plan.settings))}); leave output unset or name another"
+            " folder"
+        )
+    return True
+
+
+def _refuse_parts_of_others(measurement: Measurement, plan: Plan) -> None:
+    for part in sorted(plan.folder.glob("*/*.parquet")):
+        said = said_by(part)
+        if said is None and part.parent.name not in measurement.tables.names():
+            continue  # not a file of the harness
+        if said is None or said.get("run") != plan.id:
+            whose = "an unknown run" if said is None else f"the run {said.get('run')!r}"
+            raise InputError(f"output: {plan.folder} has no {MANIFEST}, and {part.parent.name}/{part.name} belongs to"
+                             f" {whose}, not to {plan.id}; restore the manifest or name another folder")
 
 
 def manifest_there(kind: str, folder: Path) -> Manifest | None:
     """The manifest of the run of this kind that a folder holds already; None for no run. Raises InputError where it
     holds a run of another kind."""
-    if not (folder / MANIFEST).is_file():
+    if not os.path.lexists(folder / MANIFEST):
         return None
     there = read_manifest(folder)
     if there.kind != kind:
@@ -103,15 +139,13 @@ def manifest_there(kind: str, folder: Path) -> Manifest | None:
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a folder that the harness wrote. Raises InputError where there is none or it cannot be read."""
+    """The manifest of a folder that the harness wrote. Raises InputError where there is none, it cannot be read, or it
+    is not as the harness wrote it."""
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    content = load_manifest(Path(folder))
+    if content is None:
         raise InputError(f"{folder}: holds nothing that harness can read (no {MANIFEST}); give the folder that harness"
                          " run, spectra or search wrote")
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); restore it or run the study anew") from error
     version = content.get("manifest_version") if isinstance(content, dict) else None
     if version is not None and version != MANIFEST_VERSION:
         raise InputError(
@@ -121,11 +155,69 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     lacking = [key for key in KEYS if not isinstance(content, dict) or key not in content]
     if lacking:
         raise InputError(f"{path}: not a manifest, without {', '.join(lacking)}; restore it or run the study anew")
-    try:
-        units = tuple((str(unit_id), content["parts"][part]) for unit_id, part in content["units"])
-    except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: not a manifest, its units are not pairs; restore it or run it anew") from error
+    wrong = _wrong_key(content)
+    if wrong is not None:
+        raise InputError(f"{path}: not a manifest, {wrong}; restore it or run the study anew")
+    units = tuple((unit_id, content["parts"][part]) for unit_id, part in content["units"])
+    if content["checksum"] != checksum_of(content):
+        raise InputError(f"{path}: changed since it was frozen (its checksum is another); restore it or run the study"
+                         " anew")
     return Manifest(content["kind"], content["id"], content["title"], units, content)
+
+
+def _wrong_key(content: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a value of the manifest's own keys, or None."""
+    for key in ("kind", "id", "working_directory", "title"):
+        if not isinstance(content[key], str) or "\0" in content[key]:
+            return f"{key} is not a text"
+    if not isinstance(content["settings"], dict):
+        return "settings is not a mapping"
+    if _depth_exceeds(content, MAX_DEPTH):
+        return f"it is nested more than {MAX_DEPTH} levels deep"
+    parts, units = content["parts"], content["units"]
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        return "parts is not a list of texts"
+    if not isinstance(units, list) or not units:
+        return "units is not a list of pairs"
+    seen: set[str] = set()
+    for unit in units:
+        if not isinstance(unit, list) or len(unit) != 2:
+            return "its units are not pairs"
+        unit_id, part = unit
+        if not isinstance(unit_id, str) or not UNIT_ID.fullmatch(unit_id):
+            return f"the id of unit {len(seen)} is not letters, digits, '-' and '_'"
+        if unit_id in seen:
+            return f"unit {unit_id} is there twice"
+        if type(part) is not int or not 0 <= part < len(parts):
+            return f"unit {unit_id} is of no part in parts"
+        seen.add(unit_id)
+    return None
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [item for one in level if isinstance(one, (dict, list))
+                 for item in (one.values() if isinstance(one, dict) else one) if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn what goes wrong with a value of a JSON file of the harness into an InputError of one line.
+
+    what: the part of the file that is read, as the beginning of "... is not as harness wrote it".
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path}: {what} is not as harness wrote it ({reason}); restore it or run the study anew"
+                         ) from error
 
 
 def in_order(folder: str | os.PathLike, rows: pandas.DataFrame, key: str) -> pandas.DataFrame:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,7 +74,7 @@ class Plan:
     settings: Any
     units: tuple[Any, ...]
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of the ids of all units."""
         return run_id(unit.id for unit in self.units)

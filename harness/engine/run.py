@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.engine.manifest import MANIFEST, freeze
+from harness.engine.manifest import freeze, require_own
 from harness.engine.measurement import Context, Measured, Measurement, SpoiledRun
 from harness.engine.plan import Plan
 from harness.engine.ranks import Ranks, join
 from harness.engine.shards import split
 from harness.errors import InputError
 from harness.evaluation.division import Division
-from harness.tables.parts import ERROR, OK
+from harness.files import describe_os_error, told_in_one_line
+from harness.tables.identity import ERROR, OK
 from harness.tables.provenance import provenance
 from harness.tables.store import (
-    check_version,
     compact,
     failed_since,
     list_table,
@@ -71,15 +71,15 @@ class Outcome:
 
 
 def usable_states(measurement: Measurement, folder: Path, deep: bool = False) -> dict[str, str]:
-    """States of the units that are there, after damaged parts were moved aside so that their units run again.
+    """States of the units that are there, after bad parts were moved aside so that their units run again.
 
-    deep: read every part whole, not only its ends. Raises SchemaVersionError for tables of another schema version.
+    deep: read every part whole, not only its label. Raises SchemaVersionError for tables of another schema version.
     """
     if not folder.exists():
         return {}
-    check_version(folder, measurement.tables)
-    quarantine(folder, measurement.tables, deep)
-    return unit_states(folder, measurement.tables)
+    with told_in_one_line(folder):
+        quarantine(folder, measurement.tables, deep)
+        return unit_states(folder, measurement.tables)
 
 
 def run(measurement: Measurement, settings: Any, options: RunOptions | None = None) -> Outcome:
@@ -92,9 +92,9 @@ def run_plan(measurement: Measurement, plan: Plan, options: RunOptions, ranks: R
     """The same for a plan that is made already, with all of its units."""
     ranks = ranks or join()
     plan, session = plan.settled(ranks, options.progress, options.say)
-    if ranks.is_main and (plan.folder / MANIFEST).is_file():
+    if ranks.is_main:
         # a folder that holds another run is refused before any weights are loaded
-        freeze(measurement, plan)
+        require_own(measurement, plan)
     if session is not None:
         options = replace(options, session=session)
     return run_units(measurement, plan, plan.units, ranks, options)
@@ -188,7 +188,8 @@ class _Run:
         found, plan, tables = None, self.plan, self.measurement.tables
         if self.ranks.is_main:
             if ran and self.options.tidy and len(list_table(plan.folder, tables.primary.name).done) > LOOSE_FILES:
-                compact(plan.folder, tables)
+                with told_in_one_line(plan.folder):
+                    compact(plan.folder, tables)
             states = unit_states(plan.folder, tables) if plan.folder.exists() else {}
             failed = sum(states.get(unit.id) == ERROR for unit in wanted)
             found = Outcome(plan.folder, sum(states.get(unit.id) == OK for unit in wanted), failed)
@@ -217,7 +218,7 @@ def measure_units(measurement: Measurement, plan: Plan, units: Sequence[Any], co
                 bar.update()
         except SpoiledRun as error:
             own = written if division.rank == 0 else []
-            division.agree("withdrawing", partial(withdraw, plan.folder, measurement.tables, own, str(error)))
+            division.agree("withdrawing", partial(withdraw, plan.folder, measurement.tables, own, plan.id, str(error)))
 
 
 def _write(
@@ -231,15 +232,16 @@ def _write(
     try:
         rows = {name: _completed(measurement, name, of_table, where) for name, of_table in measured.rows.items()}
         try:
-            write_unit(plan.folder, tables, unit_id, rows)
+            write_unit(plan.folder, tables, unit_id, rows, plan.id)
         except ValueError as error:
             row = error_row(measured.described, error)
             primary = tables.primary.name
-            write_unit(plan.folder, tables, unit_id, {primary: _completed(measurement, primary, [row], where)})
+            failed = {primary: _completed(measurement, primary, [row], where)}
+            write_unit(plan.folder, tables, unit_id, failed, plan.id)
     except OSError as error:
         raise InputError(
-            f"{plan.folder}: cannot write rows ({error.strerror or error}); what is done is kept: make room and run the"
-            " same command again"
+            f"{plan.folder}: cannot write rows ({describe_os_error(error, plan.folder)}); what is done is kept: then"
+            " run the same command again"
         ) from error
 
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.engine.manifest import Manifest
+from harness.engine.manifest import Manifest, reading
 from harness.engine.measurement import Measurement
 from harness.engine.slurm import LiveShard, live_shards
-from harness.engine.submission import Record, read_record, submission_names, submissions
-from harness.errors import InputError
-from harness.tables.store import read_table, unit_states
+from harness.engine.submission import Record, read_record, submission_folder, submission_names, submissions
+from harness.errors import InputError, printable
+from harness.tables.store import CorruptPart, read_table, states_and_damage
 
 WORDS = ("done", "running", "pending", "failed", "missing")
 SHOWN_SHARDS = 40
@@ -56,7 +56,8 @@ def shard_statuses(
     statuses = []
     for submission in submissions(folder):
         for index, positions in enumerate(submission.shards):
-            units = [manifest.units[position][0] for position in positions]
+            with reading(submission_folder(folder, submission.name) / "plan.json", "the list of shards"):
+                units = [manifest.units[position][0] for position in positions]
             record = read_record(folder, submission.name, index)
             one = None if live is None else live.get((submission.name, index))
             if one is not None:
@@ -83,7 +84,7 @@ def describe_status(
 ) -> str:
     """Text for the terminal; with `failed`, the traceback of every failed unit. Raises SchemaVersionError."""
     folder = Path(folder)
-    states = unit_states(folder, measurement.tables)
+    states, bad = states_and_damage(folder, measurement.tables)
     submitted = bool(submission_names(folder))
     live = live_by_shard(folder) if submitted else None
     shards = shard_statuses(folder, manifest, states, live)
@@ -100,11 +101,12 @@ def describe_status(
     if count["failed"]:
         broken = [unit for unit, word in words.items() if word == "failed"]
         lines += _errors(measurement, folder, broken, failed)
+    lines += _bad_lines(bad)
     if count["missing"] or count["failed"]:
         hint = " (cluster.retry_failed=true: failed units too)" if shards else ""
         command = "harness submit command" if shards else "command"
         lines.append(f"give the same {command} again{hint}: it does only what is not done")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _words(manifest: Manifest, states: Mapping[str, str], shards: list[ShardStatus]) -> dict[str, str]:
@@ -147,6 +149,13 @@ def _shard_lines(shards: list[ShardStatus], states: Mapping[str, str]) -> list[s
     if len(open_shards) > SHOWN_SHARDS:
         lines.append(f"  and {len(open_shards) - SHOWN_SHARDS} more")
     return lines
+
+
+def _bad_lines(bad: list[CorruptPart]) -> list[str]:
+    if not bad:
+        return []
+    what = f"{bad[0].path} is not used: {bad[0].reason}"
+    return [what if len(bad) == 1 else f"{what}; nor are {len(bad) - 1} other files"]
 
 
 def _errors(measurement: Measurement, folder: Path, broken: list[str], whole: bool) -> list[str]:

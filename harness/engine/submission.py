@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.engine.manifest import reading
 from harness.files import write_json
 
 SHARDS = "shards"
@@ -65,8 +66,13 @@ def write_submission(folder: Path, submission: Submission) -> None:
 
 
 def read_submission(folder: Path, name: str) -> Submission:
-    """Read plan.json."""
-    return Submission(**json.loads((submission_folder(folder, name) / "plan.json").read_text()))
+    """Read plan.json. Raises InputError if it is not as it was written."""
+    path = submission_folder(folder, name) / "plan.json"
+    with reading(path, "the submission"):
+        found = Submission(**json.loads(path.read_text()))
+        if not all(isinstance(position, int) for shard in found.shards for position in shard):
+            raise TypeError("shards are not lists of whole numbers")
+        return found
 
 
 def submission_names(folder: Path) -> list[str]:
@@ -85,8 +91,10 @@ def write_record(folder: Path, name: str, index: int, record: Record) -> None:
 
 
 def read_record(folder: Path, name: str, index: int) -> Record | None:
-    """The record of a shard; None where the shard has not started."""
+    """The record of a shard; None where the shard has not started. Raises InputError if it is not as it was written."""
+    path = submission_folder(folder, name) / f"{index}.json"
     try:
-        return Record(**json.loads((submission_folder(folder, name) / f"{index}.json").read_text()))
+        with reading(path, "the record of the shard"):
+            return Record(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ def from_files(
                 kwargs |= {"pretrained_model_name_or_path": None, "state_dict": read_state(files)}
             model, info = model_class.from_pretrained(
                 config=config, dtype=dtype, attn_implementation=settings.attn_implementation,
-                generation_config=copy.deepcopy(description.generation), output_loading_info=True,
+                generation_config=deepcopy(description.generation), output_loading_info=True,
                 ignore_mismatched_sizes=True, **kwargs,
             )
     except InputError:

@@ -30,21 +30,28 @@ import shutil
 import time
 from pathlib import Path
 
-from harness.tables.parts import (
-    MERGED_LIST,
+from harness.tables.identity import (
     MERGED_PREFIX,
     SUFFIX,
-    list_table,
-    locked,
-    looks_like_parquet,
-    merged_parts,
-    open_writer,
+    BadPart,
+    Part,
     part_units,
-    recover,
-    sort_names,
+    problem,
+    read,
+    run_of,
+    said_by,
     units_file,
 )
-from harness.tables.reader import check_version, read_part
+from harness.tables.parts import (
+    MERGED_LIST,
+    label_units,
+    list_table,
+    locked,
+    merged_parts,
+    open_writer,
+    recover,
+    sort_names,
+)
 from harness.tables.schema import TableSet
 
 ROWS_PER_GROUP = 200_000
@@ -56,47 +63,55 @@ def compact(folder: str | os.PathLike, tables: TableSet, grace: float = 2.0) -> 
     """Merge the loose files of done units, and return the number of merged files of each table.
 
     grace: seconds for which the retired files stay, so that a reader that has just opened the folder can list it.
-    Failed and damaged units stay loose, so that a new run can replace them; parts that were merged before stay as they
-    are. Writers, readers and other compactions may run at the same time. There must be free disk space for one more
+    Failed units and bad parts stay loose, so that a new run can replace them; what was merged before stays as it is.
+    Writers, readers and other compactions may run at the same time. There must be free disk space for one more
     copy of the loose rows. Raises FileNotFoundError if there is no such folder, and SchemaVersionError.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     with locked(folder, exclusive=True, name=".compact.lock"):
-        check_version(folder, tables)
+        run = run_of(folder) or _first_run(folder, tables)
         for table in tables.names():
-            _clean_up(folder, tables, table)
-        merged = {table: _compact_table(folder, tables, table) for table in tables.names()}
+            _clean_up(folder, tables, table, run)
+        merged = {table: _compact_table(folder, tables, table, run) for table in tables.names()}
         if any(merged.values()):
             time.sleep(grace)
         for table in tables.names():
-            _clean_up(folder, tables, table)
+            _clean_up(folder, tables, table, run)
         _remove_stale(folder / ".tmp")
     return merged
 
 
-def _compact_table(folder: Path, tables: TableSet, table: str) -> int:
+def _first_run(folder: Path, tables: TableSet) -> str:
+    """Return the run that the first part names. It is needed for a folder without a manifest only."""
+    for table in tables.names():
+        listing = list_table(folder, table)
+        for name in [*listing.merged, *listing.done.values()]:
+            said = said_by(listing.folder / name)
+            if said is not None:
+                return str(said.get("run"))
+    return ""
+
+
+def _compact_table(folder: Path, tables: TableSet, table: str, run: str) -> int:
     live, successor, retired = folder / table, folder / f".{table}.next", folder / f".{table}.old"
-    already = _merged_units(live, tables.key)
-    loose = {
-        unit: name
-        for unit, name in list_table(folder, table).done.items()
-        if unit not in already and looks_like_parquet(live / name)
-    }
+    already = _merged_units(live, tables, table, run)
+    loose = {unit: part for unit, name in list_table(folder, table).done.items()
+             if unit not in already and _is_good(part := Part(live / name, tables, table, run))}
     if len(loose) < 2:
         return 0
     successor.mkdir()
     try:
-        part = f"{MERGED_PREFIX}{secrets.token_hex(8)}{SUFFIX}"
-        merged = _merge(live, loose, successor / part, tables, table)
-        _write_text(units_file(successor / part), merged)
+        part = Part(successor / f"{MERGED_PREFIX}{secrets.token_hex(8)}{SUFFIX}", tables, table, run)
+        merged = _merge(loose, part)
+        _write_text(units_file(part.path), merged)
         with locked(folder, exclusive=True):
             gone = already.union(merged)
             for name in os.listdir(live):
                 if name != MERGED_LIST and (name.startswith(MERGED_PREFIX) or name.split(".")[0] not in gone):
                     _link(live / name, successor / name)
-            _write_text(successor / MERGED_LIST, [*(path.name for path in merged_parts(live)), part])
+            _write_text(successor / MERGED_LIST, [*(path.name for path in merged_parts(live)), part.path.name])
             swap(live, successor, retired)
     except BaseException:
         if live.exists():
@@ -105,19 +120,34 @@ def _compact_table(folder: Path, tables: TableSet, table: str) -> int:
     return len(merged)
 
 
-def _merged_units(live: Path, key: str) -> frozenset[str]:
-    return frozenset().union(*(part_units(path, key) for path in merged_parts(live) if looks_like_parquet(path)))
+def _is_good(part: Part) -> bool:
+    try:
+        return problem(part) is None
+    except FileNotFoundError:
+        return False  # a success has replaced it, or another writer has set it aside
 
 
-def _merge(live: Path, loose: dict[str, str], part: Path, tables: TableSet, table: str) -> list[str]:
-    """Write the rows of the loose files into `part`, sorted by unit, and return the units that could be read."""
+def _merged_units(live: Path, tables: TableSet, table: str, run: str) -> frozenset[str]:
+    good = [path for path in merged_parts(live) if _is_good(Part(path, tables, table, run))]
+    return frozenset().union(*(part_units(path, tables.key) for path in good))
+
+
+def _merge(loose: dict[str, Part], merged: Part) -> list[str]:
+    """Write the rows of the loose parts into the part `merged`, sorted by unit, and return the units in it."""
     from multiprocessing.pool import ThreadPool
 
     import pyarrow as pa
 
     units: list[str] = []
     pending: list[pa.Table] = []
-    with open_writer(part, tables, table) as writer, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+
+    def rows(unit: str) -> pa.Table | None:
+        try:
+            return read(loose[unit])
+        except BadPart:
+            return None  # it stays loose
+
+    with open_writer(merged.path, merged) as writer, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
 
         def flush() -> None:
             if pending:
@@ -129,13 +159,14 @@ def _merge(live: Path, loose: dict[str, str], part: Path, tables: TableSet, tabl
         # hold all examples.
         for start in range(0, len(order), 64):
             chunk = order[start : start + 64]
-            for unit, content in zip(chunk, pool.map(lambda u: read_part(live / loose[u], tables, table), chunk)):
+            for unit, content in zip(chunk, pool.map(rows, chunk)):
                 if content is not None:
                     units.append(unit)
                     pending.append(content)
             if sum(content.num_rows for content in pending) >= ROWS_PER_GROUP:
                 flush()
         flush()
+        label_units(writer, units)
     return units
 
 
@@ -152,7 +183,10 @@ def _link(source: Path, destination: Path) -> None:
     except FileNotFoundError:
         pass  # without locks a writer may have replaced the file of a failed unit by that of its success
     except OSError:
-        shutil.copy2(source, destination)  # a file system without hard links
+        if source.is_dir():  # a user's, which has no place here and must not be deleted with the retired folder
+            shutil.copytree(source, destination, symlinks=True)
+        else:
+            shutil.copy2(source, destination)  # a file system without hard links
 
 
 def swap(live: Path, successor: Path, retired: Path) -> None:
@@ -177,26 +211,26 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
-def _clean_up(folder: Path, tables: TableSet, table: str) -> None:
+def _clean_up(folder: Path, tables: TableSet, table: str, run: str) -> None:
     """Delete the folders that this or a killed compaction has left, after moving units that are only there."""
     live = folder / table
     for left in (folder / f".{table}.next", folder / f".{table}.old"):
         with locked(folder, exclusive=True):
             recover(folder, table)
             if left.exists() and live.exists():
-                _rescue(folder, tables, table, left)
+                _rescue(left, live, tables, run)
         if live.exists():
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _rescue(folder: Path, tables: TableSet, table: str, left: Path) -> None:
-    live = folder / table
-    there = list_table(folder, table)
-    units = _merged_units(live, tables.key).union(there.done)
+def _rescue(left: Path, live: Path, tables: TableSet, run: str) -> None:
+    table = live.name
+    there = list_table(live.parent, table)
+    units = _merged_units(live, tables, table, run).union(there.done)
     stragglers = sort_names(os.listdir(left), left)
     for files, known in ((stragglers.done, units), (stragglers.failed, units.union(there.failed))):
         for unit, name in files.items():
-            if unit not in known and looks_like_parquet(left / name):
+            if unit not in known and _is_good(Part(left / name, tables, table, run)):
                 os.rename(left / name, live / name)
 
 

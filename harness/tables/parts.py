@@ -8,11 +8,11 @@ The folder of a run has a folder for every table; <primary> is the table that sa
     <other table>/...                    the same names; written before the primary table, so that a done unit has them
     .tmp/                                files that are being written
     .redo/<unit id>                      the unit is done but has lost rows of another table, so it counts as missing
-    corrupt/                             damaged files, moved there by `quarantine` or by a new run of their unit
+    corrupt/                             bad parts, moved there by `quarantine` or by a new run of their unit
 
-A file of one unit is called loose. The state of a unit is read off the file names, so that one listing of a folder is
-enough for 100,000 units. A unit may have several files, after two runs of one study or a crash between two steps. Then
-done wins over failed, and a loose file wins over a merged one.
+A file of one unit is called loose. A part is bad if it is damaged, or if its label (identity.py) is not what its name
+and its folder demand, as after a copy. A unit may have several files, after two runs of one study or a crash between
+two steps. Then done wins over failed, and a loose file wins over a merged one.
 
 Locks: publishing a file takes a shared flock on .lock for the instant of the rename, and `compact` takes an exclusive
 one to swap a folder. On a file system without flock nothing is locked. No row is lost there either, but a reader may
@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import os
 import secrets
 import time
@@ -34,10 +33,17 @@ from pathlib import Path
 from typing import Any
 
 from harness.files import sync
-from harness.tables.schema import TableSet
+from harness.tables.identity import (
+    ERROR_SUFFIX,
+    MERGED_PREFIX,
+    PART_KEY,
+    SUFFIX,
+    UNITS_KEY,
+    Part,
+    units_digest,
+)
+from harness.tables.schema import UNIT_ID
 
-OK, ERROR = "ok", "error"
-SUFFIX, ERROR_SUFFIX, MERGED_PREFIX = ".parquet", ".error.parquet", "merged-"
 # This file is inside the table's folder, so that whoever opens the folder sees the list that belongs to it.
 MERGED_LIST = ".merged"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -62,7 +68,7 @@ def list_table(folder: str | os.PathLike, table: str) -> Listing:
     live = folder / table
     for attempt in range(40):
         try:
-            fd = os.open(live, os.O_RDONLY)
+            fd = os.open(live, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             successor = folder / f".{table}.next"
             if live == successor or not successor.exists():
@@ -103,77 +109,47 @@ def sort_names(names: Iterable[str], folder: Path) -> Listing:
 def merged_parts(live: Path) -> list[Path]:
     """Return the merged parts in a table's folder, which are read from MERGED_LIST, so that nothing is listed."""
     try:
-        names = (live / MERGED_LIST).read_text().split()
-    except FileNotFoundError:
+        names = (live / MERGED_LIST).read_text(errors="replace").split()
+    except OSError:
         return []
-    return [live / name for name in names if (live / name).exists()]  # a damaged one may have been set aside
-
-
-def units_file(part: Path) -> Path:
-    """Return the path of the file that lists the unit ids of a merged part, one per line."""
-    return part.with_name(f".{part.name}.units")
-
-
-def part_units(part: Path, key: str) -> frozenset[str]:
-    """Return the unit ids in a merged part. They are read from its list, so that the part itself may be damaged.
-
-    key: the column with the ids, which is read if there is no list.
-    """
-    return _part_units(str(part), key)
-
-
-@functools.lru_cache(maxsize=64)
-def _part_units(part: str, key: str) -> frozenset[str]:
-    # The cache goes by the name, because a merged part has a unique name and never changes.
-    import pyarrow.parquet as pq
-
-    path = Path(part)
-    ids = units_file(path)
-    if ids.exists():
-        return frozenset(ids.read_text().split())
-    return frozenset(pq.read_table(path, columns=[key])[key].unique().to_pylist())
-
-
-def looks_like_parquet(path: Path) -> bool:
-    """Return whether a file begins and ends as parquet files do.
-
-    This is a cheap way to find empty, truncated and overwritten files. Raises OSError if the file cannot be read.
-    """
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(fd).st_size
-        return size >= 12 and os.pread(fd, 4, 0) == b"PAR1" and os.pread(fd, 4, size - 4) == b"PAR1"
-    finally:
-        os.close(fd)
+    # a bad one may have been set aside
+    # one that is bad may have been set aside
+    merged = [name for name in names if name.startswith(MERGED_PREFIX) and "/" not in name]
+    return [live / name for name in merged if (live / name).exists()]
 
 
 @contextlib.contextmanager
-def open_writer(path: Path, tables: TableSet, table: str, small: bool = False) -> Iterator[Any]:
-    """Yield a ParquetWriter with the schema of a table.
+def open_writer(path: Path, part: Part, small: bool = False) -> Iterator[Any]:
+    """Yield a ParquetWriter that writes to `path` the file that will be `part`, with its label.
 
     When the block ends, the file is on the disk (fsync); if it raises, the file is removed. small: leave out
-    dictionaries and statistics, which are useless for the few rows of one unit.
+    compression, dictionaries and statistics, which make a file of few rows larger and slower to read.
     """
     import pyarrow.parquet as pq
 
-    schema = tables.arrow_schema(table)
+    schema = part.tables.arrow_schema(part.table)
     try:
         # Without the serialised Arrow schema the file of a unit is a third smaller. All types are plain parquet types.
         with pq.ParquetWriter(
             path,
             schema,
-            compression="zstd",
+            compression="none" if small else "zstd",
             store_schema=False,
             write_page_checksum=True,
             use_dictionary=not small,
             write_statistics=not small,
         ) as writer:
-            writer.add_key_value_metadata(dict(schema.metadata))
+            writer.add_key_value_metadata({**schema.metadata, PART_KEY: part.label()})
             yield writer
         sync(path)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def label_units(writer: Any, units: Iterable[str]) -> None:
+    """Add the digest of the units in a merged part to its metadata, by which its list is known to be its own."""
+    writer.add_key_value_metadata({UNITS_KEY: units_digest(units)})
 
 
 @contextlib.contextmanager
@@ -202,14 +178,14 @@ def recover(folder: Path, table: str) -> None:
 
 
 def set_aside(folder: Path, table: str, path: Path) -> None:
-    """Move a damaged file to corrupt/ under a unique name."""
+    """Move a bad part to corrupt/ under a unique name."""
     (folder / "corrupt").mkdir(exist_ok=True)
     with contextlib.suppress(FileNotFoundError):  # another writer has moved it
         os.rename(path, folder / "corrupt" / f"{table}-{path.name}.{secrets.token_hex(4)}")
 
 
 def redo_units(folder: Path) -> list[str]:
-    """Return the done units that count as missing because their rows of another table were damaged."""
+    """Return the done units that count as missing because the part with their rows of another table was bad."""
     try:
         return os.listdir(folder / ".redo")
     except FileNotFoundError:
@@ -219,5 +195,5 @@ def redo_units(folder: Path) -> list[str]:
 def mark_redo(folder: Path, units: Iterable[str]) -> None:
     """Make done units count as missing."""
     (folder / ".redo").mkdir(exist_ok=True)
-    for unit in units:
+    for unit in filter(UNIT_ID.fullmatch, units):
         (folder / ".redo" / unit).touch()

@@ -5,8 +5,9 @@ pyarrow is imported only when an Arrow schema is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError
@@ -14,6 +15,7 @@ from harness.errors import InputError
 if TYPE_CHECKING:
     import pyarrow
 
+UNIT_ID = re.compile(r"[A-Za-z0-9_\-]+")  # what the id of a unit may be, because files are named after it
 VERSION_KEY = b"harness.schema_version"
 TABLE_KEY = b"harness.table"
 
@@ -98,30 +100,31 @@ class TableSet:
 
     def arrow_schema(self, name: str) -> pyarrow.Schema:
         """Return the schema of one table for pyarrow, whose metadata holds the version and the name of the table."""
+        return self._arrow_schemas[self[name].name]
+
+    @cached_property
+    def _arrow_schemas(self) -> dict[str, pyarrow.Schema]:
         import pyarrow as pa
 
         types = {"string": pa.string(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_()}
-        return pa.schema(
-            [pa.field(c.name, types[c.type], nullable=not c.required) for c in self[name].columns],
-            metadata={VERSION_KEY: str(self.version).encode(), TABLE_KEY: self._qualified(name)},
-        )
+        return {
+            table.name: pa.schema(
+                [pa.field(c.name, types[c.type], nullable=not c.required) for c in table.columns],
+                metadata={VERSION_KEY: str(self.version).encode(), TABLE_KEY: self.qualified(table.name).encode()},
+            )
+            for table in self.tables
+        }
 
-    def _qualified(self, name: str) -> bytes:
-        return f"{self.measurement}.{name}".encode()
+    def qualified(self, name: str) -> str:
+        """Return the name of a table together with that of its measurement."""
+        return f"{self.measurement}.{name}"
 
-    def check_metadata(self, path: object, metadata: Mapping[bytes, bytes] | None, name: str) -> None:
-        """Raise SchemaVersionError unless `metadata`, of the parquet file at `path`, is that of this table."""
-        found = (metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
-        if found != str(self.version):
+    def check_version(self, path: object, found: object) -> None:
+        """Raise SchemaVersionError unless `found`, which the parquet file at `path` says, is the version of these."""
+        if found != self.version:
             raise SchemaVersionError(
                 f"{path}: written under schema version {found}, this harness reads version {self.version}; "
                 "choose a new output folder, or use the harness version that wrote this one"
-            )
-        table = (metadata or {}).get(TABLE_KEY, b"none")
-        if table != self._qualified(name):
-            raise SchemaVersionError(
-                f"{path}: holds the table {table.decode(errors='replace')}, not {self._qualified(name).decode()};"
-                " move it out of this folder"
             )
 
 

@@ -4,11 +4,12 @@ from harness.tables.compact import compact
 from harness.tables.parts import Listing, list_table
 from harness.tables.reader import (
     CorruptPart,
-    check_version,
+    SkippedParts,
     corrupt_parts,
     failed_since,
     quarantine,
     read_table,
+    states_and_damage,
     unit_states,
 )
 from harness.tables.withdrawal import withdraw
@@ -18,13 +19,14 @@ __all__ = [
     "CorruptPart",
     "Listing",
     "Rows",
-    "check_version",
+    "SkippedParts",
     "compact",
     "corrupt_parts",
     "failed_since",
     "list_table",
     "quarantine",
     "read_table",
+    "states_and_damage",
     "unit_states",
     "withdraw",
     "write_unit",

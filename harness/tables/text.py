@@ -1,9 +1,18 @@
-"""Format numbers and tables as text, for the terminal and for Markdown."""
+"""Format numbers and tables as text, and escape names for the medium: terminal, Markdown, CSV, figures, file names."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import printable
+
+if TYPE_CHECKING:
+    import pandas
+
+LONGEST_STEM = 200  # of a file name, which may have 255 bytes with its ending
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how formulas of spreadsheets begin
 
 # The order of execution within a block. Other layer types follow in alphabetical order.
 LAYER_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -59,9 +68,46 @@ def shorten(text: str, width: int) -> str:
     return text[:left] + "…" + text[len(text) - (width - 1 - left) :]
 
 
-def markdown_cell(text: str) -> str:
-    """Return a text that is valid in a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+_MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", ">": "&gt;", "&": "&amp;", "[": "\\[", "]": "\\]",
+                           "`": "\\`", "*": "\\*"})  # fmt: skip
+
+
+def markdown_text(text: str) -> str:
+    """Return a text that Markdown shows as it is, also in a table: no tag, no link, no emphasis, no line break."""
+    return printable(text).translate(_MARKDOWN)
+
+
+def figure_text(text: str) -> str:
+    """Return a text that matplotlib shows as it is, and not as a formula."""
+    return printable(text).replace("$", "\\$")
+
+
+def safe_for_csv(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Return rows in which no text is a formula to a spreadsheet: "=1+1" becomes "'=1+1"."""
+    texts = rows.select_dtypes(include=["object", "string"])
+    for name in texts:
+        formulas = [one for one in texts[name].unique() if isinstance(one, str) and one.startswith(_FORMULA)]
+        if formulas:
+            rows = rows.assign(**{str(name): texts[name].replace({one: "'" + one for one in formulas})})
+    return rows
+
+
+def file_stem(*names: str) -> str:
+    """Return the beginning of a file name for one or more names. Different names have different stems.
+
+    Letters, digits, "_", "." and "-" stay; every other byte becomes "~" and two hexadecimal digits, as does a "-" in
+    all names but the last, because "-" joins the names. A stem too long for a file name is cut and ends with a hash.
+    """
+    *first, last = names
+    stem = "-".join([*(_escaped(name, b"_.") for name in first), _escaped(last, b"_.-")])
+    if len(stem) <= LONGEST_STEM:
+        return stem
+    return f"{stem[: LONGEST_STEM - 25]}~{hashlib.blake2b(stem.encode(), digest_size=12).hexdigest()}"
+
+
+def _escaped(name: str, kept: bytes) -> str:
+    return "".join(chr(b) if chr(b).isascii() and chr(b).isalnum() or b in kept else f"~{b:02x}"
+                   for b in name.encode(errors="surrogatepass"))
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -69,13 +115,13 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = ["| " + " | ".join(map(markdown_text, names)) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(_short(row[name]) for name in names) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else markdown_cell(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else markdown_text(str(value))
 
 
 def aligned(rows: Sequence[Sequence[str]], n_left: int) -> list[str]:

@@ -7,17 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness.tables.frames import dicts_of
-from harness.tables.parts import ERROR, OK, SUFFIX, locked, mark_redo, merged_parts, part_units, set_aside
+from harness.tables.identity import ERROR, OK, SUFFIX, part_units
+from harness.tables.parts import locked, mark_redo, merged_parts, set_aside
 from harness.tables.reader import read_table, unit_states
 from harness.tables.schema import TableSet
 from harness.tables.writer import write_unit
 
 
-def withdraw(folder: str | os.PathLike, tables: TableSet, units: Iterable[str], reason: str) -> None:
+def withdraw(folder: str | os.PathLike, tables: TableSet, units: Iterable[str], run: str, reason: str) -> None:
     """Turn done units into failed ones. Units that are not done stay as they are.
 
     The files of a unit go to corrupt/. Its error rows keep the columns that are never null, and `error` is the reason.
-    A unit that `compact` has merged meanwhile counts as missing until it is done again. Raises OSError.
+    run: the id of the run. A unit that `compact` has merged meanwhile counts as missing until it is done again. Raises
+    OSError.
     """
     folder, primary = Path(folder), tables.primary
     states = unit_states(folder, tables)
@@ -35,4 +37,4 @@ def withdraw(folder: str | os.PathLike, tables: TableSet, units: Iterable[str], 
                     set_aside(folder, table, path)
                 if any(unit in part_units(part, tables.key) for part in merged_parts(folder / table)):
                     mark_redo(folder, [unit])
-        write_unit(folder, tables, unit, {primary.name: rows[unit]})
+        write_unit(folder, tables, unit, {primary.name: rows[unit]}, run)

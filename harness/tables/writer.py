@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.tables.parts import (
+from harness.tables.identity import (
     ERROR,
     ERROR_SUFFIX,
     MERGED_PREFIX,
     OK,
     SUFFIX,
-    locked,
-    looks_like_parquet,
-    merged_parts,
-    open_writer,
+    Part,
     part_units,
-    recover,
-    set_aside,
+    problem,
 )
-from harness.tables.schema import Column, TableSet
+from harness.tables.parts import locked, merged_parts, open_writer, recover, set_aside
+from harness.tables.schema import UNIT_ID, Column, TableSet
 
 if TYPE_CHECKING:
     import pyarrow
-
-_UNIT_ID = re.compile(r"[A-Za-z0-9_\-]+")
 
 # Rows of one table: either one mapping for each row, or columns, where a single value holds for every row.
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
@@ -37,23 +31,27 @@ Rows = Sequence[Mapping[str, Any]] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _Unit:
-    """A unit that is being written: its id, and whether it failed."""
+    """A unit that is being written: its id, whether it failed, and the id of its run."""
 
     id: str
     failed: bool
+    run: str
 
 
-def write_unit(folder: str | os.PathLike, tables: TableSet, unit_id: str, rows: Mapping[str, Rows]) -> None:
+def write_unit(
+    folder: str | os.PathLike, tables: TableSet, unit_id: str, rows: Mapping[str, Rows], run: str
+) -> None:
     """Write one unit atomically. When this returns, the unit is done or failed; if it is killed before, it is missing.
 
     rows: name of a table -> the rows of this unit, with every column of the table. The primary table must be there. If
     one of its rows has the status "error", the unit is a failed one. A later success replaces a failed unit; a failure
     never replaces a success. A unit that was merged is not written again, because the same id means the same numbers.
+    run: the id of the run, which the files name, so that they count in a folder of this run only.
     NaN is written as null if the column may be null. Raises ValueError for missing, unknown or ill-typed columns, and
     OSError, for example if the disk is full; no file is left behind then.
     """
     folder = Path(folder)
-    if not _UNIT_ID.fullmatch(unit_id) or unit_id.startswith(MERGED_PREFIX):
+    if not UNIT_ID.fullmatch(unit_id) or unit_id.startswith(MERGED_PREFIX):
         raise ValueError(f"unit id: {unit_id!r} is not letters, digits, '-' and '_' only")
     if not rows.get(tables.primary.name):
         raise ValueError(f"unit {unit_id}: no rows of {tables.primary.name}; a failed unit needs one with its error")
@@ -65,7 +63,7 @@ def write_unit(folder: str | os.PathLike, tables: TableSet, unit_id: str, rows: 
             raise ValueError(f"unit {unit_id}: status is {state!r}, must be 'ok' or 'error'")
         if state == ERROR and not error:
             raise ValueError(f"unit {unit_id}: status is 'error' but there is no error text")
-    unit = _Unit(unit_id, ERROR in states)
+    unit = _Unit(unit_id, ERROR in states, run)
     for table in (*tables.others, tables.primary):
         if table.name in content:
             _publish(folder, tables, table.name, unit, content[table.name])
@@ -120,23 +118,33 @@ def _publish(folder: Path, tables: TableSet, table: str, unit: _Unit, content: p
     live = folder / table
     (folder / ".tmp").mkdir(parents=True, exist_ok=True)
     temporary = folder / ".tmp" / f"{unit.id}.{table}.{os.getpid()}.{secrets.token_hex(4)}"
-    with open_writer(temporary, tables, table, small=table == tables.primary.name) as writer:
+    ok_part, error_part = (Part(live / (unit.id + suffix), tables, table, unit.run)
+                           for suffix in (SUFFIX, ERROR_SUFFIX))
+    part = error_part if unit.failed else ok_part
+    with open_writer(temporary, part, small=table == tables.primary.name) as writer:
         writer.write_table(content)
-    ok_file, error_file = live / (unit.id + SUFFIX), live / (unit.id + ERROR_SUFFIX)
     try:
         if not live.is_dir():
             with locked(folder, exclusive=True):
                 recover(folder, table)
                 live.mkdir(exist_ok=True)
         with locked(folder):
-            for existing in (ok_file, error_file):
-                if existing.exists() and not looks_like_parquet(existing):
-                    set_aside(folder, table, existing)
-            merged = any(unit.id in part_units(p, tables.key) for p in merged_parts(live) if looks_like_parquet(p))
-            if not merged and not (unit.failed and ok_file.exists()):
-                os.rename(temporary, error_file if unit.failed else ok_file)
+            for existing in (ok_part, error_part):
+                if _is_bad(existing):
+                    set_aside(folder, table, existing.path)
+            merged = any(unit.id in part_units(path, tables.key) for path in merged_parts(live)
+                         if not _is_bad(Part(path, tables, table, unit.run)))
+            if not merged and not (unit.failed and ok_part.path.exists()):
+                os.rename(temporary, part.path)
             # This test comes after the rename: of two writers, the one that tests later sees both files.
-            if merged or ok_file.exists():
-                error_file.unlink(missing_ok=True)
+            if merged or ok_part.path.exists():
+                error_part.path.unlink(missing_ok=True)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_bad(part: Part) -> bool:
+    try:
+        return problem(part) is not None
+    except FileNotFoundError:
+        return False

@@ -167,6 +167,51 @@ def test_corrupt_parts(clean_small, tmp_path, table):
     assert len(list((folder / "corrupt").iterdir())) == 3
 
 
+def _copied(folder, one, other):
+    shutil.copy(one, other)
+
+
+def _swapped_names(folder, one, other):
+    os.rename(one, folder / "aside")
+    os.rename(other, one)
+    os.rename(folder / "aside", other)
+
+
+def _named_as_failed(folder, one, other):
+    os.rename(one, one.with_name(f"{one.stem}.error.parquet"))
+
+
+def _of_another_table(folder, one, other):
+    (table,) = {"metrics", "examples"} - {one.parent.name}
+    shutil.copy(folder / table / one.name, one)
+
+
+def _of_another_run(folder, one, other):
+    """The part of another study under the same name: with the id of another run in its label."""
+    content, run = one.read_bytes(), json.loads((folder / "manifest.json").read_text())["id"].encode()
+    assert run in content
+    one.write_bytes(content.replace(run, run[::-1]))
+
+
+def _under_no_cell(folder, one, other):
+    shutil.copy(one, one.with_name("0123456789abcdef01234567.parquet"))
+
+
+@pytest.mark.fault("parts that are copied, renamed or of another study")
+@pytest.mark.parametrize("table", ["metrics", "examples"])
+@pytest.mark.parametrize("misplace", [
+    _copied, _swapped_names, _named_as_failed, _of_another_table, _of_another_run, _under_no_cell,
+])
+def test_misplaced_parts(clean_small, tmp_path, misplace, table):
+    folder = tmp_path / "study"
+    shutil.copytree(clean_small, folder)
+    misplace(folder, *sorted((folder / table).glob("*.parquet"))[:2])
+    assert "is not used: " in status_of(folder)
+    run_here(SMALL, folder)
+    assert_same_tables(folder, clean_small)
+    assert list((folder / "corrupt").iterdir())
+
+
 @pytest.mark.fault("corrupt cache of the trained model")
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_corrupt_cache(clean_small, tmp_path, damage):

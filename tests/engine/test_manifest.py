@@ -93,7 +93,7 @@ def test_another_version_or_an_unknown_setting_is_refused(tmp_path):
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     for version in (1, 99):
         (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "manifest_version": version}))
-        with pytest.raises(InputError, match=f"version {version}, this harness reads version 2"):
+        with pytest.raises(InputError, match=f"version {version}, this harness reads version 3"):
             read_manifest(tmp_path)
     manifest["settings"]["runtime"]["warp"] = 9
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
@@ -167,12 +167,14 @@ def test_the_kind_of_a_manifest_must_be_installed(tmp_path):
     assert read_manifest(tmp_path).kind == "spectre"
 
 
-@pytest.mark.parametrize("break_it", [
-    {"parts": []}, {"units": 3}, {"units": [["x"]]}, {"units": [["x", "recall"]]}, {"parts": 3},
+@pytest.mark.parametrize(("break_it", "message"), [
+    ({"parts": []}, "unit [0-9a-f]+ is of no part in parts"), ({"units": 3}, "units is not a list of pairs"),
+    ({"units": [["x"]]}, "its units are not pairs"), ({"units": [["x", "recall"]]}, "unit x is of no part in parts"),
+    ({"parts": 3}, "parts is not a list of texts"),
 ])
-def test_units_that_are_none_are_refused(tmp_path, break_it):
+def test_units_that_are_none_are_refused(tmp_path, break_it, message):
     freeze(ABLATION, planned(f"output={tmp_path}"))
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest, **break_it}))
-    with pytest.raises(InputError, match="manifest.json: not a manifest, its units are not pairs"):
+    with pytest.raises(InputError, match=f"manifest.json: not a manifest, {message}"):
         read_manifest(tmp_path)

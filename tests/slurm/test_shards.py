@@ -270,7 +270,7 @@ def test_failed_cells_when_asked(slurm, clean_small, tmp_path):
         (folder / table / f"{row.cell_id}.parquet").unlink()
     failed = {name: None if value != value else value for name, value in row.items()}
     failed |= {"status": "error", "error": "Traceback\nValueError: once", "value": None}
-    write_unit(folder, TABLES, row.cell_id, {"metrics": [failed]})
+    write_unit(folder, TABLES, row.cell_id, {"metrics": [failed]}, row.study_id)
     assert "failed 1  missing 0" in status_of(folder) and "ValueError: once" in status_of(folder)
     assert "0 to submit" in submit_here(SMALL, folder)
     assert "1 to submit" in submit_here(SMALL, folder, "cluster.retry_failed=true")

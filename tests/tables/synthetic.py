@@ -5,6 +5,8 @@ from __future__ import annotations
 from harness.measurements.ablation.tables import TABLES
 from harness.tables.store import write_unit
 
+RUN = "study"  # the id of the run in which they are
+
 
 def metric_row(cell: str, metric: str = "token_perplexity", **columns) -> dict:
     """A complete metrics row of a cell on the task `text`; `columns` overrides."""
@@ -52,7 +54,7 @@ def error_row(cell: str, **columns) -> dict:
 
 def write_cell(folder, cell: str, rows: list[dict], examples: dict | None = None) -> None:
     """Write the unit of a study."""
-    write_unit(folder, TABLES, cell, {"metrics": rows} | ({} if examples is None else {"examples": examples}))
+    write_unit(folder, TABLES, cell, {"metrics": rows} | ({} if examples is None else {"examples": examples}), RUN)
 
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -147,8 +149,10 @@ def write_rows(folder, rows: list[dict]) -> None:
     """The rows as one merged part: a study without the time that writing its cells takes."""
     import pyarrow as pa
 
+    from harness.tables.identity import Part
     from harness.tables.parts import open_writer
 
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
-    with open_writer(folder / "metrics" / "merged-0.parquet", TABLES, "metrics") as writer:
+    part = Part(folder / "metrics" / "merged-0.parquet", TABLES, "metrics", RUN)
+    with open_writer(part.path, part) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=TABLES.arrow_schema("metrics")))

@@ -275,21 +275,22 @@ def test_readers_and_writers_beside_compactions(tmp_path, way_of_swapping):
     assert len(pd.read_parquet(tmp_path / "examples")) == 5 * 230
 
 
-def test_a_failure_that_is_retried_while_compaction_starts(tmp_path, monkeypatch):
-    """The success replaces the failure between the listing and the look at its schema version."""
+def test_a_failure_that_is_retried_while_states_are_read(tmp_path, monkeypatch):
+    """The success replaces the failure between the listing and the look at its label."""
     from harness.tables import reader
 
     write_cell(tmp_path, "c", [error_row("c")])
-    looks_like_parquet = reader.looks_like_parquet
+    problem, looked = reader.problem, []
 
-    def retried_meanwhile(path):
-        seen = looks_like_parquet(path)
+    def retried_meanwhile(part):
+        looked.append(part.path.name)
         write(tmp_path, "c")
-        return seen
+        return problem(part)
 
-    monkeypatch.setattr(reader, "looks_like_parquet", retried_meanwhile)
+    monkeypatch.setattr(reader, "problem", retried_meanwhile)
+    assert cell_states(tmp_path) == {"c": "error"} and looked == ["c.error.parquet"], "as it was listed"
+    assert cell_states(tmp_path) == {"c": "ok"}
     assert compact(tmp_path, grace=0) == {"metrics": 0, "examples": 0}
-    assert cell_states(tmp_path, verify=True) == {"c": "ok"}
 
 
 def test_without_locks_no_row_is_lost(tmp_path, monkeypatch):
@@ -301,7 +302,8 @@ def test_without_locks_no_row_is_lost(tmp_path, monkeypatch):
     def swap(live, successor, retired):
         real(live, successor, retired)
         if live.name == "metrics":
-            (retired / "late.parquet").write_bytes((retired / "a.parquet").read_bytes())
+            write(tmp_path / "elsewhere", "late")
+            os.rename(tmp_path / "elsewhere" / "metrics" / "late.parquet", retired / "late.parquet")
 
     monkeypatch.setattr(compaction, "swap", swap)
     compact(tmp_path, grace=0)

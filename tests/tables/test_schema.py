@@ -48,12 +48,11 @@ def test_arrow_schema_carries_types_version_and_name():
     schema = PROBES.arrow_schema("answers")
     assert schema.types == [pa.string(), pa.string(), pa.string(), pa.float64()]
     assert [field.nullable for field in schema] == [False, False, True, True]
-    PROBES.check_metadata("here", schema.metadata, "answers")
-    with pytest.raises(SchemaVersionError, match="here: holds the table probes.answers, not probes.steps"):
-        PROBES.check_metadata("here", schema.metadata, "steps")
-    for metadata in (None, {}, {b"else": b"where"}):
-        with pytest.raises(SchemaVersionError, match="here: written under schema version none, .* reads version 3"):
-            PROBES.check_metadata("here", metadata, "answers")
+    assert schema.metadata == {b"harness.schema_version": b"3", b"harness.table": b"probes.answers"}
+    PROBES.check_version("here", 3)
+    for other in (None, 2, "3"):
+        with pytest.raises(SchemaVersionError, match=f"here: written under schema version {other}, .* version 3"):
+            PROBES.check_version("here", other)
 
 
 def test_documentation_of_a_set():
@@ -65,12 +64,12 @@ def test_documentation_of_a_set():
 
 def test_any_set_of_tables_goes_through_the_store(tmp_path):
     """Tables that some units have and others have not; failures; damage to one table; compaction."""
-    store.write_unit(tmp_path, PROBES, "a", {"answers": [answer("a")], "steps": steps("a")})
+    store.write_unit(tmp_path, PROBES, "a", {"answers": [answer("a")], "steps": steps("a")}, "run")
     store.write_unit(tmp_path, PROBES, "b", {
         "answers": {"probe_id": "b", "status": "ok", "error": None, "score": [1.0, 2.0]}, "steps": steps("b", 1),
         "notes": [{"probe_id": "b", "right": True}, {"probe_id": "b", "right": None}],
-    })  # fmt: skip
-    store.write_unit(tmp_path, PROBES, "c", {"answers": [answer("c", status="error", error="boom", score=None)]})
+    }, "run")  # fmt: skip
+    store.write_unit(tmp_path, PROBES, "c", {"answers": [answer("c", status="error", error="boom", score=None)]}, "run")
     for _ in range(2):
         assert store.unit_states(tmp_path, PROBES, verify=True) == {"a": "ok", "b": "ok", "c": "error"}
         assert store.read_table(tmp_path, PROBES, "answers").score.tolist()[:3] == [0.5, 1.0, 2.0]
@@ -87,7 +86,7 @@ def test_any_set_of_tables_goes_through_the_store(tmp_path):
     store.write_unit(tmp_path, PROBES, "b", {
         "answers": [answer("b", score=1.0), answer("b", score=2.0)], "steps": steps("b", 1),
         "notes": [{"probe_id": "b", "right": False}],
-    })  # fmt: skip
+    }, "run")  # fmt: skip
     assert store.unit_states(tmp_path, PROBES) == {"a": "ok", "b": "ok", "c": "error"}
     pd.testing.assert_frame_equal(store.read_table(tmp_path, PROBES, "answers"), before)
     assert store.read_table(tmp_path, PROBES, "notes").right.tolist() == [False]
@@ -108,5 +107,6 @@ def test_a_crash_between_tables_leaves_the_unit_undone(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_publish", dies)
     notes = [{"probe_id": "a", "right": True}]
     with pytest.raises(OSError, match="disk full"):
-        store.write_unit(tmp_path, PROBES, "a", {"answers": [answer("a")], "notes": notes, "steps": steps("a")})
+        rows = {"answers": [answer("a")], "notes": notes, "steps": steps("a")}
+        store.write_unit(tmp_path, PROBES, "a", rows, "run")
     assert published == ["steps", "notes"] and store.unit_states(tmp_path, PROBES, verify=True) == {}

@@ -10,8 +10,8 @@ from harness.tables.text import (
     count,
     is_missing,
     layer_key,
-    markdown_cell,
     markdown_table,
+    markdown_text,
     p_text,
     plus_minus,
     shorten,
@@ -72,7 +72,7 @@ def test_tables():
     assert markdown_table(rows) == (
         "| region | value | n |\n|---|---|---|\n| a\\|b | 1.235 | 12345 |\n| c | 2e+09 | 1 |\n"
     )
-    assert markdown_cell("a|b") == "a\\|b"
+    assert markdown_text("a|b") == "a\\|b"
     assert aligned([["name", "n"], ["a", "10"], ["long name", "5"]], n_left=1) == [
         "name        n", "a          10", "long name   5",
     ]  # fmt: skip

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from harness import __version__
-from harness.engine.manifest import read_manifest
-from harness.errors import InputError
+from harness.engine.manifest import MANIFEST, read_manifest
+from harness.errors import InputError, SettingError
 from harness.files import new_folder
 from harness.measurements.ablation.cells import cell_id, numeric_settings
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
-from harness.measurements.ablation.units import frozen_cells
+from harness.measurements.ablation.units import frozen_cells, frozen_digests
 from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.editing import Ablation, Decompose, RealisedAblation, ablated
 from harness.models.factored import factors_are_smaller, write_factored
@@ -74,18 +74,21 @@ def export_cell(study: str | Path, cell: str, output: str | None, factored: bool
     manifest = read_manifest(study)
     if manifest.kind != "ablation":
         raise InputError(f"--study: {study} holds {manifest.kind} and no cells; give the folder of a study")
+    cells, digests = frozen_cells(Path(study), manifest.content), frozen_digests(Path(study), manifest.content)
     manifest.enter()
-    found = [one for one in frozen_cells(manifest.content) if one.id.startswith(cell)]
+    found = [one for one in cells if one.id.startswith(cell)]
     if len(found) != 1 or not cell:
         what = f"{len(found)} cells whose ids begin so" if found and cell else "no such cell"
         raise InputError(f"--cell: {cell!r}: {study} has {what}; take a cell_id from its metrics table")
     (chosen,) = found
     if not chosen.ablation.target.matrices or chosen.ablation.region == NO_REGION:
         raise InputError(f"--cell: {cell!r} is the {chosen.ablation.target.label}: it removes nothing; choose another")
-    settings = validated(StudySettings, manifest.settings)
+    try:
+        settings = validated(StudySettings, manifest.settings)
+    except SettingError as error:
+        raise InputError(f"{Path(study) / MANIFEST}: {error.below('settings')}") from error
     description = describe_model(settings.model, wants_classifier(settings.tasks))
-    digest = manifest.content["tasks"][chosen.task]["digest"]
-    if cell_id(numeric_settings(settings, description), chosen.ablation, digest) != chosen.id:
+    if cell_id(numeric_settings(settings, description), chosen.ablation, digests[chosen.task]) != chosen.id:
         raise InputError(
             f"model.name: {settings.model.name!r} (or this harness) is no longer what {study} was frozen for;"
             " restore it"

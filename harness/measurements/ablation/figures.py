@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.measurements.ablation.summary import MeasuredMetric, is_control, region_order
 from harness.tables.drawing import MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure
 from harness.tables.frames import groups_of, rows_of
-from harness.tables.text import layer_key
+from harness.tables.text import figure_text, layer_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,7 @@ def region_figure(one: MeasuredMetric, path: Path | None = None) -> Figure:
         panels = [("", one.cells)]
     series = _series(one.cells)
     sequential = len(series) > len(SERIES_COLOURS)
-    labels = [_tick(region, one.cells) for region in regions]
+    labels = [figure_text(_tick(region, one.cells)) for region in regions]
     narrow = by_block and len(panels) > 2
     upright = max(map(len, labels)) <= 7 or len(labels) <= 6 and not narrow
     width = min(MAX_TICKS, len(regions)) * (0.4 if narrow else 0.62)
@@ -87,9 +87,9 @@ def region_figure(one: MeasuredMetric, path: Path | None = None) -> Figure:
         panel.grid(axis="y", color="0.92", linewidth=0.8)
         panel.set_axisbelow(True)
     _log_axis(axes[0], one)
-    axes[0].set_ylabel(f"{one.metric} ({'higher' if one.higher_is_better else 'lower'} is better)")
+    axes[0].set_ylabel(f"{figure_text(one.metric)} ({'higher' if one.higher_is_better else 'lower'} is better)")
     figure.supxlabel("removed part of the spectrum (0 = largest singular value)", fontsize="medium")
-    figure.suptitle(f"{one.task}: {one.metric}")
+    figure.suptitle(figure_text(f"{one.task}: {one.metric}"))
     if sequential:
         _block_bar(figure, axes, [name for name, _ in series])
     handles = {}
@@ -136,7 +136,7 @@ def _draw_series(axes: Axes, series: Sequence[tuple[str, pandas.DataFrame]], loo
             axes.errorbar(x, rows["value"], bars, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
             values = rows.set_index("region")["value"]
         there = [region for region in look.regions if region in values.index]
-        label: str | None = name
+        label: str | None = figure_text(name)
         # A line joins regions that are neighbours in the spectrum. Controls have no place in it, so no line joins them.
         for group, line in (
             ([r for r in there if r not in look.controls], "-"),
@@ -223,9 +223,9 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
             if np.isnan(grid[at]) or abs(cell.delta) > abs(grid[at]):
                 grid[at] = cell.delta
         image = panel.imshow(grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-        panel.set_title("\n".join(textwrap.wrap(region, max(14, 6 * len(types)))), fontsize="medium")
+        panel.set_title("\n".join(textwrap.wrap(figure_text(region), max(14, 6 * len(types)))), fontsize="medium")
         under = i + columns >= len(regions)
-        names = types if under else [""] * len(types)
+        names = [figure_text(one) for one in types] if under else [""] * len(types)
         panel.set_xticks(range(len(types)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
         step = math.ceil(len(blocks) / 20)
         numbers = blocks[::step] if i % columns == 0 else [""] * len(blocks[::step])
@@ -240,7 +240,7 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
     bar = figure.colorbar(image, ax=axes, extend=extend, pad=0.02, aspect=30)
     bar.set_label("delta against the baseline (blue is better)")
     more = f" ({len(regions)} of {len(regions) + dropped} regions)" if dropped else ""
-    figure.suptitle(f"{one.task}: {one.metric}{more}")
+    figure.suptitle(figure_text(f"{one.task}: {one.metric}{more}"))
     save_figure(figure, path)
     return regions
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.engine.manifest import manifest_there
+from harness.engine.manifest import MANIFEST, manifest_there, reading
 from harness.engine.measurement import Context, Measured, SpoiledRun
 from harness.engine.ranks import Ranks
 from harness.errors import InputError
@@ -68,7 +68,8 @@ def with_largest_batch(
             return None, None
         there = manifest_there("ablation", study.folder)
         if there is not None:
-            return there.settings["runtime"]["batch_tokens"], None
+            with reading(study.folder / MANIFEST, "the setting runtime.batch_tokens"):
+                return int(there.settings["runtime"]["batch_tokens"]), None
         loaded = open_session(study, ranks, progress)
         found = largest_batch(loaded, scored_tasks(study.tasks), study.settings.runtime)
         say(f"runtime.batch_tokens: {found}, the largest that fits")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engine.manifest import in_order
-from harness.errors import InputError
+from harness.errors import InputError, printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
@@ -26,7 +25,17 @@ from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw
 from harness.tables.frames import rows_of
 from harness.tables.store import corrupt_parts
-from harness.tables.text import count, is_missing, markdown_cell, p_text, plus_minus, shorten, signed
+from harness.tables.text import (
+    count,
+    file_stem,
+    is_missing,
+    markdown_text,
+    p_text,
+    plus_minus,
+    safe_for_csv,
+    shorten,
+    signed,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -126,7 +135,7 @@ def terminal_summary(
             lines += [f"  worst {n}:", *_text_table(order.tail(n)[::-1], width)]
     if problems:
         lines += ["", *(line[: max(width, 40)] for line in problems)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def is_adaptive(rows: pandas.DataFrame) -> bool:
@@ -170,8 +179,8 @@ def _text_table(cells: pandas.DataFrame, width: int) -> list[str]:
 def _markdown(
     metrics: pandas.DataFrame, found: list[MeasuredMetric], problems: Sequence[str], drawn: Drawn, left_out: list[str]
 ) -> str:
-    lines = [f"# {_headline(metrics)}", "", _origin(metrics), ""]
-    lines += [f"> {line}" for line in problems] + ([""] if problems else [])
+    lines = [f"# {markdown_text(_headline(metrics))}", "", markdown_text(_origin(metrics)), ""]
+    lines += [f"> {markdown_text(line)}" for line in problems] + ([""] if problems else [])
     lines += [
         "The number after `±` is the standard error; that of a delta is paired over the same examples. "
         "p is the two-sided p-value of one cell alone; q is p adjusted for the number of ablations of that task and "
@@ -190,7 +199,7 @@ def _markdown(
         figures = drawn.get((one.task, one.metric), [])
         if not one.primary and not figures:
             continue
-        lines += [f"## {one.task}: {one.metric} ({_better(one)})", ""]
+        lines += [f"## {markdown_text(f'{one.task}: {one.metric}')} ({_better(one)})", ""]
         if one.baseline is not None:
             baseline = plus_minus(one.baseline["value"], one.baseline["stderr"])
             over = "" if is_missing(one.baseline["n"]) else f" over {int(one.baseline['n'])} examples"
@@ -201,18 +210,18 @@ def _markdown(
             if one.primary:
                 order = ranked(one)
                 n = min(BEST, len(order))
-                lines += [f"Best {n} of {len(order)} ablations:", "", *_markdown_cells(order.head(n)), ""]
-                lines += [f"Worst {n}:", "", *_markdown_cells(order.tail(n)[::-1]), ""]
+                lines += [f"Best {n} of {len(order)} ablations:", "", *_markdown_texts(order.head(n)), ""]
+                lines += [f"Worst {n}:", "", *_markdown_texts(order.tail(n)[::-1]), ""]
             lines += _pivot(one)
         for name, caption in figures:
-            lines += [f"![{caption}]({name})", ""]
+            lines += [f"![{markdown_text(caption)}]({name})", ""]
     if left_out:
         n = sum(map(len, drawn.values()))
-        lines += [f"Only {count(n, 'figure')} drawn; not drawn: {', '.join(left_out)}.", ""]
+        lines += [f"Only {count(n, 'figure')} drawn; not drawn: {markdown_text(', '.join(left_out))}.", ""]
     return "\n".join(lines)
 
 
-def _markdown_cells(cells: pandas.DataFrame) -> list[str]:
+def _markdown_texts(cells: pandas.DataFrame) -> list[str]:
     adaptive = is_adaptive(cells)
     lines = ["| target | region | value | delta | p | q |", "|---|---|--:|--:|--:|--:|"]
     if adaptive:
@@ -221,7 +230,7 @@ def _markdown_cells(cells: pandas.DataFrame) -> list[str]:
         value = plus_minus(row.value, row.stderr)
         delta = signed(row.delta, row.delta_stderr)
         chances = f"{p_text(row.p_value)} | {p_text(row.q_value)}"
-        line = f"| {markdown_cell(row.target)} | {markdown_cell(row.region)} | {value} | {delta} | {chances} |"
+        line = f"| {markdown_text(row.target)} | {markdown_text(row.region)} | {value} | {delta} | {chances} |"
         lines.append(f"{line} {_used(row)} |" if adaptive else line)
     return lines
 
@@ -234,9 +243,9 @@ def _pivot(one: MeasuredMetric) -> list[str]:
         (row.target, row.region): plus_minus(row.value, row.stderr)
         for row in rows_of(one.cells[["target", "region", "value", "stderr"]])
     }
-    lines = ["| target | " + " | ".join(map(markdown_cell, regions)) + " |", "|---" + "|--:" * len(regions) + "|"]
+    lines = ["| target | " + " | ".join(map(markdown_text, regions)) + " |", "|---" + "|--:" * len(regions) + "|"]
     for target in targets:
-        lines.append(f"| {markdown_cell(target)} | " + " | ".join(texts.get((target, r), "") for r in regions) + " |")
+        lines.append(f"| {markdown_text(target)} | " + " | ".join(texts.get((target, r), "") for r in regions) + " |")
     return [*lines, ""]
 
 
@@ -247,7 +256,7 @@ def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Pat
 
     q_values = [one.cells["q_value"] for one in found]
     metrics = metrics.assign(q_value=pandas.concat(q_values) if q_values else math.nan)
-    table = pa.Table.from_pandas(metrics[list(CSV_COLUMNS)], preserve_index=False)
+    table = pa.Table.from_pandas(safe_for_csv(metrics[list(CSV_COLUMNS)]), preserve_index=False)
     with replacing(path) as temporary:
         pyarrow.csv.write_csv(table, temporary)
 
@@ -317,7 +326,7 @@ def _draw(found: list[MeasuredMetric], out: Path, most: int) -> tuple[Drawn, lis
         if n + 1 + heat > most:
             left_out.append(f"{one.task} {one.metric}")
             continue
-        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{one.task}-{one.metric}")
+        stem = file_stem(one.task, one.metric)
         region_figure(one, out / f"{stem}-regions.png")
         figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region")]
         if heat:

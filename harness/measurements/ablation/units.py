@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from harness.engine.manifest import MANIFEST, reading
 from harness.engine.plan import Plan, ShardCost, folder_of, run_id
 from harness.engine.ranks import Ranks
 from harness.errors import InputError
@@ -171,9 +172,11 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) 
     """Return the study that was frozen in a folder. Raises InputError if weights or data have changed since."""
     settings.runtime.require_batch_tokens("work")
     pick_device(settings.model.device)
+    cells, digests = frozen_cells(folder, manifest), frozen_digests(folder, manifest)
+    if settings.tasks.keys() != digests.keys():
+        raise InputError(f"{folder / MANIFEST}: settings.tasks are {', '.join(settings.tasks)}, and the cells are of"
+                         f" {', '.join(digests)}; restore it or run the study anew")
     prepared = prepare(settings)
-    cells = frozen_cells(manifest)
-    digests = {name: one["digest"] for name, one in manifest["tasks"].items()}
     for name, task in prepared.tasks.items():
         if task_digest(task) != digests[name]:
             changed = _changed(manifest["tasks"][name]["protocol"], task.protocol)
@@ -203,14 +206,25 @@ def describe(study: Study) -> str:
     return describe_study(study)
 
 
-def frozen_cells(manifest: Mapping[str, Any]) -> tuple[Cell, ...]:
-    """Return the cells of a manifest."""
+def frozen_cells(folder: Path, manifest: Mapping[str, Any]) -> tuple[Cell, ...]:
+    """Return the cells of the manifest of a folder. Raises InputError if they are not as they were frozen."""
+    with reading(folder / MANIFEST, "the list of its cells"):
+        return _frozen_cells(manifest)
+
+
+def frozen_digests(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digest of each task by name. Raises InputError if they are not as they were frozen."""
+    with reading(folder / MANIFEST, "the list of its tasks"):
+        return {name: str(one["digest"]) for name, one in manifest["tasks"].items()}
+
+
+def _frozen_cells(manifest: Mapping[str, Any]) -> tuple[Cell, ...]:
     targets = [Target(**{**one, "matrices": tuple(one["matrices"])}) for one in manifest["targets"]]
     regions = [from_plain(one) for one in manifest["regions"]]
     tasks = list(manifest["tasks"])
     ablations: dict[tuple[int, int], Ablation] = {}
     cells = []
-    for (unit_id, _), (target, region, task) in zip(manifest["units"], manifest["cells"]):
+    for (unit_id, _), (target, region, task) in zip(manifest["units"], manifest["cells"], strict=True):
         if (target, region) not in ablations:
             ablations[target, region] = Ablation(targets[target], regions[region])
         cells.append(Cell(unit_id, ablations[target, region], tasks[task]))

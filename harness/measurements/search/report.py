@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.engine.manifest import in_order
+from harness.errors import printable
 from harness.files import replacing, write_text
 from harness.measurements.search.tables import TABLES
 from harness.tables.frames import dicts_of, rows_of
 from harness.tables.store import read_table
-from harness.tables.text import count, markdown_table
+from harness.tables.text import count, markdown_table, markdown_text, safe_for_csv
 
 if TYPE_CHECKING:
     import pandas
@@ -43,19 +44,19 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     out.mkdir(exist_ok=True)
     problems = [f"{row.stage}: {(row.error or '').strip().splitlines()[-1]}"
                 for row in rows_of(stages[stages.status != "ok"])]
-    lines, files = ["# Search", "", *(f"> {problem}" for problem in problems), ""], 0
+    lines, files = ["# Search", "", *(f"> {markdown_text(problem)}" for problem in problems), ""], 0
     for name in TABLES.names()[1:]:
         rows = read_table(folder, TABLES, name).drop(columns=TABLES.key)
         if rows.empty:
             continue
         with replacing(out / f"{name}.csv") as temporary:
-            rows.to_csv(temporary, index=False)
+            safe_for_csv(rows).to_csv(temporary, index=False)
         files += 1
         if name in SHOWN:
             lines += [f"## {TITLES[name]}", "", _table(rows), ""]
     write_text(out / "search.md", "\n".join(lines))
     verdict = read_table(folder, TABLES, "verdict")
-    write("\n".join([*([_table(verdict[list(SUMMARY)])] if len(verdict) else []), *problems]).rstrip())
+    write("\n".join([*([_table(verdict[list(SUMMARY)])] if len(verdict) else []), *map(printable, problems)]).rstrip())
     write(f"\n{out / 'search.md'} and {count(files, 'table')} as CSV")
     return out / "search.md"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.tables.drawing import MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure
-from harness.tables.text import layer_key
+from harness.tables.text import figure_text, layer_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,7 +183,8 @@ def checkpoint_figure(matrices: pandas.DataFrame, path: Path, title: str) -> Non
             share = (100 * rows[column] / rows["rank"]).groupby(rows["checkpoint"]).mean().reindex(order)
             panel.plot(range(len(order)), share, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.3,
                        color=SERIES_COLOURS[i % len(SERIES_COLOURS)], label=layer_type)
-        panel.set_xticks(range(len(order)), order, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
+        names = [figure_text(one) for one in order]
+        panel.set_xticks(range(len(order)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
         panel.set_title(name, fontsize="medium")
         panel.set_ylim(bottom=0)
         panel.grid(axis="y", color="0.92", linewidth=0.8)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputError
+from harness.errors import InputError, printable
 from harness.files import write_text
 from harness.measurements.spectra.figures import checkpoint_figure, outlier_figure, overlap_figure, spectrum_figure
 from harness.measurements.spectra.tables import read_spectra
 from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw
-from harness.tables.text import aligned, count
+from harness.tables.text import aligned, count, figure_text, file_stem, markdown_text, safe_for_csv
 
 if TYPE_CHECKING:
     import pandas
@@ -40,18 +39,18 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     ok = matrices[matrices["status"] == "ok"].drop(columns=["status", "error"])
     problems = [f"failed: {label(row)} {row['matrix']}: {row['error'].splitlines()[-1]}"
                 for _, row in failed.iterrows()]
-    ok.drop(columns=[name for name in CSV_LEFT_OUT if name in ok]).to_csv(
+    safe_for_csv(ok.drop(columns=[name for name in CSV_LEFT_OUT if name in ok])).to_csv(
         out / "matrices.csv", index=False, float_format=CSV_FORMAT
     )
     summary = summarise(ok)
-    summary.to_csv(out / "summary.csv", index=False, float_format=CSV_FORMAT)
+    safe_for_csv(summary).to_csv(out / "summary.csv", index=False, float_format=CSV_FORMAT)
     figures = _draw(folder, ok, out) if can_draw() else []
     problems += [] if can_draw() else [NO_FIGURES]
-    lines = ["# Spectra", "", *_headline(ok), "", *_markdown_table(summary), ""]
-    lines += [f"- {problem}" for problem in problems]
+    lines = ["# Spectra", "", *map(markdown_text, _headline(ok)), "", *_markdown_table(summary), ""]
+    lines += [f"- {markdown_text(problem)}" for problem in problems]
     lines += [line for figure in figures for line in (f"![{figure}]({figure})", "")]
     write_text(out / "spectra.md", "\n".join(lines))
-    write("\n".join([*_headline(ok), "", *_text_table(summary), *problems]))
+    write("\n".join(map(printable, [*_headline(ok), "", *_text_table(summary), *problems])))
     write(f"\n{out / 'spectra.md'}, summary.csv, matrices.csv and {count(len(figures), 'figure')}")
     return out / "spectra.md"
 
@@ -72,7 +71,7 @@ def figure(folder: str | os.PathLike, weights: str | None = None) -> Figure:
         raise InputError(f"{folder}: no matrices of weights {chosen!r}; measured: {', '.join(dict.fromkeys(labels))}")
     values = read_spectra(folder, "singular_values")
     values = values[values["spectrum_id"].isin(rows["spectrum_id"])]
-    return spectrum_figure(rows, values, None, f"{Path(rows['model'].iloc[0]).name}, {chosen}")
+    return spectrum_figure(rows, values, None, figure_text(f"{Path(rows['model'].iloc[0]).name}, {chosen}"))
 
 
 def label(row: Any) -> str:
@@ -144,7 +143,7 @@ def _text_table(summary: pandas.DataFrame) -> list[str]:
 def _markdown_table(summary: pandas.DataFrame) -> list[str]:
     head, *rows = _cells(summary)
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return ["| " + " | ".join(map(markdown_text, line)) + " |" for line in lines]
 
 
 def _draw(folder: Path, matrices: pandas.DataFrame, out: Path) -> list[str]:
@@ -155,8 +154,8 @@ def _draw(folder: Path, matrices: pandas.DataFrame, out: Path) -> list[str]:
     drawn = []
 
     def draw(kind: str, weights: str, function: Callable[..., object], *tables: pandas.DataFrame) -> None:
-        name = f"{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '-', weights).strip('-.') or 'weights'}.png"
-        function(*tables, out / name, f"{Path(matrices['model'].iloc[0]).name}, {weights}")
+        name = f"{kind}-{file_stem(weights)}.png"
+        function(*tables, out / name, figure_text(f"{Path(matrices['model'].iloc[0]).name}, {weights}"))
         drawn.append(name)
 
     for _, group in matrices.groupby(["init", "checkpoint"], sort=False, dropna=False):

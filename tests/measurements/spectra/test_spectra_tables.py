@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from harness.engine.manifest import KEYS, MANIFEST, MANIFEST_VERSION
+from harness.engine.manifest import KEYS, MANIFEST, MANIFEST_VERSION, checksum_of
 from harness.measurements.spectra import figures
 from harness.measurements.spectra import report as report_module
 from harness.measurements.spectra.report import label, report, summarise
@@ -21,6 +21,7 @@ from harness.tables.schema import SchemaVersionError
 from harness.tables.store import quarantine, unit_states, write_unit
 
 MATRICES = TABLES["matrices"].columns
+RUN = "0123456789ab"
 SHAPES = {"q_proj": (16, 16), "down_proj": (16, 40)}
 
 
@@ -61,7 +62,7 @@ def write_spectrum(folder, row, values=None, vectors=None):
         if columns is not None:
             names = TABLES[table].names()
             rows[table] = {name: value for name, value in row.items() if name in names} | columns
-    write_unit(folder, TABLES, row["spectrum_id"], rows)
+    write_unit(folder, TABLES, row["spectrum_id"], rows, RUN)
 
 
 def spectrum_states(folder):
@@ -78,7 +79,9 @@ def fill(folder, **changes):
     for row in rows:
         write_spectrum(folder, row, values_of(row), vectors_of())
     units = [[row["spectrum_id"], 0] for row in reversed(rows)]
-    manifest = dict.fromkeys(KEYS, "") | {"manifest_version": MANIFEST_VERSION, "parts": ["weights"], "units": units}
+    manifest = dict.fromkeys(KEYS, "") | {"manifest_version": MANIFEST_VERSION, "kind": "spectra", "id": RUN,
+                                          "settings": {}, "parts": ["weights"], "units": units}
+    manifest["checksum"] = checksum_of(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -160,7 +163,7 @@ def test_rows_are_checked(tmp_path, change, message):
 
 def test_other_versions_are_refused(tmp_path):
     row = matrix_row()
-    write_unit(tmp_path, dataclasses.replace(TABLES, version=99), row["spectrum_id"], {"matrices": [row]})
+    write_unit(tmp_path, dataclasses.replace(TABLES, version=99), row["spectrum_id"], {"matrices": [row]}, RUN)
     with pytest.raises(SchemaVersionError, match="written under schema version 99, this harness reads version 1"):
         read_spectra(tmp_path, "matrices")
     with pytest.raises(SchemaVersionError, match="written under schema version 99"):
@@ -223,5 +226,5 @@ def test_without_matplotlib_a_report_has_no_figures_and_says_so(tmp_path, monkey
     said = []
     path = report(tmp_path, said.append)
     for text in (path.read_text(), "\n".join(said)):
-        assert "no figures: they need matplotlib, pip install 'spectral-ablation-harness[plots]'" in text
+        assert "no figures: they need matplotlib, pip install 'spectral-ablation-harness" in text
     assert not list(path.parent.glob("*.png")) and "0 figures" in said[-1]
