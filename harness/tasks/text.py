@@ -6,11 +6,11 @@ scored. With stride < window each window scores only the tokens that the window 
 but the first of the text is then scored exactly once, with at least window - stride tokens of context. The last window
 may be shorter. No special token is added, so that the text is the published one and nothing else.
 
-Words and bytes are counted as lm-eval counts them, by len(re.split(r"\\s+", text)) and len(text.encode()). Each window
-counts the text from the end of the window before it to its own end, so that the counts of all windows sum exactly to
-the count of the text that they cover. With stride = window the first token of a window is counted and not scored, and
-the values per word and per byte are too low by about one part in `window`. An overlap of one token
-(stride = window - 1) removes this error.
+Words and bytes are counted as lm-eval counts them, by len(re.split(r"\\s+", text)) and len(text.encode()), but only
+those of the tokens that are scored. Every character belongs to one token: spaces that a tokenizer puts into no token
+belong to the token after them, and a character of several tokens to the first of them. A word belongs to the token with
+its first character, and the whitespace before a word is part of the word. The counts of all windows therefore sum
+exactly to those of the scored text, and to those of the whole text if every token is scored.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TextTask(DataTask, LimitedTask):
         window, stride = _window_and_stride(name, self, context.context_length)
         found = self.rows(f"tasks.{name}", [self.column])
         text = self.separator.join(row[self.column] for row in found)
-        tokens, starts, exact = _tokenise(context.tokenizer, text)
+        tokens, edges, exact = _tokenise(context.tokenizer, text)
         if len(tokens) < 2:
             raise InputError(f"tasks.{name}: the text has {len(tokens)} tokens; at least 2 are needed")
 
@@ -63,17 +63,16 @@ class TextTask(DataTask, LimitedTask):
             Request(tokens[begin : end - 1], np.arange(first - 1, end - 1) - begin, tokens[first:end])
             for begin, first, end in spans
         ]
-        # Each window counts the text from the end of the window before it, so that no text is counted twice.
-        edges = starts[[0, *(end for _, _, end in spans)]]
+        scored = edges[[(first, end) for _, first, end in spans]]
         counts = {
             "tokens": np.array([len(request.targets) for request in requests], dtype=np.float64),
-            "words": np.diff(_words_before(text)[edges]).astype(np.float64),
-            "bytes": np.diff(_bytes_before(text)[edges]).astype(np.float64),
+            "words": np.diff(_words_before(text)[scored])[:, 0].astype(np.float64),
+            "bytes": np.diff(_bytes_before(text)[scored])[:, 0].astype(np.float64),
         }
         for unit, count in counts.items():
             if not count.sum() > 0:
-                raise InputError(f"tasks.{name}: the text has no {unit}")
-        covered = text[: edges[-1]]
+                raise InputError(f"tasks.{name}: the text that is scored has no {unit}; use a longer text")
+        covered = text[: scored[-1, 1]]
         protocol = {
             "data": self.source(),
             "column": self.column,
@@ -130,25 +129,25 @@ def _window_and_stride(name: str, task: TextTask, context_length: int) -> tuple[
 
 
 def _tokenise(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return the tokens, the character at which each token begins, and whether these characters are exact.
+    """Return the tokens, the edges between their characters, and whether the edges are exact.
 
-    The tokens are int64 [n]. The characters are int64 [n + 1], and the last is the length of the text. They are exact
-    for a fast tokenizer. A slow tokenizer has no offsets, so the lengths of its decoded tokens are scaled to the length
-    of the text: this may count a word or a byte in the neighbouring window, but does not change the sums.
+    The tokens are int64 [n], the edges int64 [n + 1]: token i has the characters edges[i] to edges[i + 1] - 1 of the
+    text. They are exact for a fast tokenizer. A slow tokenizer has no offsets, so the lengths of its decoded tokens are
+    scaled to the length of the text: a word or a byte may then be counted with the neighbouring token.
     """
     exact = bool(getattr(tokenizer, "is_fast", False))
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=exact, verbose=False)
     tokens = np.asarray(encoding["input_ids"], dtype=np.int64)
-    starts = np.zeros(len(tokens) + 1, dtype=np.int64)
+    edges = np.zeros(len(tokens) + 1, dtype=np.int64)
     if exact and len(tokens):
-        starts[:-1] = [begin for begin, _ in encoding["offset_mapping"]]
-        # Several tokens of one character share its offset, and an inserted token may have the offsets (0, 0).
-        starts[:-1] = np.maximum.accumulate(starts[:-1])
+        # Some tokenizers leave the spaces before a word out of the offsets of its token, so the ends are taken. An
+        # inserted token may have the offsets (0, 0), hence the maximum.
+        edges[1:] = np.maximum.accumulate([end for _, end in encoding["offset_mapping"]])
     elif len(tokens):
         lengths = np.cumsum([len(tokenizer.decode([token])) for token in tokens.tolist()])
-        starts[1:] = np.floor(lengths * (len(text) / max(1, lengths[-1])))
-    starts[0], starts[-1] = 0, len(text)
-    return tokens, starts, exact
+        edges[1:] = np.floor(lengths * (len(text) / max(1, lengths[-1])))
+    edges[-1] = len(text)
+    return tokens, edges, exact
 
 
 def _words_before(text: str) -> np.ndarray:

@@ -288,7 +288,7 @@ def test_every_region_is_read_back_from_plain_values():
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"by": "rate", "kind": "large"}, "'rate' is not a region rule; use one of fraction, decile, index, laser, energy, mp"),
+    ({"by": "rate", "kind": "large"}, "'rate' is not a region rule; use one of fraction, decile, index, laser, energy"),
     ({"by": "fractoin", "kind": "large"}, "'fractoin' is not a region rule; did you mean 'fraction'"),
     ({"by": "control", "kind": "shuffled"}, "'shuffled' is not a control; known are random, energy_matched"),
     ({"by": "control", "kind": "random", "seed": 0, "reference": {"by": "rate", "kind": "x"}}, "'rate' is not a"),

@@ -18,7 +18,6 @@ from torch import Tensor
 from harness.spectral.regions.region import stretch
 from harness.spectral.regions.sizes import SizedRule, check_sized, short, size_bounds
 
-
 TIE = 1e-9  # distances from a half that are smaller than this are due to the rounding of floating-point numbers
 
 

@@ -36,7 +36,8 @@ class Laser:
 
     def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
         rank = min(shape)
-        return stretch(math.floor(self.keep * rank + 1e-9), rank)  # with the 1e-9, 0.29 of 100 is 29 in spite of rounding
+        # With the 1e-9, 0.29 of 100 is 29 in spite of rounding.
+        return stretch(math.floor(self.keep * rank + 1e-9), rank)
 
 
 @dataclass
