@@ -47,8 +47,9 @@ class MeasuredMetric:
     @property
     def note(self) -> str | None:
         """What a reader must know of the primary metric's baseline, see `bos_note`."""
-        known = self.primary and self.baseline is not None
-        return bos_note(self.task, json.loads(self.baseline["protocol"])) if known else None
+        if self.baseline is None or not self.primary:
+            return None
+        return bos_note(self.task, json.loads(self.baseline["protocol"]))
 
 
 def is_baseline(metrics: pandas.DataFrame) -> pandas.Series[bool]:
