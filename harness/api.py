@@ -284,7 +284,7 @@ class Model:
         >>> with model.ablated("mlp", sh.regions.small(0.1), blocks=[1]) as removed:
         ...     logits = module(tokens).logits
         >>> removed.n_removed, removed.n_values
-        (9, 72)
+        (6, 72)
         """
         if edit not in ("weight", "branch"):
             raise InputError(f"edit: {edit!r} is wrong; use weight or branch")

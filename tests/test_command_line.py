@@ -138,8 +138,11 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
     depends on the singular values. Written out anew, without the harness."""
     by, listed = said["by"], {}
 
+    def nearest(fraction: float) -> int:
+        return round(32 * fraction)  # no boundary of a region in conf/ is a half
+
     def fraction(start: float, stop: float) -> slice | None:
-        return slice(int(32 * start + 1e-9), int(32 * stop + 1e-9)) if by == "fraction" else None
+        return slice(nearest(start), nearest(stop)) if by == "fraction" else None
 
     for kind in said.get("kinds", []):
         for value in said["values"]:
@@ -154,8 +157,10 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
             listed[f"interval {text}"] = (by, "interval", fraction(float(start), float(stop)))
     for number in said.get("deciles", []):
         part = ((number - 1) / 10, number / 10)
-        where = slice(*(int(32 * bound + 1e-9) for bound in part))
+        where = slice(*(nearest(bound) for bound in part))
         listed[f"decile {number} ({part[0]:.1f}-{part[1]:.1f})"] = (by, "decile", where)
+    for share in said.get("keep", []):
+        listed[f"laser {share:g}"] = (by, "small", slice(int(32 * share), 32))
     for kind in said.get("mp", []):
         label = f"mp {kind} {said['estimator']}" + " tracy_widom" * said["tracy_widom"]
         listed[label] = (by, kind, None)

@@ -68,8 +68,9 @@ STUDIES = (
     ), CELLS),
     Small("LASER search", (
         "search", *MODEL, "target=mlp_matrix", "target.blocks=[1,3]", "target.layer_types=[up_proj,down_proj]",
-        "region=laser", "region.values=[0.1,0.9]", "task=[ioi,text]", *TEXT, *IOI, "tasks.ioi.selection_share=0.5",
-        "tasks.ioi.limit=40", "tasks.text.limit=4", "search.metrics=[accuracy,logit_difference,logprob]",
+        "region=fraction", "region.kinds=[small]", "region.values=[0.1,0.9]", "task=[ioi,text]", *TEXT, *IOI,
+        "tasks.ioi.selection_share=0.5", "tasks.ioi.limit=40", "tasks.text.limit=4",
+        "search.metrics=[accuracy,logit_difference,logprob]",
         "search.choice=compare", "search.report_limit=60", "search.gradient_examples=20", "search.compose=greedy",
         "search.control_seeds=[0,1]",
     ), SEARCH),

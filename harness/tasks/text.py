@@ -1,16 +1,19 @@
 """Perplexity of any text: the rows are joined, the text is tokenised once, and the tokens are cut into windows.
 
 The windows are those of the guide of transformers to the perplexity of fixed-length models: window k begins at token
-k * stride. With stride = window they do not overlap, and the first token of each window, which has no context, is not
-scored. With stride < window each window scores only the tokens that the window before it does not contain. Every token
-but the first of the text is then scored exactly once, with at least window - stride tokens of context. The last window
-may be shorter. No special token is added, so that the text is the published one and nothing else.
+k * stride and holds `window` tokens of the text, the last one perhaps fewer. With stride < window each window scores
+only the tokens that the window before it does not contain, with at least window - stride tokens of context.
 
-Words and bytes are counted as lm-eval counts them, by len(re.split(r"\\s+", text)) and len(text.encode()). Each window
-counts the text from the end of the window before it to its own end, so that the counts of all windows sum exactly to
-the count of the text that they cover. With stride = window the first token of a window is counted and not scored, and
-the values per word and per byte are too low by about one part in `window`. An overlap of one token
-(stride = window - 1) removes this error.
+If the tokenizer begins a text with a BOS token, every window begins with it, because most such models were never
+trained without it. The BOS token is context for the first token of the window, so that every token of the text is
+scored exactly once. Without BOS, the first token of a window has no context if the windows do not overlap, and is not
+scored; if they do, only the first token of the text is not scored. No other special token is added.
+
+Words and bytes are counted as lm-eval counts them, by len(re.split(r"\\s+", text)) and len(text.encode()), but only
+those of the tokens that are scored. Every character belongs to one token: spaces that a tokenizer puts into no token
+belong to the token after them, and a character of several tokens to the first of them. A word belongs to the token with
+its first character, and the whitespace before a word is part of the word. The counts of all windows therefore sum
+exactly to those of the scored text, and to those of the whole text if every token is scored.
 """
 
 from __future__ import annotations
@@ -23,8 +26,15 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from harness.errors import InputError
-from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
+from harness.errors import InputError, wrong
+from harness.evaluation.requests import (
+    ExampleScores,
+    PreparedTask,
+    ScoredTask,
+    Scores,
+    TaskContext,
+    continuation_request,
+)
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
 from harness.tasks.settings import DataTask, LimitedTask
@@ -40,42 +50,52 @@ class TextTask(DataTask, LimitedTask):
     separator: str = "\n\n"
     window: Annotated[int, at_least(2)] | None = None  # tokens; null: the smaller of 2048 and the model's context
     stride: Annotated[int, at_least(1)] | None = None  # tokens; null: window (no overlap)
+    # Whether every window begins with BOS. auto: as the tokenizer begins a text; true: with EOS if there is no BOS.
+    bos: bool | str = "auto"
     kind: ClassVar[str] = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bos not in ("auto", True, False):
+            raise wrong("bos", self.bos, "use auto, true or false")
 
     def prepare(self, name: str, context: TaskContext) -> PreparedTask:
         """Return the task with one request and one example for each window.
 
         Metrics: token_perplexity, nll (nats per token), word_perplexity, byte_perplexity, bits_per_byte. Lower is
         better for all of them.
-        Raises InputError if the window is longer than the model's context, the stride is longer than the window, or the
-        text has fewer than two tokens, and as `DataSource.rows` does.
+        Raises InputError if the window is longer than the model's context, the stride is longer than the window, no
+        token is left to score, or the tokenizer has no token that could begin a window, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
         window, stride = _window_and_stride(name, self, context.context_length)
+        prefix = _prefix(name, context.tokenizer, self.bos)
         found = self.rows(f"tasks.{name}", [self.column])
         text = self.separator.join(row[self.column] for row in found)
         if not text.strip():
             raise InputError(f"tasks.{name}: column {self.column!r} holds no text in any row")
-        tokens, starts, exact = _tokenise(context.tokenizer, text)
-        if len(tokens) < 2:
-            raise InputError(f"tasks.{name}: the text has {len(tokens)} tokens; at least 2 are needed")
+        if prefix:  # a text that already begins with this token gets no second one
+            text = text.removeprefix(context.tokenizer.decode(prefix))
+        tokens, edges, exact = _tokenise(context.tokenizer, text)
+        least = 1 if prefix else 2
+        if len(tokens) < least:
+            raise InputError(f"tasks.{name}: the text has {len(tokens)} tokens; at least {least} are needed")
 
-        spans = list(windows(len(tokens), window, stride))[: self.limit]
+        spans = list(windows(len(tokens), window, stride, bool(prefix)))[: self.limit]
         requests = [
-            Request(tokens[begin : end - 1], np.arange(first - 1, end - 1) - begin, tokens[first:end])
+            continuation_request([*prefix, *tokens[begin:first]], list(tokens[first:end]))
             for begin, first, end in spans
         ]
-        # Each window counts the text from the end of the window before it, so that no text is counted twice.
-        edges = starts[[0, *(end for _, _, end in spans)]]
+        scored = edges[[(first, end) for _, first, end in spans]]
         counts = {
             "tokens": np.array([len(request.targets) for request in requests], dtype=np.float64),
-            "words": np.diff(_words_before(text)[edges]).astype(np.float64),
-            "bytes": np.diff(_bytes_before(text)[edges]).astype(np.float64),
+            "words": np.diff(_words_before(text)[scored])[:, 0].astype(np.float64),
+            "bytes": np.diff(_bytes_before(text)[scored])[:, 0].astype(np.float64),
         }
         for unit, count in counts.items():
             if not count.sum() > 0:
-                raise InputError(f"tasks.{name}: the text has no {unit}")
-        covered = text[: edges[-1]]
+                raise InputError(f"tasks.{name}: the text that is scored has no {unit}; use a longer text")
+        covered = text[: scored[-1, 1]]
         protocol = {
             "data": self.source(),
             "column": self.column,
@@ -83,7 +103,7 @@ class TextTask(DataTask, LimitedTask):
             "digest": data.digest([covered]),
             "window": window,
             "stride": stride,
-            "bos": False,
+            **({"bos": True, "prefix_token": prefix[0]} if prefix else {"bos": False}),
             "n_windows": len(spans),
             "n_tokens": int(counts["tokens"].sum()),
             "n_words": int(counts["words"].sum()),
@@ -108,12 +128,15 @@ class TextTask(DataTask, LimitedTask):
         return ScoredTask(name, protocol, requests, [str(i) for i in range(len(spans))], measure)
 
 
-def windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, first, end) of each window: it contains tokens begin..end-1 and scores tokens first..end-1."""
+def windows(n_tokens: int, window: int, stride: int, prefixed: bool) -> Iterator[tuple[int, int, int]]:
+    """Yield (begin, first, end) of each window: it contains tokens begin..end-1 and scores tokens first..end-1.
+
+    prefixed: whether a further token precedes each window, so that its first token has context.
+    """
     covered = 0
     for begin in range(0, n_tokens, stride):
         end = min(begin + window, n_tokens)
-        first = max(covered, begin + 1)
+        first = max(covered, begin if prefixed else begin + 1)
         if first < end:
             yield begin, first, end
         covered = end
@@ -131,26 +154,36 @@ def _window_and_stride(name: str, task: TextTask, context_length: int) -> tuple[
     return window, stride
 
 
-def _tokenise(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return the tokens, the character at which each token begins, and whether these characters are exact.
+def _prefix(name: str, tokenizer: Any, bos: bool | str) -> list[int]:
+    """Return the token that precedes every window, as a list of one or none."""
+    if not (tokenization.adds_bos(tokenizer) if bos == "auto" else bos):
+        return []
+    try:
+        return [tokenization.prefix_token(tokenizer)]
+    except InputError:
+        raise InputError(f"tasks.{name}.bos: true needs a BOS or an EOS token, and the tokenizer has neither") from None
 
-    The tokens are int64 [n]. The characters are int64 [n + 1], and the last is the length of the text. They are exact
-    for a fast tokenizer. A slow tokenizer has no offsets, so the lengths of its decoded tokens are scaled to the length
-    of the text: this may count a word or a byte in the neighbouring window, but does not change the sums.
+
+def _tokenise(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return the tokens, the edges between their characters, and whether the edges are exact.
+
+    The tokens are int64 [n], the edges int64 [n + 1]: token i has the characters edges[i] to edges[i + 1] - 1 of the
+    text. They are exact for a fast tokenizer. A slow tokenizer has no offsets, so the lengths of its decoded tokens are
+    scaled to the length of the text: a word or a byte may then be counted with the neighbouring token.
     """
     exact = bool(getattr(tokenizer, "is_fast", False))
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=exact, verbose=False)
     tokens = np.asarray(encoding["input_ids"], dtype=np.int64)
-    starts = np.zeros(len(tokens) + 1, dtype=np.int64)
+    edges = np.zeros(len(tokens) + 1, dtype=np.int64)
     if exact and len(tokens):
-        starts[:-1] = [begin for begin, _ in encoding["offset_mapping"]]
-        # Several tokens of one character share its offset, and an inserted token may have the offsets (0, 0).
-        starts[:-1] = np.maximum.accumulate(starts[:-1])
+        # Some tokenizers leave the spaces before a word out of the offsets of its token, so the ends are taken. An
+        # inserted token may have the offsets (0, 0), hence the maximum.
+        edges[1:] = np.maximum.accumulate([end for _, end in encoding["offset_mapping"]])
     elif len(tokens):
         lengths = np.cumsum([len(tokenizer.decode([token])) for token in tokens.tolist()])
-        starts[1:] = np.floor(lengths * (len(text) / max(1, lengths[-1])))
-    starts[0], starts[-1] = 0, len(text)
-    return tokens, starts, exact
+        edges[1:] = np.floor(lengths * (len(text) / max(1, lengths[-1])))
+    edges[-1] = len(text)
+    return tokens, edges, exact
 
 
 def _words_before(text: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from harness.spectral.regions import (
     Fraction,
     GavishDonoho,
     Index,
+    Laser,
     LowerBulk,
     MarchenkoPastur,
     Nothing,
@@ -33,9 +34,10 @@ from harness.spectral.regions import (
 )
 from harness.spectral.regions.decile import DecileRule
 from harness.spectral.regions.energy import EnergyRule
-from harness.spectral.regions.fraction import FractionRule
+from harness.spectral.regions.fraction import FractionRule, boundary
 from harness.spectral.regions.gavish_donoho import GavishDonohoRule
 from harness.spectral.regions.index import IndexRule, parse_slice
+from harness.spectral.regions.laser import LaserRule
 from harness.spectral.regions.marchenko_pastur import MarchenkoPasturRule
 from harness.spectral.regions.sizes import parse_interval
 
@@ -73,14 +75,58 @@ def test_large_and_the_complementary_small_partition(rank, size, by):
     assert picked(first, rank, sigma) + picked(rest, rank, sigma) == list(range(rank))
 
 
-def test_fraction_floors_as_one_would_by_hand():
-    # The naive int(0.29 * 100) is 28; LASER's int(1600 * (10 - 9.9) * 0.1) is 15.
+@settings(max_examples=200, deadline=None)
+@given(rank=st.integers(1, 5000), thousandths=st.integers(1, 1000))
+def test_large_and_small_of_one_size_have_equally_many_values(rank, thousandths):
+    """Thousandths, because halves and exact multiples are among them. An odd rank has no half."""
+    size = thousandths / 1000
+    both = [len(picked(make(size), rank)) for make in (large, small)]
+    assert both[0] == both[1] or (size == 0.5 and rank % 2 == 1 and both == [rank // 2, rank // 2 + 1])
+    assert abs(both[0] - thousandths * rank / 1000) <= 0.5
+    middle = picked(bulk(size), rank)
+    assert abs(len(middle) - both[0]) <= 1
+    if middle:
+        assert middle[0] == rank - 1 - middle[-1]  # equally many values are left at both ends
+    else:
+        assert size * rank < 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(rank=st.integers(1, 5000), fractions=st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_boundaries_are_symmetric_and_in_order(rank, fractions):
+    found = [boundary(fraction, rank) for fraction in sorted(fractions)]
+    assert found == sorted(found) and (boundary(0, rank), boundary(1, rank)) == (0, rank)
+    for fraction in fractions:
+        halved = rank % 2 == 1 and abs(fraction - 0.5) * rank < 1e-8  # half of an odd rank
+        assert boundary(fraction, rank) + boundary(1 - fraction, rank) == rank - halved
+
+
+@settings(max_examples=60, deadline=None)
+@given(rank=st.integers(1, 5000), number=st.integers(1, 5))
+def test_deciles_are_symmetric(rank, number):
+    counts = [len(picked(Decile(d), rank)) for d in (number, 11 - number)]
+    assert counts[0] == counts[1] or (number == 5 and rank % 2 == 1 and counts[1] == counts[0] + 1)
+
+
+def test_fractions_are_rounded_as_one_would_by_hand():
+    # The naive int(0.29 * 100) is 28.
     assert len(picked(large(0.29), 100)) == 29
-    assert len(picked(large(0.01), 1600)) == 16
+    assert [len(picked(make(0.1), 256)) for make in (large, bulk, small)] == [26, 26, 26]  # 25.6
     assert picked(small(0.1), 10) == [9]
     assert picked(bulk(0.2), 10) == [4, 5]
+    assert picked(bulk(0.1), 10) == [4, 5]  # 4.5 and 5.5: halves are rounded towards the ends
+    assert picked(small(0.05), 10) == []  # 9.5
     assert picked(large(1.0), 7) == picked(bulk(1.0), 7) == list(range(7))
     assert picked(large(0.01), 20) == []
+
+
+@pytest.mark.parametrize(("rank", "share", "kept"), [
+    (4096, 0.01, 40), (4096, 0.05, 204), (4096, 0.1, 409), (4096, 0.9, 3686), (768, 0.1, 76), (768, 0.9, 691),
+    (1600, 0.01, 16), (100, 0.29, 29), (32, 0.01, 0),
+])
+def test_laser_keeps_the_floor_of_its_share(rank, share, kept):
+    """Its paper writes floor(rho * max_rank). Its code has int(1600 * (10 - 9.9) * 0.1), which is 15."""
+    assert picked(Laser(share), rank) == list(range(kept, rank))
 
 
 def test_decile_one_is_the_largest():
@@ -182,7 +228,7 @@ def test_fraction_interval():
 def test_labels_differ():
     sizes = [size(f, by) for size in (large, bulk, small) for f in (0.1, 0.3, 1) for by in ("fraction", "energy")]
     others = [Decile(d) for d in range(1, 11)]
-    others += [Nothing(), Index(0, 4), Index(None, 4), Index(-4, None), interval(0.1, 0.3)]
+    others += [Laser(0.1), Nothing(), Index(0, 4), Index(None, 4), Index(-4, None), interval(0.1, 0.3)]
     controls = [make(region, seed) for region in sizes for seed in (0, 1) for make in (Random, EnergyMatched)]
     labels = [region.label for region in sizes + others + controls]
     assert len(set(labels)) == len(labels)
@@ -199,6 +245,9 @@ def test_bad_parameters():
             region_type.of_size("middle", 0.1)
         with pytest.raises(ValueError, match="unknown region kind 'middle' by .*: use large, bulk, small, interval"):
             region_type("middle", 0.0, 0.1)
+    for share in (-0.1, 1, float("nan")):
+        with pytest.raises(ValueError, match="must lie in"):
+            Laser(share)
     for make in (large, bulk, small):
         with pytest.raises(ValueError, match="by fraction or by energy, not by 'rate'"):
             make(0.1, "rate")
@@ -212,7 +261,7 @@ def test_bad_parameters():
 
 REGIONS = [
     large(0.1), bulk(0.3), small(1), interval(0.2, 0.35), large(0.9, "energy"), interval(0.0, 0.5, "energy"),
-    Decile(1), Decile(10), Index(0, 16), Index(None, 4), Index(-8, None),
+    Decile(1), Decile(10), Laser(0.1), Laser(0), Index(0, 16), Index(None, 4), Index(-8, None),
     *(MarchenkoPastur(kind, estimator, margin) for kind in ("above", "inside", "below")
       for estimator, margin in (("gavish_donoho", False), ("bulk_fit", True))),
     GavishDonoho("above"), GavishDonoho("below"),
@@ -239,7 +288,7 @@ def test_every_region_is_read_back_from_plain_values():
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"by": "rate", "kind": "large"}, "'rate' is not a region rule; use one of fraction, decile, index, energy, mp"),
+    ({"by": "rate", "kind": "large"}, "'rate' is not a region rule; use one of fraction, decile, index, laser, energy"),
     ({"by": "fractoin", "kind": "large"}, "'fractoin' is not a region rule; did you mean 'fraction'"),
     ({"by": "control", "kind": "shuffled"}, "'shuffled' is not a control; known are random, energy_matched"),
     ({"by": "control", "kind": "random", "seed": 0, "reference": {"by": "rate", "kind": "x"}}, "'rate' is not a"),
@@ -258,6 +307,7 @@ def test_rules_list_their_regions():
     assert FractionRule([], [], ["0.2:0.5"]).regions() == [interval(0.2, 0.5)]
     assert EnergyRule(["large"], [0.9], ["0.9:"]).regions() == [large(0.9, "energy"), interval(0.9, 1, "energy")]
     assert DecileRule().regions() == [Decile(d) for d in range(1, 11)]
+    assert LaserRule().regions()[:2] == [Laser(0.9), Laser(0.8)]
     assert IndexRule(["0:16", "-8:-0"]).regions() == [Index(0, 16), Index(-8, None)]
     assert MarchenkoPasturRule(["above"], "usvt", True).regions() == [MarchenkoPastur("above", "usvt", True)]
     assert [region.kind for region in MarchenkoPasturRule().regions()] == ["above", "inside", "below"]
@@ -273,6 +323,8 @@ def test_rules_list_their_regions():
     (lambda: EnergyRule(intervals=["half"]), "^intervals: interval 'half' is not start:stop with numbers$"),
     (lambda: DecileRule([]), r"^deciles: \[\] is wrong; region.by=decile needs at least one"),
     (lambda: DecileRule([1, 11]), "^deciles: 11 is wrong; deciles are 1 .the largest tenth. to 10"),
+    (lambda: LaserRule([]), r"^keep: \[\] is wrong; region.by=laser needs at least one"),
+    (lambda: LaserRule([0.1, 1]), "^keep: 1 is wrong; a share of the rank that is kept must be at least 0 and below 1"),
     (lambda: IndexRule(), r"^intervals: \[\] is wrong; region.by=index needs at least one"),
     (lambda: IndexRule(["0.5:1"]), "^intervals: interval '0.5:1' is not start:stop with whole numbers$"),
     (lambda: IndexRule(["4:4"]), "^intervals: index region 4:4 is empty"),

@@ -81,6 +81,25 @@ def test_pseudo_perplexity_is_the_mean_loss_of_tokens_masked_in_turn(model_type:
     assert task.example_of.tolist() == [0] * 7 + [1] * 7 + [2] * 4
 
 
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("adds", [True, False])
+def test_special_tokens_are_those_that_the_tokenizer_adds(model_type: str, adds: bool, tmp_path) -> None:
+    """BOS included, for a decoder with a classification head."""
+    of_model = context(tiny_classifier(model_type), model_type)
+    if not adds:
+        of_model.tokenizer.backend_tokenizer.post_processor = None
+    rows = write(tmp_path / "rows.jsonl", [{"sentence": "the cat sat", "label": 1}])
+    task = ClassificationTask(data_files=rows).prepare("t", of_model)
+    words = of_model.tokenizer.convert_tokens_to_ids(["the", "cat", "sat"])
+    before, after = {"bert": ([1], [2]), "roberta": ([1], [2]), "llama": ([1], [])}[model_type] if adds else ([], [])
+    assert task.requests[0].tokens.tolist() == [*before, *words, *after]
+    if model_type != "llama":
+        masked = MaskedTask(data_files=rows, column="sentence").prepare("t", of_model)
+        mask = of_model.tokenizer.mask_token_id
+        assert masked.requests[1].tokens.tolist() == [*before, words[0], mask, words[2], *after]
+        assert len(masked.requests) == 3
+
+
 def test_rows_longer_than_the_window_are_cut_into_pieces(tmp_path) -> None:
     model = tiny_model("bert")
     task = MaskedTask(data_files=texts(tmp_path), window=6).prepare("masked", context(model, "bert"))

@@ -64,6 +64,18 @@ def test_id_0_is_a_prefix_and_eos_stands_in():
     assert tokenization.prefix_token(tokenizer) == tokenizer.eos_token_id == 1
 
 
+@pytest.mark.assets
+def test_adds_bos_is_what_the_tokenizer_does_and_not_what_its_flag_says(assets):
+    from transformers import AutoTokenizer
+
+    llama, gpt2, neox = "models/stories260K", "data/tokenizers/gpt2", "data/tokenizers/gpt_neox_20b"
+    for name, given, adds in ((llama, {}, True), (llama, {"add_bos_token": False}, False), (gpt2, {}, False),
+                              (gpt2, {"add_bos_token": True}, True), (neox, {}, False)):
+        tokenizer = AutoTokenizer.from_pretrained(assets / name, **given)
+        assert tokenization.adds_bos(tokenizer) is adds, (name, given)
+    assert AutoTokenizer.from_pretrained(assets / llama).add_bos_token is False  # of transformers 5
+
+
 def test_long_contexts_lose_their_beginning():
     found = tokenization.request([1, 2, 3, 4], [5, 6], 3)
     assert (found.tokens.tolist(), found.positions.tolist(), found.targets.tolist()) == ([3, 4, 5], [1, 2], [5, 6])

@@ -13,6 +13,7 @@ import torch
 from harness.evaluation.requests import DirectTask
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.costs import edit_flops
+from harness.measurements.ablation.summary import bos_note
 from harness.measurements.ablation.units import Study
 from harness.models.loading import TORCH_DTYPES, pick_device
 from harness.spectral.ablation import edit
@@ -140,6 +141,8 @@ def describe_study(study: Study) -> str:
             continue
         tokens = sum(len(request.tokens) for request in task.requests)
         lines.append(f"task {name}: {len(task.example_ids)} examples, {len(task.requests)} requests, {tokens} tokens")
+        if note := bos_note(name, task.protocol):
+            lines.append(f"task {name}: {note}")
     of_task = Counter(cell.task for cell in study.units)
     lines.append(f"cells {len(study.units)}: " + ", ".join(f"{name} {count}" for name, count in of_task.items()))
     saved = 1 - cost.resumed / cost.plain if cost.plain else 0.0

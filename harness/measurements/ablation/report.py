@@ -122,6 +122,7 @@ def terminal_summary(
         lines += ["", f"{one.task}: {one.metric} ({_better(one)})"]
         if one.baseline is not None:
             lines.append(f"  baseline {plus_minus(one.baseline['value'], one.baseline['stderr'])}")
+            lines += [f"  {one.note}"] if one.note else []
         if one.control is not None:
             lines.append(f"  control: {_control(one.control)}")
         if len(one.cells) == 0:
@@ -203,7 +204,7 @@ def _markdown(
         if one.baseline is not None:
             baseline = plus_minus(one.baseline["value"], one.baseline["stderr"])
             over = "" if is_missing(one.baseline["n"]) else f" over {int(one.baseline['n'])} examples"
-            lines += [f"Baseline: **{baseline}**{over}.", ""]
+            lines += [f"Baseline: **{baseline}**{over}{f'; {one.note}' if one.note else ''}.", ""]
         if one.control is not None:
             lines += [f"Control: {_control(one.control)}.", ""]
         if len(one.cells):

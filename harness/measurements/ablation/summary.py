@@ -5,7 +5,9 @@ All functions take the DataFrame that `read_metrics` returns, or a part of it.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,13 @@ from harness.tables.text import is_missing, layer_key
 
 if TYPE_CHECKING:
     import pandas
+
+
+def bos_note(task: str, protocol: Mapping[str, Any]) -> str | None:
+    """Return a sentence if the windows of a text begin with BOS, which changes what a perplexity means; else None."""
+    if not (protocol.get("window") and protocol.get("bos")):
+        return None
+    return f"every window begins with BOS, token {protocol['prefix_token']} (tasks.{task}.bos)"
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,13 @@ class MeasuredMetric:
     baseline: pandas.Series | None
     control: pandas.Series | None
     cells: pandas.DataFrame
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know of the primary metric's baseline, see `bos_note`."""
+        if self.baseline is None or not self.primary:
+            return None
+        return bos_note(self.task, json.loads(self.baseline["protocol"]))
 
 
 def is_baseline(metrics: pandas.DataFrame) -> pandas.Series[bool]:

@@ -17,6 +17,7 @@ from harness.spectral.regions.energy import Energy
 from harness.spectral.regions.fraction import Fraction
 from harness.spectral.regions.gavish_donoho import GavishDonoho
 from harness.spectral.regions.index import Index
+from harness.spectral.regions.laser import Laser
 from harness.spectral.regions.marchenko_pastur import MarchenkoPastur
 from harness.spectral.regions.region import Region, fraction_interval, select
 from harness.spectral.regions.rules import RULES, RegionRule, from_plain, to_plain
@@ -67,6 +68,7 @@ __all__ = [
     "Fraction",
     "GavishDonoho",
     "Index",
+    "Laser",
     "LowerBulk",
     "MarchenkoPastur",
     "Nothing",

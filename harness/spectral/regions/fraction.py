@@ -1,7 +1,10 @@
 """Regions by fraction of the rank: the largest, the middle or the smallest values, or any interval.
 
-A fraction f of the rank r stands for the position floor(f r + 1e-9), whether a region begins or ends there. Adjacent
-regions therefore neither overlap nor leave a gap.
+A fraction f of the rank r stands for the position `boundary(f, r)`, whether a region begins or ends there. Adjacent
+regions therefore neither overlap nor leave a gap. The positions are symmetric, boundary(1 - f) = r - boundary(f), so
+that "large" and "small" of one size have equally many values. The one exception is half of an odd rank, of which the
+smaller values get one more. "bulk" may have one value more or fewer than "large" and "small" of its size, because it
+leaves equally many at both ends.
 """
 
 from __future__ import annotations
@@ -15,10 +18,17 @@ from torch import Tensor
 from harness.spectral.regions.region import stretch
 from harness.spectral.regions.sizes import SizedRule, check_sized, short, size_bounds
 
+TIE = 1e-9  # distances from a half that are smaller than this are due to the rounding of floating-point numbers
+
 
 def boundary(fraction: float, rank: int) -> int:
-    """Return the position at a fraction of the rank. With the 1e-9, 0.29 of 100 is 29 in spite of rounding."""
-    return math.floor(fraction * rank + 1e-9)
+    """Return the position at a fraction of the rank, which is the whole number nearest to fraction * rank.
+
+    A half is rounded towards the nearer end of the spectrum. A region of a size of at least one value is therefore
+    never empty, not even in the middle. Half of an odd rank is rounded down.
+    """
+    exact = fraction * rank
+    return math.ceil(exact - 0.5 - TIE) if exact <= rank / 2 + TIE else math.floor(exact + 0.5 + TIE)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ def test_the_plan_in_words(folder, tmp_path) -> None:
     text = describe_study(plan(_settings(folder, tmp_path)))
     assert "saved by resuming at the edited block" in text and "8 decompositions" in text
     assert "GFLOP/s as measured now" in text and "MiB for the stream at one boundary" in text
+    assert "BOS" not in text
+    settings = _settings(folder, tmp_path)
+    settings.tasks["text"].bos = True
+    assert "task text: every window begins with BOS, token 0 (tasks.text.bos)" in describe_study(plan(settings))
 
 
 def test_bytes_of_the_stream_are_those_that_the_scorer_keeps(folder, tmp_path) -> None:

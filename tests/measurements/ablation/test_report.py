@@ -91,6 +91,18 @@ def test_small_study_is_printed_whole():
     assert "10 ablations, 1 baseline, 0 failed" in text
 
 
+def test_a_report_says_where_windows_begin_with_bos(tmp_path):
+    rows = study_rows(targets("all", 2), deciles())
+    write_rows(tmp_path, rows)
+    path, said = run_report(tmp_path, figures=False)
+    assert "BOS" not in said and "BOS" not in path.read_text()
+    with_bos = tmp_path / "with"
+    write_rows(with_bos, [{**row, "protocol": '{"bos": true, "prefix_token": 1, "window": 128}'} for row in rows])
+    path, said = run_report(with_bos, figures=False)
+    for text in (said, path.read_text()):
+        assert text.count("every window begins with BOS, token 1 (tasks.text.bos)") == 1
+
+
 def test_report_files(tmp_path):
     rows = study_rows(targets("matrix", 3), sized((0.1,)), (("accuracy", True), ("margin", True)), task="ioi")
     write_rows(tmp_path, rows)

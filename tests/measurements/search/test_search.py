@@ -411,7 +411,7 @@ def test_bad_searches_are_one_line(assets, prompts, tmp_path, capsys):
 ])
 def test_the_experiments_run(assets, tmp_path, name, tasks):
     settings = [f"experiment={name}", f"model.name={assets / 'models/stories260K'}", "target.blocks=[4]",
-                "target.layer_types=[down_proj]", "region.values=[0.9]", "search.report_limit=4",
+                "target.layer_types=[down_proj]", "region.keep=[0.1]", "search.report_limit=4",
                 "search.control_seeds=[0]", "tasks.wikitext.window=64", f"output={tmp_path / 's'}"]
     for task, file in tasks.items():
         settings += [f"tasks.{task}.data_files={assets / 'data' / file}.jsonl", f"tasks.{task}.limit=4"]
