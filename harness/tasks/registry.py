@@ -116,7 +116,7 @@ def prepare_task(name: str, task: Task, context: TaskContext) -> PreparedTask:
         fed = [getattr(request, part) for request in prepared.requests for part in asked.split()]
     else:
         fed = list(prepared.inputs)
-    for tokens in fed:
+    for tokens in fed if context.tokenizer is not None else ():
         tokenization.require_embedded(name, tokens, context.model_config)
     if type(task).__module__.split(".")[0] == OURS:
         return prepared
