@@ -225,12 +225,13 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
         image = panel.imshow(grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
         panel.set_title("\n".join(textwrap.wrap(figure_text(region), max(14, 6 * len(types)))), fontsize="medium")
         under = i + columns >= len(regions)
-        names = [figure_text(one) for one in types] if under else [""] * len(types)
-        panel.set_xticks(range(len(types)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
-        step = math.ceil(len(blocks) / 20)
-        numbers = blocks[::step] if i % columns == 0 else [""] * len(blocks[::step])
-        panel.set_yticks(range(0, len(blocks), step), numbers, fontsize="small")
+        # Ticks take most of the time of a figure, so that only the panels at its left and lower edges have them.
+        names = [figure_text(one) for one in types] if under else []
+        panel.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
+        panel.set_yticks([])
         if i % columns == 0:
+            step = math.ceil(len(blocks) / 20)
+            panel.set_yticks(range(0, len(blocks), step), blocks[::step], fontsize="small")
             panel.set_ylabel("block")
         if grid.size <= 40:
             _annotate(panel, grid, colours, norm)

@@ -47,7 +47,7 @@ class MeasuredMetric:
     @property
     def note(self) -> str | None:
         """What a reader must know of the primary metric's baseline, see `bos_note`."""
-        if self.baseline is None or not self.primary:
+        if self.baseline is None or not self.primary or not isinstance(self.baseline["protocol"], str):
             return None
         return bos_note(self.task, json.loads(self.baseline["protocol"]))
 
