@@ -422,7 +422,13 @@ def deleted(file: Path, content: bytes) -> None:
 CHANGES = {"in place": in_place, "replaced": replaced, "truncated": truncated, "deleted": deleted}
 
 
-@pytest.mark.parametrize("change", CHANGES)
+def faults(when: str) -> list:
+    """Every way to change a file, each as a row of experiments/faults."""
+    return [pytest.param(change, marks=pytest.mark.fault(f"weights {how} {when}"))
+            for change, how in zip(CHANGES, ("overwritten in place", "replaced", "truncated", "deleted"))]
+
+
+@pytest.mark.parametrize("change", faults("while a study runs"))
 def test_weights_that_change_while_a_study_runs(model, undisturbed, tmp_path, monkeypatch, change):
     """The rows are those of the weights that were planned, whatever happens to the file once it is loaded."""
     from harness.measurements.ablation.measure import CellRun
@@ -442,7 +448,7 @@ def test_weights_that_change_while_a_study_runs(model, undisturbed, tmp_path, mo
     assert (rows[0].value == rows[1].value).all() and (rows[0].cell_id == rows[1].cell_id).all()
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", faults("between the digest and the load, and then restored"))
 def test_weights_that_change_between_the_digest_and_the_load(model, undisturbed, tmp_path, monkeypatch, change):
     text, file, real = undisturbed.parent / "text.txt", model / WEIGHTS, pretrained.read_state
     before = file.read_bytes()
@@ -460,6 +466,7 @@ def test_weights_that_change_between_the_digest_and_the_load(model, undisturbed,
     assert not list((tmp_path / "study").rglob("*.parquet"))
 
 
+@pytest.mark.fault("weights overwritten in place while spectra stream them")
 def test_weights_that_change_while_spectra_stream_them(model, tmp_path, monkeypatch):
     from harness.measurements.spectra import measure
     from harness.measurements.spectra.tables import read_spectra
@@ -482,6 +489,7 @@ def test_weights_that_change_while_spectra_stream_them(model, tmp_path, monkeypa
     assert (rows.frobenius_norm == right.frobenius_norm[rows.index]).all()
 
 
+@pytest.mark.fault("weights that change in memory during a run")
 def test_weights_that_change_in_memory_make_every_row_of_the_run_an_error(model, undisturbed, tmp_path, monkeypatch):
     """As a fault of this program or of the memory would do it."""
     from harness.measurements.ablation.measure import CellRun
@@ -508,6 +516,7 @@ def test_weights_that_change_in_memory_make_every_row_of_the_run_an_error(model,
     assert (rows[0].value == rows[1].value).all()
 
 
+@pytest.mark.fault("weights overwritten that an index names in a subfolder")
 def test_weights_of_an_index_in_a_subfolder_count(model):
     """Every file that the loader opens is part of the identity."""
     (model / "parts").mkdir()

@@ -232,7 +232,10 @@ def changed(base: dict[str, Any], change: Callable[[World], Any], digest: Callab
     return digest(world)
 
 
-@pytest.mark.parametrize(("base", "change"), [(b, c) for b, _, c in CHANGES], ids=[name for _, name, _ in CHANGES])
+@pytest.mark.parametrize(("base", "change"), [
+    pytest.param(base, change, id=name, marks=pytest.mark.fault(f"a task of lm-eval is changed: {name}"))
+    for base, name, change in CHANGES
+])
 def test_what_makes_a_number_changes_the_digest(base, change, known, digest) -> None:
     assert changed(base, change, digest) != before(base, known, digest)
 

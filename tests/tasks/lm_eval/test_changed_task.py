@@ -59,6 +59,7 @@ RUN = [
 
 
 @pytest.mark.assets
+@pytest.mark.fault("the filter of a task that generates is changed between two runs")
 def test_a_changed_filter_makes_other_cells(place, capsys) -> None:
     def baseline(folder: str) -> float:
         table = read_metrics(place / folder)
@@ -84,6 +85,7 @@ def test_a_changed_filter_makes_other_cells(place, capsys) -> None:
 
 
 @pytest.mark.assets
+@pytest.mark.fault("generation_config.json is changed between two runs")
 def test_generation_config_is_known_before_weights_and_changes_the_cells(place, capsys) -> None:
     """As transformers applies it, and a module whose settings changed after its task was prepared is refused."""
     asked = LmEvalTask(task="say", include_path="tasks", data_files={"test": "rows.jsonl"})
