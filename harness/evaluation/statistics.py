@@ -78,7 +78,65 @@ def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
         value_b, influence_b = _value_and_influence(score_b, weight, baseline.transform)
         delta = value_a - value_b
         stderr = _stderr(influence_a - influence_b)
-    return Delta(delta, stderr, _p_value(delta, stderr, len(weight)))
+    return Delta(delta, stderr, _p_value(delta, stderr, len(weight) - 1))
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """By how much a model is better or worse than what a random control gives.
+
+    delta: its metric minus the mean of those of the draws, in the metric's own unit. p_value: two-sided, of the
+    hypothesis that the model is one more draw. spread: the standard deviation of the metrics of the draws. p_value and
+    spread are None for fewer than two draws, and p_value is None for a single example.
+    """
+
+    delta: float
+    p_value: float | None
+    spread: float | None
+
+
+def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advantage:
+    """Compare a model with draws of a random control on the same examples, such that the result holds for a new draw.
+
+    There are two sources of chance, the draws and the examples (Clark, Journal of Verbal Learning and Verbal Behavior
+    12, 1973), and both are random effects. The metric of draw j is mu + b_j + e_j, where b_j has the variance tau^2 and
+    e_j, the error from the examples, the variance w apart from what all draws have in common. Under the hypothesis the
+    model is draw m + 1. Its metric minus the mean of the m draws then has the variance (tau^2 + w) (1 + 1/m), which is
+    that of the prediction of a new draw (Higgins, Thompson and Spiegelhalter, JRSS-A 172, 2009). The sample variance
+    s^2 of the draws' metrics estimates tau^2 + w, so that delta / (s sqrt(1 + 1/m)) has Student's t with m - 1 degrees
+    of freedom (Crawford and Howell, The Clinical Neuropsychologist 12, 1998).
+
+    The examples also give estimates: of w from the differences between the draws, and of the variance v of delta over
+    examples. s^2 is taken to be at least w, and the part of v that exceeds w (1 + 1/m), because the model differs from
+    the draws on more examples than they do from each other, is added. The degrees of freedom are then those of
+    Satterthwaite (Biometrics 2, 1946). Where the draws differ by no more than their examples explain, p is larger than
+    necessary.
+
+    Raises ValueError as `paired` does, and if there are no draws.
+    """
+    if not draws:
+        raise ValueError("there are no draws to compare with")
+    pairs = [paired(model, draw) for draw in draws]
+    delta, m = float(np.mean([pair.delta for pair in pairs])), len(draws)
+    if m < 2:
+        return Advantage(delta, None, None)
+    spread = float(np.std([pair.delta for pair in pairs], ddof=1))
+    _, weight = _arrays(model)
+    inside = np.any([(weight != 0) | (scores.score != 0) for scores in (model, *draws)], axis=0)
+    own, *influences = (
+        _value_and_influence(scores.score[inside], weight[inside], scores.transform)[1] for scores in (model, *draws)
+    )
+    mean = np.mean(influences, axis=0)
+    of_delta = _stderr(own - mean)
+    if of_delta is None or math.isnan(delta):
+        return Advantage(delta, None if of_delta is None else math.nan, spread)
+    of_draws = sum((_stderr(psi - mean) or 0.0) ** 2 for psi in influences) / (m - 1)
+    freedom = len(mean) - 1
+    between = max(spread**2, of_draws) * (1 + 1 / m)
+    excess = max(of_delta**2 - of_draws * (1 + 1 / m), 0.0)
+    parts = between**2 / (m - 1 if spread**2 >= of_draws else freedom) + excess**2 / freedom
+    satterthwaite = (between + excess) ** 2 / parts if parts else freedom
+    return Advantage(delta, _p_value(delta, math.sqrt(between + excess), satterthwaite), spread)
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -123,7 +181,7 @@ def _stderr(influence: np.ndarray) -> float | None:
     return None if n < 2 else float(np.sqrt(np.square(influence).sum() / (n - 1) / n))
 
 
-def _p_value(delta: float, stderr: float | None, n: int) -> float | None:
+def _p_value(delta: float, stderr: float | None, freedom: float) -> float | None:
     if stderr is None:
         return None
     if math.isnan(delta) or math.isnan(stderr):
@@ -132,4 +190,4 @@ def _p_value(delta: float, stderr: float | None, n: int) -> float | None:
         return 1.0 if delta == 0 else 0.0
     from scipy.stats import t
 
-    return float(2 * t.sf(abs(delta / stderr), n - 1))
+    return float(2 * t.sf(abs(delta / stderr), freedom))

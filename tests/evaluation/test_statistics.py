@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.evaluation.requests import ExampleScores
-from harness.evaluation.statistics import estimate, holm, paired
+from harness.evaluation.statistics import Advantage, estimate, holm, over_new_draw, paired
 
 
 def _mean(score):
@@ -167,3 +167,53 @@ def test_holm_passes_over_what_was_not_tested():
     assert len(holm([])) == 0
     with pytest.raises(ValueError, match="0..1"):
         holm([0.5, 1.5])
+
+
+def _crossed(rng, n, m, between, within, own=1.0):
+    """A model and m draws of a control, of which the model is one more, on n examples of different difficulty.
+
+    between: the standard deviation of the draws' true metrics. within: that of their scores on one example. own: by how
+    much the model's scores vary more.
+    """
+    difficulty = rng.standard_normal(n)
+    scores = [difficulty + between * rng.standard_normal() + within * (own if j == 0 else 1) * rng.standard_normal(n)
+              for j in range(m + 1)]
+    return _mean(scores[0]), [_mean(score) for score in scores[1:]]
+
+
+@pytest.mark.parametrize(("m", "between", "within", "own"), [(3, 1.0, 1.0, 1.0), (10, 0.3, 1.0, 1.0), (10, 0.5, 1, 3)])
+def test_p_against_a_new_draw_is_uniform_if_the_model_is_one(m, between, within, own):
+    rng = np.random.default_rng([m, 1])
+    p = [over_new_draw(*_crossed(rng, 40, m, between, within, own)).p_value for _ in range(1000)]
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    # The paired test against the mean of the draws, which holds for these draws only, refutes what is true.
+    found = [_crossed(rng, 40, m, between, within, own) for _ in range(300)]
+    naive = [paired(model, _mean(np.mean([draw.score for draw in draws], axis=0))).p_value for model, draws in found]
+    assert np.mean(np.array(naive) < 0.05) > 0.1
+
+
+def test_p_against_a_new_draw_is_not_too_small_where_the_draws_do_not_differ():
+    rng = np.random.default_rng(5)
+    p = np.array([over_new_draw(*_crossed(rng, 40, 5, 0.0, 1.0)).p_value for _ in range(1000)])
+    for level in (0.01, 0.05, 0.2):
+        assert np.mean(p < level) < level + 3 * np.sqrt(level / 1000)
+    assert np.mean(p < 0.2) > 0.1
+
+
+def test_the_advantage_over_draws_on_so_many_examples_that_these_add_nothing_is_crawford_and_howells():
+    metrics, own, n = np.array([0.03, 0.077, 0.035, 0.05, 0.055, 0.0, 0.01, 0.012, 0.02, 0.011]), 0.082, 1_000
+    draws = [_mean(np.full(n, metric)) for metric in metrics]
+    found = over_new_draw(_mean(np.full(n, own)), draws)
+    t = (own - metrics.mean()) / (metrics.std(ddof=1) * np.sqrt(1.1))
+    assert found.delta == pytest.approx(own - metrics.mean())
+    assert found.spread == pytest.approx(metrics.std(ddof=1))
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(t, 9))
+
+
+def test_what_too_few_draws_or_examples_cannot_say():
+    model, draw = _mean([1.0, 2.0]), _mean([0.5, 1.0])
+    assert over_new_draw(model, [draw]) == Advantage(0.75, None, None)
+    assert over_new_draw(_mean([1.0]), [_mean([0.5]), _mean([0.0])]) == Advantage(0.75, None, np.std([0.5, 0], ddof=1))
+    assert over_new_draw(model, [model, model]) == Advantage(0.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="no draws"):
+        over_new_draw(model, [])
