@@ -5,6 +5,12 @@ Its standard error is that of the delta method. The influence of example i is ps
 The influences sum to zero, and the standard error is their sample standard deviation over sqrt(n). For a mean (w = 1)
 this is the usual standard error of the mean, and `paired` is the paired t-test. For ratio estimators see Cochran,
 Sampling Techniques, 3rd ed., chapter 6; the influences are those of the infinitesimal jackknife of Jaeckel (1972).
+
+Examples of one cluster (the windows of a document, the questions to a passage) are not independent. The influences are
+then summed within each of the G clusters, the variance of the metric is G / (G - 1) times the sum of the squares of
+these sums over n^2, and Student's t has G - 1 degrees of freedom (Cameron and Miller, A Practitioner's Guide to
+Cluster-Robust Inference, Journal of Human Resources 50, 2015). Where each example is its own cluster, this is the same
+as above.
 """
 
 from __future__ import annotations
@@ -20,11 +26,15 @@ from harness.evaluation.requests import ExampleScores
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric: its value, its standard error in the same unit (None for a single example), and its n examples."""
+    """A metric: its value, its standard error in the same unit (None for a single cluster), and its n examples.
+
+    n_clusters: the number of clusters of the examples, which is n if all examples are independent.
+    """
 
     value: float
     stderr: float | None
     n: int
+    n_clusters: int
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class Delta:
     """The difference of a metric between two models on the same examples.
 
     delta: ablated - baseline, in the metric's own unit. stderr: its standard error from the paired differences, in the
-    same unit. p_value: two-sided, of Student's t with n - 1 degrees of freedom. stderr and p_value are None for a
-    single example.
+    same unit. p_value: two-sided, of Student's t with one degree of freedom less than there are clusters. stderr and
+    p_value are None for a single cluster.
     """
 
     delta: float
@@ -50,10 +60,10 @@ def estimate(scores: ExampleScores) -> Estimate:
     """
     score, weight = _arrays(scores)
     inside = (weight != 0) | (score != 0)
-    score, weight = score[inside], weight[inside]
+    score, weight, groups = score[inside], weight[inside], _groups(scores, inside)
     with np.errstate(invalid="ignore", over="ignore"):
         value, influence = _value_and_influence(score, weight, scores.transform)
-        return Estimate(value, _stderr(influence), len(score))
+        return Estimate(value, _stderr(influence, groups), len(score), _count(groups))
 
 
 def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
@@ -72,13 +82,13 @@ def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
     if ablated.transform != baseline.transform:
         raise ValueError(f"not the same metric: transforms {ablated.transform!r} and {baseline.transform!r}")
     inside = (weight != 0) | (score_a != 0) | (score_b != 0)
-    score_a, score_b, weight = score_a[inside], score_b[inside], weight[inside]
+    score_a, score_b, weight, groups = score_a[inside], score_b[inside], weight[inside], _groups(ablated, inside)
     with np.errstate(invalid="ignore", over="ignore"):
         value_a, influence_a = _value_and_influence(score_a, weight, ablated.transform)
         value_b, influence_b = _value_and_influence(score_b, weight, baseline.transform)
         delta = value_a - value_b
-        stderr = _stderr(influence_a - influence_b)
-    return Delta(delta, stderr, _p_value(delta, stderr, len(weight) - 1))
+        stderr = _stderr(influence_a - influence_b, groups)
+    return Delta(delta, stderr, _p_value(delta, stderr, _count(groups) - 1))
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,21 @@ class Advantage:
 
     delta: its metric minus the mean of those of the draws, in the metric's own unit. p_value: two-sided, of the
     hypothesis that the model is one more draw. spread: the standard deviation of the metrics of the draws. p_value and
-    spread are None for fewer than two draws, and p_value is None for a single example.
+    spread are None for fewer than two draws, and p_value is None for a single cluster.
     """
 
     delta: float
     p_value: float | None
     spread: float | None
+
+
+def mean_stderr(values: np.ndarray, clusters: np.ndarray | None) -> tuple[float | None, int]:
+    """Return the standard error of the mean of values, float64 [n], and the number of their clusters.
+
+    clusters: as in ExampleScores. The standard error is None for a single cluster.
+    """
+    groups = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    return _stderr(values - values.mean(), groups), _count(groups)
 
 
 def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advantage:
@@ -127,11 +146,12 @@ def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advan
         _value_and_influence(scores.score[inside], weight[inside], scores.transform)[1] for scores in (model, *draws)
     )
     mean = np.mean(influences, axis=0)
-    of_delta = _stderr(own - mean)
+    groups = _groups(model, inside)
+    of_delta = _stderr(own - mean, groups)
     if of_delta is None or math.isnan(delta):
         return Advantage(delta, None if of_delta is None else math.nan, spread)
-    of_draws = sum((_stderr(psi - mean) or 0.0) ** 2 for psi in influences) / (m - 1)
-    freedom = len(mean) - 1
+    of_draws = sum((_stderr(psi - mean, groups) or 0.0) ** 2 for psi in influences) / (m - 1)
+    freedom = _count(groups) - 1
     between = max(spread**2, of_draws) * (1 + 1 / m)
     excess = max(of_delta**2 - of_draws * (1 + 1 / m), 0.0)
     parts = between**2 / (m - 1 if spread**2 >= of_draws else freedom) + excess**2 / freedom
@@ -176,9 +196,23 @@ def _value_and_influence(score: np.ndarray, weight: np.ndarray, transform: str) 
     return float(value), slope * (score - ratio * weight) * (len(score) / total)
 
 
-def _stderr(influence: np.ndarray) -> float | None:
-    n = len(influence)
-    return None if n < 2 else float(np.sqrt(np.square(influence).sum() / (n - 1) / n))
+def _groups(scores: ExampleScores, inside: np.ndarray) -> np.ndarray:
+    """Return the clusters of the examples that belong to a metric, numbered from 0 without gaps: int64 [n]."""
+    if scores.clusters is None:
+        return np.arange(int(inside.sum()))
+    return np.unique(scores.clusters[inside], return_inverse=True)[1]
+
+
+def _count(groups: np.ndarray) -> int:
+    return int(groups.max()) + 1 if len(groups) else 0
+
+
+def _stderr(influence: np.ndarray, groups: np.ndarray) -> float | None:
+    count = _count(groups)
+    if count < 2:
+        return None
+    totals = np.bincount(groups, influence)
+    return float(np.sqrt(np.square(totals).sum() * (count / (count - 1))) / len(influence))
 
 
 def _p_value(delta: float, stderr: float | None, freedom: float) -> float | None:

@@ -27,6 +27,7 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
+from harness.tasks.clusters import window_clusters
 from harness.tasks.settings import DataTask, LimitedTask
 
 DEFAULT_WINDOW = 2048
@@ -74,6 +75,9 @@ class TextTask(DataTask, LimitedTask):
             if not count.sum() > 0:
                 raise InputError(f"tasks.{name}: the text has no {unit}")
         covered = text[: edges[-1]]
+        clusters, described = window_clusters(
+            [row[self.column] for row in found], self.separator, starts[[first for _, first, _ in spans]]
+        )
         protocol = {
             "data": self.source(),
             "column": self.column,
@@ -87,13 +91,14 @@ class TextTask(DataTask, LimitedTask):
             "n_words": int(counts["words"].sum()),
             "n_bytes": int(counts["bytes"].sum()),
             "text_positions": "offsets" if exact else "decoded",
+            **described,
         }
 
         def measure(scores: Scores) -> dict[str, ExampleScores]:
             nll = -scores.request_logprob()
 
             def per(unit: str, score: np.ndarray, transform: str) -> ExampleScores:
-                return ExampleScores(score, counts[unit], transform, higher_is_better=False)
+                return ExampleScores(score, counts[unit], transform, higher_is_better=False, clusters=clusters)
 
             return {
                 "token_perplexity": per("tokens", nll, "exp"),

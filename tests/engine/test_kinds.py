@@ -87,7 +87,7 @@ def test_the_plan_of_a_search(search, tmp_path, capsys):
     assert lines[0].startswith("search ") and lines[0].endswith(f"  folder {tmp_path / 'out'}")
     assert lines[1] == f"stages 6: {', '.join(STAGES)}"
     assert "  cells 8: ioi 8" in lines  # 3 blocks x 2 regions, baseline, control
-    assert lines[-1].startswith("report: at most 3 best cells of each of 1 tasks, at most 8 draws of controls for each;")
+    assert lines[-1].startswith("report: at most 3 best cells of each of 1 tasks, at most 8 draws of controls for each")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """Estimates and paired differences against scipy, the jackknife, the bootstrap and the closure principle."""
 
+from dataclasses import astuple, replace
 from itertools import combinations
 
 import numpy as np
@@ -217,3 +218,52 @@ def test_what_too_few_draws_or_examples_cannot_say():
     assert over_new_draw(model, [model, model]) == Advantage(0.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="no draws"):
         over_new_draw(model, [])
+
+
+def test_clusters_of_equal_size_are_the_t_test_of_their_means():
+    rng = np.random.default_rng(7)
+    clusters = rng.permutation(np.arange(12).repeat(5)) + 40
+    baseline = rng.standard_normal(12)[clusters - 40] + rng.standard_normal(60)
+    ablated = baseline + 0.3 + 0.5 * rng.standard_normal(12)[clusters - 40] + 0.1 * rng.standard_normal(60)
+    means = [np.array([score[clusters == c].mean() for c in range(40, 52)]) for score in (ablated, baseline)]
+    scores = [replace(_mean(score), clusters=clusters) for score in (ablated, baseline)]
+    found, expected = paired(*scores), scipy.stats.ttest_rel(*means)
+    assert found.delta == pytest.approx((ablated - baseline).mean())
+    assert found.delta / found.stderr == pytest.approx(expected.statistic)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    value = estimate(scores[1])
+    assert (value.n, value.n_clusters, value.stderr) == (60, 12, pytest.approx(scipy.stats.sem(means[1])))
+    assert found.p_value > 10 * paired(_mean(ablated), _mean(baseline)).p_value
+
+
+def test_each_example_its_own_cluster_is_no_cluster(text):
+    tokens, nll, shifted = text
+    alone = [ExampleScores(score, tokens, "exp") for score in (shifted, nll)]
+    own = [replace(score, clusters=np.arange(80)[::-1]) for score in alone]
+    assert astuple(paired(*own)) == pytest.approx(astuple(paired(*alone)), rel=1e-9)
+    assert astuple(estimate(own[0])) == pytest.approx(astuple(estimate(alone[0])), rel=1e-9)
+    found = [astuple(over_new_draw(one[0], [one[1], one[0]])) for one in (own, alone)]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_one_cluster_has_no_standard_error():
+    scores = [replace(_mean(score), clusters=np.zeros(3, dtype=int)) for score in ([1.0, 2, 4], [1.0, 1, 1])]
+    assert (estimate(scores[0]).stderr, estimate(scores[0]).n_clusters) == (None, 1)
+    assert paired(*scores).p_value is None
+    assert over_new_draw(scores[0], [scores[1], scores[1]]).p_value is None
+    # the other cluster does not belong to the metric
+    part = ExampleScores(np.array([1.0, 2, 0]), np.array([1.0, 1, 0]), clusters=np.array([5, 5, 6]))
+    assert estimate(part).stderr is None
+
+
+def test_p_over_clusters_is_uniform_where_the_examples_of_a_cluster_are_alike():
+    rng = np.random.default_rng(8)
+    clusters = np.arange(20).repeat(rng.integers(5, 15, 20))
+    naive, robust = [], []
+    for _ in range(1000):
+        change = _mean(rng.standard_normal(20)[clusters] + rng.standard_normal(len(clusters)))
+        none = _mean(np.zeros(len(clusters)))
+        naive.append(paired(change, none).p_value)
+        robust.append(paired(replace(change, clusters=clusters), none).p_value)
+    assert scipy.stats.kstest(robust, "uniform").pvalue > 0.01
+    assert np.mean(np.array(naive) < 0.05) > 0.3

@@ -89,7 +89,9 @@ def example_scores(folder: Path, cell_id: str, metric: str, transform: str) -> E
     """Return the scores of one metric of one cell from the table of examples, in the order of the task."""
     rows = read_examples(folder, cell_ids=[cell_id])
     rows = rows[rows.metric == metric]
-    return ExampleScores(rows.score.to_numpy(dtype=float), rows.weight.to_numpy(dtype=float), transform)
+    clusters = None if rows.cluster.isna().any() else rows.cluster.to_numpy(dtype=np.int64)
+    score, weight = rows.score.to_numpy(dtype=float), rows.weight.to_numpy(dtype=float)
+    return ExampleScores(score, weight, transform, clusters=clusters)
 
 
 def controls_of(winner: Winner, seeds: Sequence[int]) -> dict[str, list[Ablation]]:
@@ -133,7 +135,7 @@ def verdict_rows(
             table.append(_failed(winner))
             continue
         sign = 1 if report["higher_is_better"] else -1
-        half = _half_width(report["delta_stderr"], report["n"])
+        half = _half_width(report["delta_stderr"], report["n_clusters"])
         row: dict[str, Any] = {
             **_selected(winner),
             "n": report["n"], "baseline": report["baseline"], "value": report["value"], "delta": report["delta"],
@@ -207,10 +209,10 @@ def _failed(winner: Winner) -> dict[str, Any]:
     return {**_selected(winner), "p_value": math.nan, "beats_controls": None}
 
 
-def _half_width(stderr: float | None, n: int) -> float:
+def _half_width(stderr: float | None, n_clusters: int) -> float:
     """Return half the width of the 95 % interval by Student's t, or NaN if there is no standard error."""
-    if stderr is None or math.isnan(stderr) or n < 2:
+    if stderr is None or math.isnan(stderr) or n_clusters < 2:
         return math.nan
     from scipy.stats import t
 
-    return float(t.ppf(0.975, n - 1) * stderr)
+    return float(t.ppf(0.975, n_clusters - 1) * stderr)

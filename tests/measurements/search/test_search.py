@@ -17,9 +17,9 @@ from harness.cli import main
 from harness.engine.manifest import read_manifest
 from harness.engine.run import Outcome, run
 from harness.errors import InputError
+from harness.evaluation.requests import ExampleScores
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import ScoringOptions
-from harness.evaluation.requests import ExampleScores
 from harness.evaluation.statistics import estimate, over_new_draw
 from harness.measurements import ABLATION, SEARCH, compose_settings
 from harness.measurements.ablation.measure import CellRun
