@@ -27,7 +27,9 @@ from harness.evaluation.settings import AdaptiveSettings
 from harness.evaluation.statistics import estimate, mean_stderr, paired
 
 ORDER_STREAM = 71  # a number beside the study's seed, so that no other use of that seed draws the same numbers
-LOOK_GROWTH = 1.1  # the growth of the number of examples from one test to the next: the test costs time, too
+# The growth of the number of examples from one group to the next. A test follows each group and costs time, too, and a
+# large group is packed with less padding.
+GROWTH = 1.1
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Sampled:
 def draw(task: ScoredTask, batch_tokens: int, seed: int) -> Draws:
     """Draw the order of a task's examples from `seed`, and cut it into groups of about `batch_tokens` tokens.
 
-    The tokens that a request shares with the request before it in the same example count once. Raises ValueError if a
+    Later groups are larger: each has at least a tenth as many examples as all groups before it. The tokens that a request shares with the request before it in the same example count once. Raises ValueError if a
     task has several requests per example and does not say which belong together.
     """
     n = len(task.example_ids)
@@ -98,7 +100,7 @@ def draw(task: ScoredTask, batch_tokens: int, seed: int) -> Draws:
     order = np.random.default_rng([ORDER_STREAM, seed]).permutation(n)
     groups, start, held = [], 0, 0.0
     for i, size in enumerate(tokens[order]):
-        if i > start and held + size > batch_tokens:
+        if i > start and i >= GROWTH * start and held + size > batch_tokens:
             groups.append(order[start:i])
             start, held = i, 0.0
         held += size
@@ -134,7 +136,7 @@ def score_all(draws: Draws, score: Callable[[str], Scores]) -> Scores:
     """
     filled = _empty(draws.task)
     for members, group in zip(draws.requests, draws.tasks):
-        filled = _filled(filled, members, score(group.name))
+        _fill(filled, members, score(group.name))
     return filled
 
 
@@ -150,14 +152,15 @@ def measure_sampled(
     task = draws.task
     reference = task.measure(baseline)
     primary = next(iter(reference))
-    filled, drawn, evidence, looked = baseline, np.empty(0, dtype=np.int64), dict.fromkeys(reference, 1.0), 0
+    drawn, evidence = np.empty(0, dtype=np.int64), dict.fromkeys(reference, 1.0)
+    rank = None if baseline.rank is None else baseline.rank.copy()
+    filled = Scores(baseline.logprob.copy(), baseline.greedy.copy(), rank, baseline.offsets)
     for number, (examples, members, group) in enumerate(zip(draws.examples, draws.requests, draws.tasks)):
-        filled = _filled(filled, members, score(group.name))
+        _fill(filled, members, score(group.name))
         drawn = np.concatenate([drawn, examples])
         last = number == len(draws.tasks) - 1
-        if not last and (len(drawn) < settings.min_examples or len(drawn) < LOOK_GROWTH * looked):
+        if not last and len(drawn) < settings.min_examples:
             continue
-        looked = len(drawn)
         found = task.measure(filled)
         for name in reference:
             change, clusters = found[name].score[drawn] - reference[name].score[drawn], reference[name].clusters
@@ -307,14 +310,10 @@ def _empty(task: ScoredTask) -> Scores:
     return Scores(np.zeros(n), np.zeros(n, dtype=bool), rank, offsets)
 
 
-def _filled(scores: Scores, members: np.ndarray, group: Scores) -> Scores:
-    """Return `scores` with the answers to the requests `members` replaced by those of a group."""
+def _fill(scores: Scores, members: np.ndarray, group: Scores) -> None:
+    """Overwrite the answers to the requests `members` by those of a group."""
     entries = np.concatenate([np.arange(scores.offsets[i], scores.offsets[i + 1]) for i in members])
-
-    def put(into: np.ndarray, values: np.ndarray) -> np.ndarray:
-        into = into.copy()
-        into[entries] = values
-        return into
-
-    rank = None if scores.rank is None or group.rank is None else put(scores.rank, group.rank)
-    return Scores(put(scores.logprob, group.logprob), put(scores.greedy, group.greedy), rank, scores.offsets)
+    scores.logprob[entries] = group.logprob
+    scores.greedy[entries] = group.greedy
+    if scores.rank is not None and group.rank is not None:
+        scores.rank[entries] = group.rank
