@@ -199,7 +199,7 @@ def intervals(folder: Path, repetitions: int) -> list[dict[str, Any]]:
         for ablated in (one.at(first) for one in ablations):
             truth = paired(ablated, baseline).delta
             for confidence in (0.9, 0.95, 0.99):
-                for seed in range(repetitions):
+                for seed in range(repetitions // 2):
                     order, held = np.random.default_rng(seed).permutation(len(first)), True
                     for n in looks(len(first)):
                         interval = delta_interval(ablated, baseline, order[:n], confidence)
@@ -279,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--assets", type=Path, required=True, help="the folder with data/ and models/")
     parser.add_argument("--studies", type=Path, default=Path("results/calibration"), help="folder of the two studies")
-    parser.add_argument("--repetitions", type=int, default=300, help="samples of each ablation")
+    parser.add_argument("--repetitions", type=int, default=200, help="samples of each ablation")
     parser.add_argument("--output", type=Path, default=HERE)
     args = parser.parse_args()
     with ProcessPoolExecutor(2) as pool:

@@ -4,8 +4,8 @@ The baseline is measured once on every example, so that its metrics are known ex
 ablated model is then scored on one group of examples after the other, in a fixed random order. After each group its
 delta over the whole set is estimated from the differences of the examples that were drawn so far (see `sequential`).
 Examples are drawn one by one and not by clusters: the interval is that of the delta over this set of examples, and its
-chance is only that of the order, so that it does not matter whether neighbouring examples are alike. The p-value and the
-standard errors are for other examples than these. They are over clusters.
+chance is only that of the order, so that it does not matter whether neighbouring examples are alike. The p-value and
+the standard errors are for other examples than these. They are over clusters.
 
 Let s be the scores of the N examples and w their weights, which do not depend on the model, with the sum W. A metric is
 R = sum(s) / W, and its delta is the mean over the set of N (s_ablated - s_baseline) / W. A perplexity is exp(R): its
@@ -89,8 +89,9 @@ class Sampled:
 def draw(task: ScoredTask, batch_tokens: int, seed: int) -> Draws:
     """Draw the order of a task's examples from `seed`, and cut it into groups of about `batch_tokens` tokens.
 
-    Later groups are larger: each has at least a tenth as many examples as all groups before it. The tokens that a request shares with the request before it in the same example count once. Raises ValueError if a
-    task has several requests per example and does not say which belong together.
+    Later groups are larger: each has at least a tenth as many examples as all groups before it. The tokens that a
+    request shares with the request before it in the same example count once. Raises ValueError if a task has several
+    requests per example and does not say which belong together.
     """
     n = len(task.example_ids)
     example_of = np.arange(n) if task.example_of is None else np.asarray(task.example_of)
