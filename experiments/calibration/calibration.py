@@ -120,6 +120,18 @@ def exchanged(
             for one, other in ((ablated, baseline), (baseline, ablated))]
 
 
+def null_pair(
+    task: str, ablated: ExampleScores, baseline: ExampleScores, examples: np.ndarray, groups: np.ndarray,
+    rng: np.random.Generator,
+) -> list[ExampleScores]:
+    """The scores of a sample with and without an edit of no effect. groups: the clusters of the sample."""
+    if METRICS[task].startswith("acc"):
+        pair = exchanged(ablated.at(examples), baseline.at(examples), groups, rng)
+    else:
+        pair = [without_effect(ablated, baseline).at(examples), baseline.at(examples)]
+    return [replace(scores, clusters=groups) for scores in pair]
+
+
 def drawn_clusters(clusters: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The examples of clusters that are drawn with replacement, each draw with a number of its own."""
     members = [np.flatnonzero(clusters == one) for one in np.unique(clusters)]
@@ -149,14 +161,10 @@ def effects(folder: Path, repetitions: int) -> list[dict[str, Any]]:
                      for n in STRETCHES}
         for name, draw in ways.items():
             for cell, ablated in enumerate(ablations):
-                null, rng = without_effect(ablated, baseline), np.random.default_rng([number, cell])
+                rng = np.random.default_rng([number, cell])
                 for _ in range(repetitions):
                     examples, groups = draw(rng)
-                    if metric.startswith("acc"):
-                        pair = exchanged(ablated.at(examples), baseline.at(examples), groups, rng)
-                    else:
-                        pair = [null.at(examples), baseline.at(examples)]
-                    pair = [replace(scores, clusters=groups) for scores in pair]
+                    pair = null_pair(task, ablated, baseline, examples, groups, rng)
                     robust, naive = paired(*pair), paired(*(replace(scores, clusters=None) for scores in pair))
                     found.append({"null": name, "metric": metric, "p": robust.p_value, "naive": naive.p_value,
                                   "ratio": robust.stderr / naive.stderr if naive.stderr else None})
@@ -216,11 +224,12 @@ def sequential(folder: Path, repetitions: int) -> list[dict[str, Any]]:
         baseline, ablations = scores_of(folder, task, METRICS[task])
         clusters = np.arange(len(baseline.score)) if baseline.clusters is None else baseline.clusters
         for cell, ablated in enumerate(ablations):
-            change, rng = without_effect(ablated, baseline).score - baseline.score, np.random.default_rng([7, cell])
+            rng = np.random.default_rng([7, cell])
             for _ in range(repetitions):
                 examples, groups = drawn_clusters(clusters, SAMPLED.get(task, QUESTIONS), rng)
+                pair = null_pair(task, ablated, baseline, examples, groups, rng)
                 order = rng.permutation(len(examples))
-                drawn, of = change[examples[order]], groups[order]
+                drawn, of = (pair[0].score - pair[1].score)[order], groups[order]
                 at = [*looks(len(order)), len(order)]
                 robust = max(zero_mean_evidence(drawn[:n], 0.95, of[:n]) for n in at)
                 naive = max(zero_mean_evidence(drawn[:n], 0.95) for n in at)

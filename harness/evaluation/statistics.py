@@ -7,10 +7,15 @@ this is the usual standard error of the mean, and `paired` is the paired t-test.
 Sampling Techniques, 3rd ed., chapter 6; the influences are those of the infinitesimal jackknife of Jaeckel (1972).
 
 Examples of one cluster (the windows of a document, the questions to a passage) are not independent. The influences are
-then summed within each of the G clusters, the variance of the metric is G / (G - 1) times the sum of the squares of
-these sums over n^2, and Student's t has G - 1 degrees of freedom (Cameron and Miller, A Practitioner's Guide to
-Cluster-Robust Inference, Journal of Human Resources 50, 2015). Where each example is its own cluster, this is the same
-as above.
+then summed within each of the G clusters. Each sum is divided by 1 - h, where h is the cluster's share of the weights,
+which makes it the change of the metric if the cluster is left out. The variance of the metric is (G - 1) / G times the
+sum of their squares over n^2, and Student's t has G - 1 degrees of freedom. This is the cluster jackknife (CR3), which
+holds for few clusters of unequal size better than others (Cameron and Miller, A Practitioner's Guide to Cluster-Robust
+Inference, Journal of Human Resources 50, 2015, section VI; MacKinnon, Nielsen and Webb, Journal of Applied Econometrics
+38, 2023). If each example is its own cluster and the weights are equal, this is the same as above.
+
+The p-value of the difference of a perplexity is computed for the difference of its logarithm, which is zero if that of
+the perplexity is. The delta method is too coarse where an ablation destroys a model.
 """
 
 from __future__ import annotations
@@ -63,7 +68,7 @@ def estimate(scores: ExampleScores) -> Estimate:
     score, weight, groups = score[inside], weight[inside], _groups(scores, inside)
     with np.errstate(invalid="ignore", over="ignore"):
         value, influence = _value_and_influence(score, weight, scores.transform)
-        return Estimate(value, _stderr(influence, groups), len(score), _count(groups))
+        return Estimate(value, _stderr(influence, groups, weight), len(score), _count(groups))
 
 
 def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
@@ -87,8 +92,13 @@ def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
         value_a, influence_a = _value_and_influence(score_a, weight, ablated.transform)
         value_b, influence_b = _value_and_influence(score_b, weight, baseline.transform)
         delta = value_a - value_b
-        stderr = _stderr(influence_a - influence_b, groups)
-    return Delta(delta, stderr, _p_value(delta, stderr, _count(groups) - 1))
+        stderr = _stderr(influence_a - influence_b, groups, weight)
+        tested, of_tested = delta, stderr
+        if ablated.transform == "exp" and math.isfinite(delta):
+            of_log = [_value_and_influence(score, weight, "identity") for score in (score_a, score_b)]
+            tested = of_log[0][0] - of_log[1][0]
+            of_tested = _stderr(of_log[0][1] - of_log[1][1], groups, weight)
+    return Delta(delta, stderr, _p_value(tested, of_tested, _count(groups) - 1))
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ def mean_stderr(values: np.ndarray, clusters: np.ndarray | None) -> tuple[float 
     clusters: as in ExampleScores. The standard error is None for a single cluster.
     """
     groups = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    return _stderr(values - values.mean(), groups), _count(groups)
+    return _stderr(values - values.mean(), groups, np.ones(len(values))), _count(groups)
 
 
 def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advantage:
@@ -147,10 +157,10 @@ def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advan
     )
     mean = np.mean(influences, axis=0)
     groups = _groups(model, inside)
-    of_delta = _stderr(own - mean, groups)
+    of_delta = _stderr(own - mean, groups, weight[inside])
     if of_delta is None or math.isnan(delta):
         return Advantage(delta, None if of_delta is None else math.nan, spread)
-    of_draws = sum((_stderr(psi - mean, groups) or 0.0) ** 2 for psi in influences) / (m - 1)
+    of_draws = sum((_stderr(psi - mean, groups, weight[inside]) or 0.0) ** 2 for psi in influences) / (m - 1)
     freedom = _count(groups) - 1
     between = max(spread**2, of_draws) * (1 + 1 / m)
     excess = max(of_delta**2 - of_draws * (1 + 1 / m), 0.0)
@@ -207,12 +217,15 @@ def _count(groups: np.ndarray) -> int:
     return int(groups.max()) + 1 if len(groups) else 0
 
 
-def _stderr(influence: np.ndarray, groups: np.ndarray) -> float | None:
-    count = _count(groups)
+def _stderr(influence: np.ndarray, groups: np.ndarray, weight: np.ndarray) -> float | None:
+    n, count = len(influence), _count(groups)
     if count < 2:
         return None
-    totals = np.bincount(groups, influence)
-    return float(np.sqrt(np.square(totals).sum() * (count / (count - 1))) / len(influence))
+    if count == n:
+        return float(np.sqrt(np.square(influence).sum() / (n - 1) / n))
+    left = 1 - np.bincount(groups, weight) / weight.sum()
+    totals = np.bincount(groups, influence) / left
+    return float(np.sqrt(np.square(totals).sum() * (count - 1) / count) / n)
 
 
 def _p_value(delta: float, stderr: float | None, freedom: float) -> float | None:

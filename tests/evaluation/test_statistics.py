@@ -246,6 +246,25 @@ def test_each_example_its_own_cluster_is_no_cluster(text):
     assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
+@pytest.mark.parametrize("transform", ["identity", "exp"])
+def test_clusters_of_any_size_are_the_jackknife_over_clusters(text, transform):
+    tokens, nll, shifted = text
+    clusters = np.repeat(np.arange(9), [1, 2, 3, 5, 8, 13, 20, 10, 18])
+
+    def without(score, c):
+        kept = clusters != c
+        return score[kept].sum() / tokens[kept].sum()
+
+    jackknifed = np.array([without(shifted, c) - without(nll, c) for c in range(9)])
+    centre = (shifted.sum() - nll.sum()) / tokens.sum()
+    stderr = np.sqrt(8 / 9 * np.square(jackknifed - centre).sum())
+    found = paired(*(ExampleScores(score, tokens, transform, clusters=clusters) for score in (shifted, nll)))
+    # the p-value of a perplexity is that of its logarithm
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(abs(centre / stderr), 8), rel=1e-9)
+    if transform == "identity":
+        assert found.stderr == pytest.approx(stderr, rel=1e-9)
+
+
 def test_one_cluster_has_no_standard_error():
     scores = [replace(_mean(score), clusters=np.zeros(3, dtype=int)) for score in ([1.0, 2, 4], [1.0, 1, 1])]
     assert (estimate(scores[0]).stderr, estimate(scores[0]).n_clusters) == (None, 1)
