@@ -50,7 +50,7 @@ def main(published: str, folder: str, *settings: str) -> None:
             judged.append(old)
             continue
         assert abs(new["delta"] - old["delta"]) < 1e-3 * abs(old["delta"]), (old["delta"], new["delta"])
-        verdict = "yes" if new["beats_controls"] else "no more than its controls"
+        verdict = {True: "yes", False: "no more than its controls"}.get(new["beats_controls"], "failed")
         judged.append({**old, **new, "p_holm": old["p_holm"], "verdict": verdict})
     columns = [name for name in VERDICT.names() if name != "stage_id"]
     beside = [name for name in table.columns if name not in columns]
