@@ -3,6 +3,9 @@
 The baseline is measured once on every example, so that its metrics are known exactly for this set of examples. An
 ablated model is then scored on one group of examples after the other, in a fixed random order. After each group its
 delta over the whole set is estimated from the differences of the examples that were drawn so far (see `sequential`).
+Examples are drawn one by one and not by clusters: the interval is that of the delta over this set of examples, and its
+chance is only that of the order, so that it does not matter whether neighbouring examples are alike. The p-value and
+the standard errors are for other examples than these. They are over clusters.
 
 Let s be the scores of the N examples and w their weights, which do not depend on the model, with the sum W. A metric is
 R = sum(s) / W, and its delta is the mean over the set of N (s_ablated - s_baseline) / W. A perplexity is exp(R): its
@@ -21,10 +24,12 @@ import numpy as np
 from harness.evaluation.requests import ExampleScores, Request, ScoredTask, Scores
 from harness.evaluation.sequential import Interval, bounded_mean_interval, mean_interval, zero_mean_evidence
 from harness.evaluation.settings import AdaptiveSettings
-from harness.evaluation.statistics import estimate, paired
+from harness.evaluation.statistics import estimate, mean_stderr, paired
 
 ORDER_STREAM = 71  # a number beside the study's seed, so that no other use of that seed draws the same numbers
-LOOK_GROWTH = 1.1  # the growth of the number of examples from one test to the next: the test costs time, too
+# The growth of the number of examples from one group to the next. A test follows each group and costs time, too, and a
+# large group is packed with less padding.
+GROWTH = 1.1
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,10 @@ class SampledMetric:
 
     value, baseline, delta: in the metric's own unit. stderr, delta_stderr: standard errors in the same unit, for the
         set as a sample of a larger population, as in `statistics`; they are larger the more examples were not drawn.
-        None for a single example.
+        None for a single cluster.
     low, high: the interval of the delta of the whole set, which is valid whenever one stops; infinite if nothing can
         be said yet. p_value: for the hypothesis delta = 0, also valid whenever one stops.
+    n_clusters: the number of clusters of the n examples, as in Estimate.
     """
 
     value: float
@@ -62,6 +68,7 @@ class SampledMetric:
     high: float
     p_value: float
     n: int
+    n_clusters: int
     n_available: int
 
 
@@ -82,8 +89,9 @@ class Sampled:
 def draw(task: ScoredTask, batch_tokens: int, seed: int) -> Draws:
     """Draw the order of a task's examples from `seed`, and cut it into groups of about `batch_tokens` tokens.
 
-    The tokens that a request shares with the request before it in the same example count once. Raises ValueError if a
-    task has several requests per example and does not say which belong together.
+    Later groups are larger: each has at least a tenth as many examples as all groups before it. The tokens that a
+    request shares with the request before it in the same example count once. Raises ValueError if a task has several
+    requests per example and does not say which belong together.
     """
     n = len(task.example_ids)
     example_of = np.arange(n) if task.example_of is None else np.asarray(task.example_of)
@@ -93,7 +101,7 @@ def draw(task: ScoredTask, batch_tokens: int, seed: int) -> Draws:
     order = np.random.default_rng([ORDER_STREAM, seed]).permutation(n)
     groups, start, held = [], 0, 0.0
     for i, size in enumerate(tokens[order]):
-        if i > start and held + size > batch_tokens:
+        if i > start and i >= GROWTH * start and held + size > batch_tokens:
             groups.append(order[start:i])
             start, held = i, 0.0
         held += size
@@ -129,7 +137,7 @@ def score_all(draws: Draws, score: Callable[[str], Scores]) -> Scores:
     """
     filled = _empty(draws.task)
     for members, group in zip(draws.requests, draws.tasks):
-        filled = _filled(filled, members, score(group.name))
+        _fill(filled, members, score(group.name))
     return filled
 
 
@@ -145,18 +153,20 @@ def measure_sampled(
     task = draws.task
     reference = task.measure(baseline)
     primary = next(iter(reference))
-    filled, drawn, evidence, looked = baseline, np.empty(0, dtype=np.int64), dict.fromkeys(reference, 1.0), 0
+    drawn, evidence = np.empty(0, dtype=np.int64), dict.fromkeys(reference, 1.0)
+    rank = None if baseline.rank is None else baseline.rank.copy()
+    filled = Scores(baseline.logprob.copy(), baseline.greedy.copy(), rank, baseline.offsets)
     for number, (examples, members, group) in enumerate(zip(draws.examples, draws.requests, draws.tasks)):
-        filled = _filled(filled, members, score(group.name))
+        _fill(filled, members, score(group.name))
         drawn = np.concatenate([drawn, examples])
         last = number == len(draws.tasks) - 1
-        if not last and (len(drawn) < settings.min_examples or len(drawn) < LOOK_GROWTH * looked):
+        if not last and len(drawn) < settings.min_examples:
             continue
-        looked = len(drawn)
         found = task.measure(filled)
         for name in reference:
-            change = found[name].score - reference[name].score
-            evidence[name] = max(evidence[name], zero_mean_evidence(change[drawn], settings.confidence))
+            change, clusters = found[name].score[drawn] - reference[name].score[drawn], reference[name].clusters
+            of_drawn = None if clusters is None else clusters[drawn]
+            evidence[name] = max(evidence[name], zero_mean_evidence(change, settings.confidence, of_drawn))
         if last or decided(delta_interval(found[primary], reference[primary], drawn, settings.confidence),
                            estimate(reference[primary]).value, settings):
             break
@@ -166,9 +176,7 @@ def measure_sampled(
         for name in reference
         if _inside(reference[name])[drawn].any()
     }
-    scores = {
-        name: replace(scores, score=scores.score[used], weight=scores.weight[used]) for name, scores in found.items()
-    }
+    scores = {name: scores.at(used) for name, scores in found.items()}
     return Sampled(used, scores, metrics)
 
 
@@ -261,7 +269,8 @@ def sampled_metric(
     if n == population:
         whole, pair = estimate(ablated), paired(ablated, baseline)
         return SampledMetric(
-            whole.value, whole.stderr, reference, pair.delta, pair.stderr, pair.delta, pair.delta, p_value, n, n
+            whole.value, whole.stderr, reference, pair.delta, pair.stderr, pair.delta, pair.delta, p_value, n,
+            whole.n_clusters, n,
         )
     interval = delta_interval(ablated, baseline, drawn, confidence)
     value = reference + interval.estimate
@@ -272,13 +281,21 @@ def sampled_metric(
         score, weight = scores.score[drawn], scores.weight[drawn]
         ratio = float(score.sum()) / float(weight.sum()) if weight.sum() else 0.0
         influence.append(slope * (score - ratio * weight) * population / total)
-    missed = (1 / n - 1 / population) * interval.spread**2
-    stderr, delta_stderr = (
-        math.sqrt(float(psi.var(ddof=1)) / population + missed) if n > 1 else None
-        for psi in (influence[0], influence[0] - influence[1])
-    )
+    clusters, missed = baseline.at(drawn).clusters, 1 / n - 1 / population
+    errors: list[float | None] = []
+    for psi in (influence[0], influence[0] - influence[1]):
+        of_sample, groups = mean_stderr(psi, clusters)
+        if of_sample is None:
+            errors.append(None)
+            continue
+        # Only the spread within clusters becomes smaller from the sample to the whole set, which has the same clusters.
+        variance = float(psi.var(ddof=1))
+        of_set = max(of_sample**2 - missed * variance, variance / population)
+        errors.append(math.sqrt(of_set + missed * interval.spread**2))
+    stderr, delta_stderr = errors
     return SampledMetric(
-        value, stderr, reference, interval.estimate, delta_stderr, interval.low, interval.high, p_value, n, population
+        value, stderr, reference, interval.estimate, delta_stderr, interval.low, interval.high, p_value, n, groups,
+        population,
     )
 
 
@@ -294,14 +311,10 @@ def _empty(task: ScoredTask) -> Scores:
     return Scores(np.zeros(n), np.zeros(n, dtype=bool), rank, offsets)
 
 
-def _filled(scores: Scores, members: np.ndarray, group: Scores) -> Scores:
-    """Return `scores` with the answers to the requests `members` replaced by those of a group."""
+def _fill(scores: Scores, members: np.ndarray, group: Scores) -> None:
+    """Overwrite the answers to the requests `members` by those of a group."""
     entries = np.concatenate([np.arange(scores.offsets[i], scores.offsets[i + 1]) for i in members])
-
-    def put(into: np.ndarray, values: np.ndarray) -> np.ndarray:
-        into = into.copy()
-        into[entries] = values
-        return into
-
-    rank = None if scores.rank is None or group.rank is None else put(scores.rank, group.rank)
-    return Scores(put(scores.logprob, group.logprob), put(scores.greedy, group.greedy), rank, scores.offsets)
+    scores.logprob[entries] = group.logprob
+    scores.greedy[entries] = group.greedy
+    if scores.rank is not None and group.rank is not None:
+        scores.rank[entries] = group.rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,8 @@ class ExampleScores:
     transform: "identity", or "exp" for perplexities.
     bounds: (low, high) such that low * weight <= score <= high * weight for every example and any model, which is
         (0, 1) for accuracies; None if there is no such range.
+    clusters: int64 [n], the number of the cluster of each example, such as the document of a window; examples of
+        different clusters are independent. None if all examples are.
     """
 
     score: np.ndarray
@@ -84,6 +86,12 @@ class ExampleScores:
     transform: str = "identity"
     higher_is_better: bool = True
     bounds: tuple[float, float] | None = None
+    clusters: np.ndarray | None = None
+
+    def at(self, examples: np.ndarray) -> ExampleScores:
+        """Return the scores of some examples. examples: indices, int64 [m], or bool [n]."""
+        clusters = None if self.clusters is None else self.clusters[examples]
+        return replace(self, score=self.score[examples], weight=self.weight[examples], clusters=clusters)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.evaluation.statistics import mean_stderr
+
 TUNED_FOR = 100  # effective draws at which the interval of the mixture is narrowest; fixed before any data are seen
 DRAWS_PER_SQUARED_SKEWNESS = 50
 TRUNCATION = 0.75  # of the bets, c in the paper; large, because ablations change few answers, which favours large bets
@@ -105,23 +107,30 @@ def _t_boundary(information: float, freedom: int, alpha: float) -> float:
     return math.sqrt((needed - 1) / (1 - needed / ratio)) if needed < ratio else math.inf
 
 
-def zero_mean_evidence(draws: np.ndarray, confidence: float) -> float:
+def zero_mean_evidence(draws: np.ndarray, confidence: float, clusters: np.ndarray | None = None) -> float:
     """Return the Bayes factor against the hypothesis that the draws, float64 [n], come from a law of mean zero.
 
     The inverse of the largest Bayes factor so far is a p-value that is valid whenever one stops (Johari, Pekelis and
     Walsh 2015). The factor is infinite if all draws are the same and not zero, and 1 if all are zero or if there are
     fewer than two.
+
+    clusters: int64 [n], the cluster of each draw. The t statistic then has the standard error over the G clusters of
+    `statistics` and G - 1 degrees of freedom. The draws count as so many independent ones as have that standard error.
     """
     draws = np.asarray(draws, dtype=np.float64)
     n = len(draws)
     if n < 2 or not draws.any():
         return 1.0
     variance = float(draws.var(ddof=1))
+    stderr, groups = mean_stderr(draws, clusters)
+    if stderr is None:
+        return 1.0
     if variance == 0:
         return math.inf
-    square = n * float(draws.mean()) ** 2 / variance / (n - 1)
-    ratio = 1 + n * _prior(1 - confidence)
-    log = 0.5 * n * (math.log1p(square) - math.log1p(square / ratio)) - 0.5 * math.log(ratio)
+    information = min(float(n), variance / stderr**2) if stderr > 0 else float(n)
+    square = information * float(draws.mean()) ** 2 / variance / (groups - 1)
+    ratio = 1 + information * _prior(1 - confidence)
+    log = 0.5 * groups * (math.log1p(square) - math.log1p(square / ratio)) - 0.5 * math.log(ratio)
     return math.exp(min(log, 700.0))
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
-from harness.tasks.settings import DataTask, SplitTask
+from harness.tasks.clusters import by_column
+from harness.tasks.settings import RowsTask
 
 
 @dataclass
-class BigbenchTask(DataTask, SplitTask):
+class BigbenchTask(RowsTask):
     """A task of BIG-bench in JSON form: multiple choice, or open questions."""
 
     split: str = "train"
@@ -99,7 +100,8 @@ class BigbenchTask(DataTask, SplitTask):
             n_best = np.bincount(owner, logprob == best[owner])
             return {"accuracy": share((logprob[right] == best) / np.maximum(n_best, 1)), "logprob": mean(of_right)}
 
-        return ScoredTask(name, protocol, requests, [str(number) for number in numbers], measure, example_of=owner)
+        task = ScoredTask(name, protocol, requests, [str(number) for number in numbers], measure, example_of=owner)
+        return by_column(task, f"tasks.{name}", self.cluster_column, [found[number] for number in numbers])
 
 
 def question(key: str, row: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:

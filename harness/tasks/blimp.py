@@ -17,6 +17,7 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.settings.plain_values import NAME_RULE, is_name
 from harness.tasks import data, masked, tokenization
+from harness.tasks.clusters import described, numbered
 from harness.tasks.settings import FilesTask, SplitTask
 
 COLUMNS = ("sentence_good", "sentence_bad")
@@ -36,7 +37,7 @@ class BlimpTask(FilesTask, SplitTask):
 
         Metrics; higher is better for all of them: accuracy over all pairs, and accuracy_<paradigm> for each paradigm,
         in whose ExampleScores the pairs of other paradigms have score and weight 0. A tie counts one half, which is
-        chance (lm-eval counts it as right).
+        chance (lm-eval counts it as right). The paradigms are the clusters of the accuracy over all pairs.
         Raises InputError if a paradigm is missing, a folder has no .jsonl files, a sentence is empty, or all pairs
         of a paradigm are of equal sentences, and as `DataSource.rows` does.
         """
@@ -61,6 +62,7 @@ class BlimpTask(FilesTask, SplitTask):
                     counts.append(len(sentence))
                 ids.append(f"{paradigm}/{number}")
                 paradigm_of.append(paradigm)
+        clusters = numbered(paradigm_of) if len(paradigms) > 1 else None
         protocol = {
             "data": self.dataset if self.data_files is None else Path(self.data_files).name,
             "digest": data.digest(
@@ -70,6 +72,7 @@ class BlimpTask(FilesTask, SplitTask):
                if mask is None else {"mask_token_id": mask}),
             "paradigms": {paradigm: len(pairs) for paradigm, pairs in paradigms.items()},
             "n_examples": len(ids),
+            **({} if clusters is None else described(clusters, "paradigms")),
             **self.part_protocol(),
         }
         lengths = np.array(counts)
@@ -79,7 +82,10 @@ class BlimpTask(FilesTask, SplitTask):
         def measure(scores: Scores) -> dict[str, ExampleScores]:
             good, bad = np.add.reduceat(scores.request_logprob(), starts).reshape(-1, 2).T
             correct = np.heaviside(good - bad, 0.5)  # NaN for NaN, so that a lost answer is not counted as wrong
-            metrics = {"accuracy": ExampleScores(correct, np.ones(len(correct)), bounds=(0.0, 1.0))}
+            # One paradigm was written by one template. The pairs of a paradigm are independent as examples of itself.
+            metrics = {
+                "accuracy": ExampleScores(correct, np.ones(len(correct)), bounds=(0.0, 1.0), clusters=clusters)
+            }
             for paradigm, mask in masks.items():
                 metrics[f"accuracy_{paradigm}"] = ExampleScores(
                     np.where(mask > 0, correct, 0.0), mask, bounds=(0.0, 1.0)

@@ -12,12 +12,13 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
+from harness.tasks.clusters import by_column
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
-from harness.tasks.settings import DataTask, SplitTask
+from harness.tasks.settings import RowsTask
 
 
 @dataclass
-class ClassificationTask(DataTask, SplitTask):
+class ClassificationTask(RowsTask):
     """Accuracy and cross-entropy of a classifier, which is a checkpoint with a sequence classification head."""
 
     split: str = "validation"
@@ -91,7 +92,8 @@ class ClassificationTask(DataTask, SplitTask):
             }
 
         ids = [str(number) for number, _ in picked]
-        return ScoredTask(name, protocol, requests, ids, measure, whole=bool(metrics))
+        task = ScoredTask(name, protocol, requests, ids, measure, whole=bool(metrics))
+        return by_column(task, key, self.cluster_column, [row for _, row in picked])
 
 
 def _encode(context: TaskContext, *texts: str) -> tuple[np.ndarray, np.ndarray | None, bool]:

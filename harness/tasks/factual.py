@@ -15,13 +15,14 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
-from harness.tasks.settings import DataTask, SplitTask
+from harness.tasks.clusters import by_column
+from harness.tasks.settings import RowsTask
 
 TARGET_COLUMNS = ("ground_truth", "attribute", "target_true")
 
 
 @dataclass
-class FactualTask(DataTask, SplitTask):
+class FactualTask(RowsTask):
     """Factual recall: the first token of the true object, compared with generic words."""
 
     split: str = "train"
@@ -95,7 +96,9 @@ class FactualTask(DataTask, SplitTask):
                 "mean_log_rank": mean(np.log(rank), higher_is_better=False),
             }
 
-        return ScoredTask(name, protocol, requests, [str(number) for number in numbers], measure, needs_rank=True)
+        ids = [str(number) for number in numbers]
+        task = ScoredTask(name, protocol, requests, ids, measure, needs_rank=True)
+        return by_column(task, f"tasks.{name}", self.cluster_column, [row for _, row in chosen])
 
 
 def generic_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:

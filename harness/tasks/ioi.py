@@ -16,11 +16,12 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
-from harness.tasks.settings import DataTask, SplitTask
+from harness.tasks.clusters import by_column
+from harness.tasks.settings import RowsTask
 
 
 @dataclass
-class IoiTask(DataTask, SplitTask):
+class IoiTask(RowsTask):
     """Indirect-object identification: the name that should follow, compared with the name that should not."""
 
     split: str = "train"
@@ -78,10 +79,11 @@ class IoiTask(DataTask, SplitTask):
                 "logprob": ExampleScores(answer, ones),
             }
 
-        return ScoredTask(
+        task = ScoredTask(
             name, protocol, requests, [str(number) for number, _ in chosen], measure,
             example_of=np.arange(len(chosen)).repeat(2),
         )
+        return by_column(task, f"tasks.{name}", self.cluster_column, [row for _, row in chosen])
 
 
 def other_name(key: str, prompt: str, answer: str) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
-from harness.tasks.settings import DataTask, SplitTask
+from harness.tasks.clusters import by_column
+from harness.tasks.settings import RowsTask
 
 
 @dataclass
-class LambadaTask(DataTask, SplitTask):
+class LambadaTask(RowsTask):
     """The last word of a passage: accuracy and perplexity."""
 
     kind: ClassVar[str] = "lambada"
@@ -58,4 +59,5 @@ class LambadaTask(DataTask, SplitTask):
                 "perplexity": ExampleScores(-logprob, ones, "exp", higher_is_better=False),
             }
 
-        return ScoredTask(name, protocol, requests, [str(number) for number, _ in chosen], measure)
+        task = ScoredTask(name, protocol, requests, [str(number) for number, _ in chosen], measure)
+        return by_column(task, f"tasks.{name}", self.cluster_column, [row for _, row in chosen])

@@ -18,11 +18,12 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
-from harness.tasks.settings import DataTask, SplitTask
+from harness.tasks.clusters import by_column, clustered
+from harness.tasks.settings import RowsTask
 
 
 @dataclass
-class MaskedTask(DataTask, SplitTask):
+class MaskedTask(RowsTask):
     """Pseudo-perplexity of an encoder, for which every token of every row is masked in turn."""
 
     column: str = "text"
@@ -34,7 +35,8 @@ class MaskedTask(DataTask, SplitTask):
     def prepare(self, name: str, context: TaskContext) -> PreparedTask:
         """Return the task with one request for each masked token.
 
-        An example is a row, or a piece of a row that is longer than the window. Rows without text are left out.
+        An example is a row, or a piece of a row that is longer than the window. The pieces of a row are a cluster. Rows
+        without text are left out.
         Metrics, all per token: pseudo_perplexity and pseudo_nll (nats), lower is better; accuracy, whether the masked
         token is the most probable one.
         Raises InputError if the tokenizer has no mask token, the window is longer than the model's context or too short
@@ -83,7 +85,11 @@ class MaskedTask(DataTask, SplitTask):
                 "accuracy": ExampleScores(right, weight, bounds=(0.0, 1.0)),
             }
 
-        return ScoredTask(name, protocol, requests, ids, measure, example_of=np.arange(len(ids)).repeat(counts))
+        task = ScoredTask(name, protocol, requests, ids, measure, example_of=np.arange(len(ids)).repeat(counts))
+        if self.cluster_column is None and len(ids) > len(picked):
+            return clustered(task, [one.split(".")[0] for one in ids], "rows")
+        of_row = {written[index][0]: row for index, row in picked}
+        return by_column(task, key, self.cluster_column, [of_row[int(one.split(".")[0])] for one in ids])
 
 
 def mask_token(name: str, tokenizer: Any) -> int:

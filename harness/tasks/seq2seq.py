@@ -21,9 +21,10 @@ from harness.evaluation.requests import (
 )
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
+from harness.tasks.clusters import by_column
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
 from harness.tasks.generation import BATCH_TOKENS, generated_in_batches, padding_of, refuse_nan
-from harness.tasks.settings import DataTask, SplitTask
+from harness.tasks.settings import RowsTask
 
 if TYPE_CHECKING:
     from harness.evaluation.division import Division
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Seq2SeqTask(DataTask, SplitTask):
+class Seq2SeqTask(RowsTask):
     """Log-likelihood of a target text given a source text or, with `metrics`, the quality of generated texts."""
 
     source_column: str = "source"
@@ -115,7 +116,8 @@ class Seq2SeqTask(DataTask, SplitTask):
                 texts = [loaded.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
                 return metrics.scores(texts, references)
 
-            return DirectTask(name, protocol, ids, measure_written, inputs=sources)
+            written = DirectTask(name, protocol, ids, measure_written, inputs=sources)
+            return by_column(written, key, self.cluster_column, [row for _, row in picked])
 
         def measure(scores: Scores) -> dict[str, ExampleScores]:
             nll = -scores.request_logprob()
@@ -129,7 +131,8 @@ class Seq2SeqTask(DataTask, SplitTask):
                 ),
             }
 
-        return ScoredTask(name, protocol, requests, ids, measure)
+        task = ScoredTask(name, protocol, requests, ids, measure)
+        return by_column(task, key, self.cluster_column, [row for _, row in picked])
 
 
 def _cut(tokens: list[int], context: TaskContext) -> list[int]:

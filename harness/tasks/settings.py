@@ -117,6 +117,17 @@ class SplitTask(LimitedTask):
         return {} if self.part is None else {"part": self.part, "selection_share": self.selection_share}
 
 
+@dataclass
+class RowsTask(DataTask, SplitTask):
+    """A task in which a row of a data set is an example.
+
+    cluster_column: the column whose value the rows of one cluster share, such as the passage that several questions are
+        about (see clusters.py); null: all rows are independent.
+    """
+
+    cluster_column: str | None = None
+
+
 def position(text: str) -> float:
     """Return the position of a text in [0, 1): 48 bits of its BLAKE2b as a fraction, which spreads texts evenly."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest()

@@ -37,6 +37,7 @@ from harness.evaluation.requests import (
 )
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
+from harness.tasks.clusters import window_clusters
 from harness.tasks.settings import DataTask, LimitedTask
 
 DEFAULT_WINDOW = 2048
@@ -74,8 +75,10 @@ class TextTask(DataTask, LimitedTask):
         text = self.separator.join(row[self.column] for row in found)
         if not text.strip():
             raise InputError(f"tasks.{name}: column {self.column!r} holds no text in any row")
+        cut = 0
         if prefix:  # a text that already begins with this token gets no second one
-            text = text.removeprefix(context.tokenizer.decode(prefix))
+            cut = len(text) - len(text.removeprefix(context.tokenizer.decode(prefix)))
+            text = text[cut:]
         tokens, edges, exact = _tokenise(context.tokenizer, text)
         least = 1 if prefix else 2
         if len(tokens) < least:
@@ -96,6 +99,9 @@ class TextTask(DataTask, LimitedTask):
             if not count.sum() > 0:
                 raise InputError(f"tasks.{name}: the text that is scored has no {unit}; use a longer text")
         covered = text[: scored[-1, 1]]
+        clusters, described = window_clusters(
+            [row[self.column] for row in found], self.separator, scored[:, 0] + cut
+        )
         protocol = {
             "data": self.source(),
             "column": self.column,
@@ -109,13 +115,14 @@ class TextTask(DataTask, LimitedTask):
             "n_words": int(counts["words"].sum()),
             "n_bytes": int(counts["bytes"].sum()),
             "text_positions": "offsets" if exact else "decoded",
+            **described,
         }
 
         def measure(scores: Scores) -> dict[str, ExampleScores]:
             nll = -scores.request_logprob()
 
             def per(unit: str, score: np.ndarray, transform: str) -> ExampleScores:
-                return ExampleScores(score, counts[unit], transform, higher_is_better=False)
+                return ExampleScores(score, counts[unit], transform, higher_is_better=False, clusters=clusters)
 
             return {
                 "token_perplexity": per("tokens", nll, "exp"),

@@ -41,7 +41,7 @@ def search(model, tmp_path_factory) -> list[str]:
     return [
         *model, "target.layer_types=[up_proj]", "region=fraction", "region.kinds=[small]", "region.values=[0.3,0.9]",
         "task=[ioi,text]", f"tasks.ioi.data_files={ioi_file(folder / 'ioi.jsonl')}", "tasks.ioi.selection_share=0.5",
-        f"tasks.text.data_files={text_file(folder / 'text.txt')}", "tasks.text.window=32", "search.control_seeds=[0]",
+        f"tasks.text.data_files={text_file(folder / 'text.txt')}", "tasks.text.window=32", "search.control_seeds=[0,1]",
         "search.choice=compare", "search.compose=greedy", "runtime.threads=1",
     ]
 
@@ -87,7 +87,7 @@ def test_the_plan_of_a_search(search, tmp_path, capsys):
     assert lines[0].startswith("search ") and lines[0].endswith(f"  folder {tmp_path / 'out'}")
     assert lines[1] == f"stages 6: {', '.join(STAGES)}"
     assert "  cells 8: ioi 8" in lines  # 3 blocks x 2 regions, baseline, control
-    assert lines[-1].startswith("report: at most 3 best cells of each of 1 tasks, 2 draws of controls for each;")
+    assert lines[-1].startswith("report: at most 3 best cells of each of 1 tasks, at most 8 draws of controls for each")
     assert not (tmp_path / "out").exists()
 
 

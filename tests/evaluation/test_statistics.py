@@ -1,5 +1,6 @@
 """Estimates and paired differences against scipy, the jackknife, the bootstrap and the closure principle."""
 
+from dataclasses import astuple, replace
 from itertools import combinations
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.evaluation.requests import ExampleScores
-from harness.evaluation.statistics import estimate, holm, paired
+from harness.evaluation.statistics import Advantage, estimate, holm, over_new_draw, paired
 
 
 def _mean(score):
@@ -167,3 +168,121 @@ def test_holm_passes_over_what_was_not_tested():
     assert len(holm([])) == 0
     with pytest.raises(ValueError, match="0..1"):
         holm([0.5, 1.5])
+
+
+def _crossed(rng, n, m, between, within, own=1.0):
+    """A model and m draws of a control, of which the model is one more, on n examples of different difficulty.
+
+    between: the standard deviation of the draws' true metrics. within: that of their scores on one example. own: by how
+    much the model's scores vary more.
+    """
+    difficulty = rng.standard_normal(n)
+    scores = [difficulty + between * rng.standard_normal() + within * (own if j == 0 else 1) * rng.standard_normal(n)
+              for j in range(m + 1)]
+    return _mean(scores[0]), [_mean(score) for score in scores[1:]]
+
+
+@pytest.mark.parametrize(("m", "between", "within", "own"), [(3, 1.0, 1.0, 1.0), (10, 0.3, 1.0, 1.0), (10, 0.5, 1, 3)])
+def test_p_against_a_new_draw_is_uniform_if_the_model_is_one(m, between, within, own):
+    rng = np.random.default_rng([m, 1])
+    p = [over_new_draw(*_crossed(rng, 40, m, between, within, own)).p_value for _ in range(1000)]
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+    # The paired test against the mean of the draws, which holds for these draws only, refutes what is true.
+    found = [_crossed(rng, 40, m, between, within, own) for _ in range(300)]
+    naive = [paired(model, _mean(np.mean([draw.score for draw in draws], axis=0))).p_value for model, draws in found]
+    assert np.mean(np.array(naive) < 0.05) > 0.1
+
+
+def test_p_against_a_new_draw_is_not_too_small_where_the_draws_do_not_differ():
+    rng = np.random.default_rng(5)
+    p = np.array([over_new_draw(*_crossed(rng, 40, 5, 0.0, 1.0)).p_value for _ in range(1000)])
+    for level in (0.01, 0.05, 0.2):
+        assert np.mean(p < level) < level + 3 * np.sqrt(level / 1000)
+    assert np.mean(p < 0.2) > 0.1
+
+
+def test_the_advantage_over_draws_on_so_many_examples_that_these_add_nothing_is_crawford_and_howells():
+    metrics, own, n = np.array([0.03, 0.077, 0.035, 0.05, 0.055, 0.0, 0.01, 0.012, 0.02, 0.011]), 0.082, 1_000
+    draws = [_mean(np.full(n, metric)) for metric in metrics]
+    found = over_new_draw(_mean(np.full(n, own)), draws)
+    t = (own - metrics.mean()) / (metrics.std(ddof=1) * np.sqrt(1.1))
+    assert found.delta == pytest.approx(own - metrics.mean())
+    assert found.spread == pytest.approx(metrics.std(ddof=1))
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(t, 9))
+
+
+def test_what_too_few_draws_or_examples_cannot_say():
+    model, draw = _mean([1.0, 2.0]), _mean([0.5, 1.0])
+    assert over_new_draw(model, [draw]) == Advantage(0.75, None, None)
+    assert over_new_draw(_mean([1.0]), [_mean([0.5]), _mean([0.0])]) == Advantage(0.75, None, np.std([0.5, 0], ddof=1))
+    assert over_new_draw(model, [model, model]) == Advantage(0.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match="no draws"):
+        over_new_draw(model, [])
+
+
+def test_clusters_of_equal_size_are_the_t_test_of_their_means():
+    rng = np.random.default_rng(7)
+    clusters = rng.permutation(np.arange(12).repeat(5)) + 40
+    baseline = rng.standard_normal(12)[clusters - 40] + rng.standard_normal(60)
+    ablated = baseline + 0.3 + 0.5 * rng.standard_normal(12)[clusters - 40] + 0.1 * rng.standard_normal(60)
+    means = [np.array([score[clusters == c].mean() for c in range(40, 52)]) for score in (ablated, baseline)]
+    scores = [replace(_mean(score), clusters=clusters) for score in (ablated, baseline)]
+    found, expected = paired(*scores), scipy.stats.ttest_rel(*means)
+    assert found.delta == pytest.approx((ablated - baseline).mean())
+    assert found.delta / found.stderr == pytest.approx(expected.statistic)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    value = estimate(scores[1])
+    assert (value.n, value.n_clusters, value.stderr) == (60, 12, pytest.approx(scipy.stats.sem(means[1])))
+    assert found.p_value > 10 * paired(_mean(ablated), _mean(baseline)).p_value
+
+
+def test_each_example_its_own_cluster_is_no_cluster(text):
+    tokens, nll, shifted = text
+    alone = [ExampleScores(score, tokens, "exp") for score in (shifted, nll)]
+    own = [replace(score, clusters=np.arange(80)[::-1]) for score in alone]
+    assert astuple(paired(*own)) == pytest.approx(astuple(paired(*alone)), rel=1e-9)
+    assert astuple(estimate(own[0])) == pytest.approx(astuple(estimate(alone[0])), rel=1e-9)
+    found = [astuple(over_new_draw(one[0], [one[1], one[0]])) for one in (own, alone)]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp"])
+def test_clusters_of_any_size_are_the_jackknife_over_clusters(text, transform):
+    tokens, nll, shifted = text
+    clusters = np.repeat(np.arange(9), [1, 2, 3, 5, 8, 13, 20, 10, 18])
+
+    def without(score, c):
+        kept = clusters != c
+        return score[kept].sum() / tokens[kept].sum()
+
+    jackknifed = np.array([without(shifted, c) - without(nll, c) for c in range(9)])
+    centre = (shifted.sum() - nll.sum()) / tokens.sum()
+    stderr = np.sqrt(8 / 9 * np.square(jackknifed - centre).sum())
+    found = paired(*(ExampleScores(score, tokens, transform, clusters=clusters) for score in (shifted, nll)))
+    # the p-value of a perplexity is that of its logarithm
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(abs(centre / stderr), 8), rel=1e-9)
+    if transform == "identity":
+        assert found.stderr == pytest.approx(stderr, rel=1e-9)
+
+
+def test_one_cluster_has_no_standard_error():
+    scores = [replace(_mean(score), clusters=np.zeros(3, dtype=int)) for score in ([1.0, 2, 4], [1.0, 1, 1])]
+    assert (estimate(scores[0]).stderr, estimate(scores[0]).n_clusters) == (None, 1)
+    assert paired(*scores).p_value is None
+    assert over_new_draw(scores[0], [scores[1], scores[1]]).p_value is None
+    # the other cluster does not belong to the metric
+    part = ExampleScores(np.array([1.0, 2, 0]), np.array([1.0, 1, 0]), clusters=np.array([5, 5, 6]))
+    assert estimate(part).stderr is None
+
+
+def test_p_over_clusters_is_uniform_where_the_examples_of_a_cluster_are_alike():
+    rng = np.random.default_rng(8)
+    clusters = np.arange(20).repeat(rng.integers(5, 15, 20))
+    naive, robust = [], []
+    for _ in range(1000):
+        change = _mean(rng.standard_normal(20)[clusters] + rng.standard_normal(len(clusters)))
+        none = _mean(np.zeros(len(clusters)))
+        naive.append(paired(change, none).p_value)
+        robust.append(paired(replace(change, clusters=clusters), none).p_value)
+    assert scipy.stats.kstest(robust, "uniform").pvalue > 0.01
+    assert np.mean(np.array(naive) < 0.05) > 0.3

@@ -98,7 +98,7 @@ def test_the_values_handed_in_are_left_alone():
      " weight_decay, batch_size, steps, checkpoint, seed, cache_dir"),
     ({"target": {"xyz": 1}}, "target.xyz: unknown key; known here: kind, layer_types, blocks"),
     ({"tasks": {"t": {"kind": "ioi", "limmit": 1}}}, "tasks.t.limmit: unknown key; did you mean 'limit'? known here:"
-     " limit, part, selection_share, dataset, data_files, dataset_config, split"),
+     " limit, part, selection_share, dataset, data_files, dataset_config, split, cluster_column"),
     ({"region": {"by": "decile", "decile": [1]}}, "region.decile: unknown key; did you mean 'deciles'? known here:"
      " deciles"),
     # names out of a list
@@ -193,7 +193,10 @@ def test_what_is_wrong_is_one_line(values, message):
      " exhaustive, gradient, compare"),
     ({"search": {"keep": 0}}, "search.keep: 0 is wrong; it must be above 0 and at most 1"),
     ({"search": {"report_limit": 1}}, "search.report_limit: 1 is wrong; it must be at least 2"),
-    ({"search": {"control_seeds": []}}, "search.control_seeds: [] is wrong; name at least one, for example [0]"),
+    ({"search": {"control_seeds": []}}, "search.control_seeds: [] is wrong; name at least two different ones, for"
+     " example [0,1,2]; how much draws differ needs two"),
+    ({"search": {"control_seeds": [4, 4]}}, "search.control_seeds: [4, 4] is wrong; name at least two different ones,"
+     " for example [0,1,2]; how much draws differ needs two"),
     ({"search": {"control_seeds": [0, -1]}}, "search.control_seeds: -1 is wrong; it must be at least 0"),
     ({"search": {"metrics": []}}, "search.metrics: [] is wrong; name at least one, for example [accuracy]"),
 ])  # fmt: skip

@@ -305,7 +305,7 @@ def test_a_search_is_one_shard(slurm, tmp_path, capsys):
     words = ["model=pretrained", f"model.name={save_checkpoint(tmp_path / 'model')}", "model.device=cpu",
              "target.layer_types=[up_proj]", "region=fraction", "region.kinds=[small]", "task=ioi",
              f"tasks.ioi.data_files={ioi_file(tmp_path / 'ioi.jsonl')}", "tasks.ioi.selection_share=0.5",
-             "search.control_seeds=[0]", "runtime.threads=1"]
+             "search.control_seeds=[0,1]", "runtime.threads=1"]
     folder = tmp_path / "search"
     capsys.readouterr()
     assert main(["submit", "search", *words, f"output={folder}", *CLUSTER, "cluster.shards=3", "cluster.wait=true",

@@ -197,6 +197,23 @@ def test_random_has_the_count_of_its_reference_and_depends_on_the_seed_only():
     assert fraction_interval(first, 200) == (None, None)
 
 
+def test_a_disjoint_control_draws_nothing_of_its_reference():
+    reference, shape = small(0.3), (200, 300)
+    inside = select(reference, None, shape)
+    seen = []
+    for seed in range(20):
+        chosen = select(Random(reference, seed, disjoint=True), None, shape)
+        assert len(chosen) == 60 and not torch.isin(chosen, inside).any()
+        seen.append(chosen)
+    assert len(torch.cat(seen).unique()) == 140  # every other value may be drawn
+    assert len(select(Random(small(0.9), 0, disjoint=True), None, shape)) == 20  # no more are left
+    sigma = spectrum(400)
+    target = float((sigma[select(reference, None, (400, 400))] ** 2).sum())
+    chosen = select(EnergyMatched(reference, 3, disjoint=True), sigma, (400, 400))
+    assert not torch.isin(chosen, select(reference, None, (400, 400))).any()
+    assert abs(float((sigma[chosen] ** 2).sum()) - target) < 1e-2 * target
+
+
 @pytest.mark.parametrize("reference", [small(0.2), bulk(0.3), Decile(1)])
 def test_energy_matched_control(reference):
     sigma = spectrum(400)
@@ -229,7 +246,8 @@ def test_labels_differ():
     sizes = [size(f, by) for size in (large, bulk, small) for f in (0.1, 0.3, 1) for by in ("fraction", "energy")]
     others = [Decile(d) for d in range(1, 11)]
     others += [Laser(0.1), Nothing(), Index(0, 4), Index(None, 4), Index(-4, None), interval(0.1, 0.3)]
-    controls = [make(region, seed) for region in sizes for seed in (0, 1) for make in (Random, EnergyMatched)]
+    controls = [make(region, seed, disjoint) for region in sizes for seed in (0, 1) for disjoint in (False, True)
+                for make in (Random, EnergyMatched)]
     labels = [region.label for region in sizes + others + controls]
     assert len(set(labels)) == len(labels)
     assert small(0.1).label == "small 0.1" and bulk(0.3).label == "bulk 0.3"

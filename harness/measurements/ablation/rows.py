@@ -126,6 +126,9 @@ class RowMaker:
             "example_id": np.tile(ids, len(outcome)),
             "score": np.concatenate([scores.score for scores in outcome.values()]),
             "weight": np.concatenate([scores.weight for scores in outcome.values()]),
+            "cluster": [number for scores in outcome.values() for number in (
+                [None] * len(ids) if scores.clusters is None else scores.clusters.tolist()
+            )],
         }
 
 
@@ -135,7 +138,7 @@ def _row(described: Mapping[str, Any], name: str, scores: ExampleScores, baselin
         return _not_finite(described, name, value.value)
     row = {
         **described, "metric": name, "status": "ok", "value": value.value, "stderr": value.stderr, "n": value.n,
-        "n_available": value.n, "higher_is_better": scores.higher_is_better,
+        "n_clusters": value.n_clusters, "n_available": value.n, "higher_is_better": scores.higher_is_better,
     }
     unedited = None if baseline is None else estimate(baseline[name]).value
     if baseline is not None and unedited is not None and math.isfinite(unedited):

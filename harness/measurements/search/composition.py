@@ -133,7 +133,7 @@ def best_of_each_block(
 
 
 def _subset(scores: ExampleScores, inside: np.ndarray) -> ExampleScores:
-    return ExampleScores(scores.score[inside], scores.weight[inside], scores.transform, scores.higher_is_better)
+    return scores.at(inside)
 
 
 def _compared(now: ExampleScores, baseline: ExampleScores) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from harness.measurements.search.blank import transforms
 from harness.measurements.search.prediction import chosen_by_gradient, compare_with_grid, predict
 from harness.measurements.search.tables import TABLES
 from harness.measurements.search.units import REPORT, SELECTION, SearchPlan, Stage
-from harness.measurements.search.verdict import Winner, beside_rows, verdict_rows, winners
+from harness.measurements.search.verdict import Winner, beside_rows, controls_of, verdict_rows, winners
 from harness.models.editing import Ablation
-from harness.spectral.regions import EnergyMatched, Random
 from harness.tables.frames import dicts_of
 from harness.tables.store import read_table, unit_states
 
@@ -113,12 +112,7 @@ class SearchRun:
     @cached_property
     def controls(self) -> Mapping[Ablation, Mapping[str, Sequence[Ablation]]]:
         """The controls of each best ablation: name of the control -> its draws."""
-        seeds = self.choices.control_seeds
-        return {
-            one: {"random": [Ablation(one.target, Random(one.region, seed)) for seed in seeds],
-                  "energy_matched": [Ablation(one.target, EnergyMatched(one.region, seed)) for seed in seeds]}
-            for one in (winner.ablation for winner in self.winners)
-        }
+        return {winner.ablation: controls_of(winner, self.choices.control_seeds) for winner in self.winners}
 
     @cached_property
     def report(self) -> Study:

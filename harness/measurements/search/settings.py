@@ -28,7 +28,8 @@ class SearchChoices:
     keep: the share of the targets that choice "gradient" measures.
     gradient_examples: the number of examples of each task for the gradients of "gradient" and "compare".
     report_limit: the largest number of examples in the report part of each task (BLiMP: of each paradigm); null: all.
-    control_seeds: the seeds of the random controls of each best cell.
+    control_seeds: the seeds of the draws of each control of each best cell. The p-value against a control is that of a
+        new draw and needs at least two.
     compose: "greedy" adds ablations block after block if they help on examples that did not choose them.
     """
 
@@ -37,14 +38,15 @@ class SearchChoices:
     keep: Annotated[float, Bounds(above=0, at_most=1)] = 0.1
     gradient_examples: Annotated[int, at_least(1)] = 100
     report_limit: Annotated[int, at_least(2)] | None = None
-    control_seeds: list[Annotated[int, at_least(0)]] = field(default_factory=lambda: [0, 1, 2])
+    control_seeds: list[Annotated[int, at_least(0)]] = field(default_factory=lambda: list(range(10)))
     compose: Literal["none", "greedy"] = "none"
 
     def __post_init__(self) -> None:
         if not self.metrics:
             raise wrong("metrics", [], "name at least one, for example [accuracy]")
-        if not self.control_seeds:
-            raise wrong("control_seeds", [], "name at least one, for example [0]")
+        if len(set(self.control_seeds)) < max(2, len(self.control_seeds)):
+            right = "name at least two different ones, for example [0,1,2]; how much draws differ needs two"
+            raise wrong("control_seeds", self.control_seeds, right)
 
     def unread(self) -> Iterator[SettingError]:
         """Yield an error for each setting that is not the default and that this choice does not read."""

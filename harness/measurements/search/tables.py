@@ -12,11 +12,15 @@ _METRIC = required("metric", "string", "Metric that the search optimises.")
 def _control(name: str, what: str) -> tuple[Column, ...]:
     return (
         Column(f"{name}_draws", "int64", f"Number of measured draws of the control, which removes {what}."),
-        Column(f"{name}_delta", "float64", "Change on the report part by the mean of these draws over each example."),
-        Column(f"over_{name}", "float64", "`delta` of the best cell minus this change."),
-        Column(f"over_{name}_p", "float64", "Two-sided p-value of this difference = 0, paired over examples."),
+        Column(f"{name}_delta", "float64", "Mean of the deltas of these draws on the report part."),
+        Column(f"{name}_spread", "float64", "Standard deviation of these deltas."),
+        Column(f"over_{name}", "float64", "`delta` of the best cell minus their mean."),
+        Column(f"over_{name}_p", "float64",
+               "Two-sided p-value of the hypothesis that the best cell is one more draw (docs/search.md)."),
     )
 
+
+_DISJOINT = "but none that the best cell removes; null if too {} are left"
 
 STAGES = Table("stages", "one row per stage", (
     _STAGE,
@@ -51,7 +55,10 @@ VERDICT = Table("verdict", "one row per task and metric: the best cell of the gr
     Column("delta_high", "float64", "Upper end of this interval."),
     Column("p_value", "float64", "Two-sided p-value of `delta` = 0, paired."),
     *_control("random", "as many values at random positions"),
+    *_control("random_disjoint", f"as many values at random positions, {_DISJOINT.format('few')}"),
     *_control("energy_matched", "values at random positions with as much energy"),
+    *_control("energy_matched_disjoint",
+              f"values at random positions with as much energy, {_DISJOINT.format('small ones')}"),
     Column("beats_controls", "bool", "Whether the best cell is better than each control at 5 %; null if one failed."),
     Column("p_holm", "float64", "`p_value`, corrected for the number of rows (Holm)."),
     required("verdict", "string", "`yes`, `no more than its controls`, `no` or `failed` (docs/search.md)."),
@@ -104,5 +111,5 @@ COMPOSITION = Table("composition", "one row per task, metric and step of the gre
 ))  # fmt: skip
 
 TABLES = TableSet(
-    "search", 1, (STAGES, VERDICT, BESIDE, PREDICTIONS, COMPARISON, COMPOSITION), key="stage_id", label=("stage",)
+    "search", 2, (STAGES, VERDICT, BESIDE, PREDICTIONS, COMPARISON, COMPOSITION), key="stage_id", label=("stage",)
 )

@@ -130,11 +130,11 @@ def describe(plan: SearchPlan) -> str:
     stages = ", ".join(stage.name for stage in plan.units)
     lines = [f"search {plan.id}  folder {plan.folder}", f"stages {len(plan.units)}: {stages}", "selection:"]
     lines += [f"  {line}" for line in ablation_units.describe(plan.selection).splitlines()]
-    n_best, n_draws = len(plan.settings.search.metrics), 2 * len(plan.settings.search.control_seeds)
+    n_best, n_draws = len(plan.settings.search.metrics), 4 * len(plan.settings.search.control_seeds)
     examples = ", ".join(f"{name} {len(task.example_ids)}" for name, task in plan.report.tasks.items())
     lines.append(
-        f"report: at most {n_best} best cells of each of {len(plan.settings.searched())} tasks, {n_draws} draws of"
-        f" controls for each; examples: {examples}"
+        f"report: at most {n_best} best cells of each of {len(plan.settings.searched())} tasks, at most"
+        f" {n_draws} draws of controls for each; examples: {examples}"
     )
     return "\n".join(lines)
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores
-from harness.evaluation.statistics import holm, paired
+from harness.evaluation.statistics import holm, over_new_draw
 from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.models.editing import Ablation
+from harness.spectral.regions import EnergyMatched, Random
 from harness.tables.frames import dicts_of
 
 if TYPE_CHECKING:
@@ -88,12 +89,27 @@ def example_scores(folder: Path, cell_id: str, metric: str, transform: str) -> E
     """Return the scores of one metric of one cell from the table of examples, in the order of the task."""
     rows = read_examples(folder, cell_ids=[cell_id])
     rows = rows[rows.metric == metric]
-    return ExampleScores(rows.score.to_numpy(dtype=float), rows.weight.to_numpy(dtype=float), transform)
+    clusters = None if rows.cluster.isna().any() else rows.cluster.to_numpy(dtype=np.int64)
+    score, weight = rows.score.to_numpy(dtype=float), rows.weight.to_numpy(dtype=float)
+    return ExampleScores(score, weight, transform, clusters=clusters)
 
 
-def _mean_of_draws(draws: Sequence[ExampleScores], best: ExampleScores) -> ExampleScores:
-    """Return the mean of the draws of a control, example by example."""
-    return ExampleScores(np.mean([scores.score for scores in draws], axis=0), best.weight, best.transform)
+def controls_of(winner: Winner, seeds: Sequence[int]) -> dict[str, list[Ablation]]:
+    """Return the controls of a best cell: name of the control -> its draws, one for each seed.
+
+    Besides those that draw from all values there are those that do not draw what the cell itself removes. They are left
+    out if the other values are fewer, or hold less energy, than what the cell removes.
+    """
+    target, region = winner.ablation.target, winner.ablation.region
+    fewer = 2 * winner.row["n_removed"] <= winner.row["n_values"]
+    lighter = winner.row["energy_removed"] <= 0.5
+    made: dict[str, list[Any]] = {"random": [Random(region, seed) for seed in seeds]}
+    if fewer:
+        made["random_disjoint"] = [Random(region, seed, disjoint=True) for seed in seeds]
+    made["energy_matched"] = [EnergyMatched(region, seed) for seed in seeds]
+    if lighter:
+        made["energy_matched_disjoint"] = [EnergyMatched(region, seed, disjoint=True) for seed in seeds]
+    return {name: [Ablation(target, control) for control in controls] for name, controls in made.items()}
 
 
 def verdict_rows(
@@ -105,9 +121,9 @@ def verdict_rows(
     folder: that of the report study. cell_of: (ablation, task) -> its cell. controls_of: best ablation -> name of a
     control -> its draws. transforms: (task, metric) -> the transform of its ExampleScores.
 
-    The best cell is compared with the mean of the measured draws of a control, example by example. The verdict is "yes"
-    if the best cell improves the metric on the report part at 5 % (corrected for the number of rows by Holm) and is
-    better than each control at 5 %. It is "failed" if the cell or all draws of a control failed.
+    The best cell is compared with a new draw of each control (`over_new_draw`). The verdict is "yes" if the best cell
+    improves the metric on the report part at 5 % (corrected for the number of rows by Holm) and is better than each
+    control at 5 %. It is "failed" if the cell failed, or if fewer than two draws of a control were measured.
     """
     rows = read_metrics(folder)
     rows = rows[rows.status == "ok"]
@@ -119,7 +135,7 @@ def verdict_rows(
             table.append(_failed(winner))
             continue
         sign = 1 if report["higher_is_better"] else -1
-        half = _half_width(report["delta_stderr"], report["n"])
+        half = _half_width(report["delta_stderr"], report["n_clusters"])
         row: dict[str, Any] = {
             **_selected(winner),
             "n": report["n"], "baseline": report["baseline"], "value": report["value"], "delta": report["delta"],
@@ -133,13 +149,13 @@ def verdict_rows(
             drawn = [example_scores(folder, cell_id, winner.metric, transform)
                      for cell_id in ids if (cell_id, winner.metric) in by_cell]
             row[f"{name}_draws"] = len(drawn)
-            if draws and not drawn:
+            if len(drawn) < 2:
                 beaten.append(None)
                 continue
-            against = paired(best, _mean_of_draws(drawn, best))
-            row |= {f"{name}_delta": report["delta"] - against.delta, f"over_{name}": against.delta,
-                    f"over_{name}_p": against.p_value}
-            beaten.append(sign * against.delta > 0 and against.p_value is not None and against.p_value < LEVEL)
+            over = over_new_draw(best, drawn)
+            row |= {f"{name}_delta": report["delta"] - over.delta, f"{name}_spread": over.spread,
+                    f"over_{name}": over.delta, f"over_{name}_p": over.p_value}
+            beaten.append(sign * over.delta > 0 and over.p_value is not None and over.p_value < LEVEL)
         row["beats_controls"] = None if None in beaten else all(beaten)
         table.append(row)
     for row, p in zip(table, holm([row["p_value"] for row in table])):
@@ -193,10 +209,10 @@ def _failed(winner: Winner) -> dict[str, Any]:
     return {**_selected(winner), "p_value": math.nan, "beats_controls": None}
 
 
-def _half_width(stderr: float | None, n: int) -> float:
+def _half_width(stderr: float | None, n_clusters: int) -> float:
     """Return half the width of the 95 % interval by Student's t, or NaN if there is no standard error."""
-    if stderr is None or math.isnan(stderr) or n < 2:
+    if stderr is None or math.isnan(stderr) or n_clusters < 2:
         return math.nan
     from scipy.stats import t
 
-    return float(t.ppf(0.975, n - 1) * stderr)
+    return float(t.ppf(0.975, n_clusters - 1) * stderr)

@@ -40,11 +40,14 @@ class Nothing:
 class Random:
     """As many values as the reference picks, at random positions.
 
-    The draw depends only on the seed, the shape of the matrix and the number of values.
+    The draw depends only on the seed, the shape of the matrix and the number of values. disjoint: whether the values of
+    the reference itself are never drawn, so that an effect of the control cannot be that of the reference's own values.
+    All other values are drawn if there are no more of them than the reference picks.
     """
 
     reference: Region
     seed: int
+    disjoint: bool = False
     by: ClassVar[str] = "control"
     kind: ClassVar[str] = "random"
     draws: ClassVar[bool] = True
@@ -56,26 +59,29 @@ class Random:
 
     @property
     def label(self) -> str:
-        return f"random ({self.reference.label}) seed {self.seed}"
+        return f"random {'outside ' * self.disjoint}({self.reference.label}) seed {self.seed}"
 
     @property
     def rank_only(self) -> bool:
         return self.reference.rank_only
 
     def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        count = len(select(self.reference, sigma, shape))
-        return _shuffled(self.seed, shape, count)[:count].sort().values
+        reference = select(self.reference, sigma, shape)
+        order = _drawn_from(_shuffled(self.seed, shape, len(reference)), reference, self.disjoint)
+        return order[: len(reference)].sort().values
 
 
 @dataclass(frozen=True)
 class EnergyMatched:
     """Values at random positions that hold about as much of the squared Frobenius norm as those of the reference.
 
-    A greedy draw finds them: see `_match_energy`.
+    A greedy draw finds them: see `_match_energy`. disjoint: as in Random. The energy is then smaller than that of the
+    reference if the other values hold less.
     """
 
     reference: Region
     seed: int
+    disjoint: bool = False
     by: ClassVar[str] = "control"
     kind: ClassVar[str] = "energy_matched"
     rank_only: ClassVar[bool] = False
@@ -88,13 +94,14 @@ class EnergyMatched:
 
     @property
     def label(self) -> str:
-        return f"energy_matched ({self.reference.label}) seed {self.seed}"
+        return f"energy_matched {'outside ' * self.disjoint}({self.reference.label}) seed {self.seed}"
 
     def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
         assert sigma is not None
         reference = select(self.reference, sigma, shape)
         energies = sigma.detach().cpu().to(torch.float64) ** 2
-        return _match_energy(energies, reference, _shuffled(self.seed, shape, len(reference)))
+        order = _drawn_from(_shuffled(self.seed, shape, len(reference)), reference, self.disjoint)
+        return _match_energy(energies, reference, order)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,11 @@ def _shuffled(seed: int, shape: tuple[int, int], count: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{shape[0]}x{shape[1]}:{count}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.randperm(min(shape), generator=generator)
+
+
+def _drawn_from(order: Tensor, reference: Tensor, disjoint: bool) -> Tensor:
+    """Return the positions of a random order, without those of the reference if the draw is to be disjoint."""
+    return order[~torch.isin(order, reference)] if disjoint else order
 
 
 def _match_energy(energies: Tensor, reference: Tensor, order: Tensor) -> Tensor:

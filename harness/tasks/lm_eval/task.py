@@ -20,6 +20,7 @@ from harness.optional import require
 from harness.settings.constraints import at_least
 from harness.settings.plain_values import refuse_long_path
 from harness.tasks import tokenization
+from harness.tasks.clusters import by_column
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
 from harness.tasks.lm_eval import identity, index
 from harness.tasks.lm_eval import metrics as lm_eval_metrics
@@ -38,6 +39,7 @@ class LmEvalTask(LimitedTask):
     include_path: str | None = None  # folder with task YAML files of the user
     seed: Annotated[int, at_least(0)] = 1234  # seed of the few-shot sampler
     metrics: Metrics = field(default_factory=list)  # metrics of Hugging Face evaluate, if the task generates text
+    cluster_column: str | None = None  # field of a document that those of one cluster share, such as their passage
     kind: ClassVar[str] = "lm_eval"
 
     def __post_init__(self) -> None:
@@ -71,7 +73,8 @@ class LmEvalTask(LimitedTask):
             from harness.tasks.lm_eval import generation
 
             metrics = MetricSet(f"tasks.{name}", self.metrics, taken=parts[0].by_metric)
-            return generation.prepare(name, parts[0], metrics, protocol, context)
+            written = generation.prepare(name, parts[0], metrics, protocol, context)
+            return by_column(written, f"tasks.{name}", self.cluster_column, _rows(parts))
         if self.metrics:
             raise InputError(
                 f"tasks.{name}.metrics: {self.task!r} scores given answers and has lm-eval's metrics; metrics of"
@@ -85,6 +88,9 @@ class LmEvalTask(LimitedTask):
             first += len(part.docs)
         ids = [f"{i}" if found.single else f"{part.name}/{i}" for part in parts for i in range(len(part.docs))]
 
+        if self.cluster_column is None and len(parts) > 1:
+            protocol["clusters"] = "subtasks"
+
         def measure(scores: Scores) -> dict[str, ExampleScores]:
             loglikelihood, greedy = scores.request_logprob(), scores.request_greedy()
             results, start = [], 0
@@ -94,7 +100,8 @@ class LmEvalTask(LimitedTask):
                 start = stop
             return results[0] if found.single else _combined(parts, results, found.groups, self.task)
 
-        return ScoredTask(name, protocol, requests, ids, measure, example_of=np.concatenate(owners))
+        task = ScoredTask(name, protocol, requests, ids, measure, example_of=np.concatenate(owners))
+        return by_column(task, f"tasks.{name}", self.cluster_column, _rows(parts))
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,14 @@ def _documents_of_requests(part: Part) -> np.ndarray:
     """Return the index of the document to which each of the R requests belongs, int64 [R]."""
     of_instance = np.arange(len(part.docs)).repeat([len(doc) for doc in part.docs])
     return of_instance.repeat(np.diff(part.offsets))
+
+
+def _rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return the document of each example. In a group, a document of one subtask is in no cluster of another."""
+    rows = [(part.name, doc[0].doc) for part in parts for doc in part.docs]
+    if len(parts) == 1:
+        return [row for _, row in rows]
+    return [{column: f"{name}/{value}" for column, value in row.items()} for name, row in rows]
 
 
 def _dummy(request_type: str) -> Any:
@@ -260,4 +275,6 @@ def _placed(starts: np.ndarray, members: Mapping[int, tuple[ExampleScores, float
     first = next(iter(members.values()))[0]
     bounds = {scores.bounds for scores, _ in members.values()}
     common = first.bounds if len(bounds) == 1 else None
-    return ExampleScores(score, weight, first.transform, first.higher_is_better, common)
+    # The documents of one subtask are independent as examples of itself, and a cluster of a group of subtasks.
+    clusters = np.arange(len(starts) - 1).repeat(np.diff(starts)) if len(members) > 1 else None
+    return ExampleScores(score, weight, first.transform, first.higher_is_better, common, clusters)

@@ -74,7 +74,7 @@ def test_a_baseline_that_is_not_finite_leaves_the_value_without_a_delta(maker):
 
 def sampled(**changes):
     values = dict(value=2.0, stderr=0.1, baseline=1.5, delta=0.5, delta_stderr=0.1, low=0.3, high=0.7, p_value=0.01,
-                  n=2, n_available=4)
+                  n=2, n_clusters=2, n_available=4)
     part = {"nll": scores(1.0, 3.0)}
     return SampledPart(Sampled(np.array([1, 3]), part, {"nll": SampledMetric(**values | changes)}))
 

@@ -211,11 +211,12 @@ def test_groups_and_all_metrics_of_multiple_choice_are_lm_evals(own, tiny):
         for metric in ("acc", "brier_score"):
             assert estimate(measured[metric]).value == pytest.approx(expected[f"{metric},none"], rel=1e-5)
             assert estimate(measured[metric]).n == 13
+            assert estimate(measured[metric]).n_clusters == 2  # the subtasks
         for task, n in (("own_short", 4), ("own_long", 9)):
             for metric in METRICS[:-1]:
                 of_task = estimate(measured[f"{task}/{metric}"])
                 assert of_task.value == pytest.approx(found["results"][task][f"{metric},none"], rel=1e-5)
-                assert of_task.n == n
+                assert of_task.n == of_task.n_clusters == n
         assert not measured["brier_score"].higher_is_better and measured["acc"].higher_is_better
     assert groups["own_pooled"]["acc,none"] != groups["own_balanced"]["acc,none"]
 

@@ -1,0 +1,61 @@
+"""Judge published best cells again, by more draws of their controls, without searching the grid again.
+
+    python experiments/laser/judge_again.py VERDICT.csv FOLDER SETTING...
+
+VERDICT.csv: the verdict of a search, as figures.py writes it; it is written anew. FOLDER: where these cells are
+measured, which resumes. SETTING: those of the search that chose the cells. Rows whose verdict is "no" are not
+measured, because no control can change it; their controls keep the mean of the draws that the search had, without a
+p-value.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pandas
+
+from harness.engine.measurement import Context
+from harness.measurements import SEARCH, compose_settings
+from harness.measurements.search.measure import SearchRun
+from harness.measurements.search.tables import VERDICT
+from harness.measurements.search.verdict import Winner
+
+EARLIER_DRAWS = 3
+
+
+def winner_of(row: Any, ablations: dict[tuple[str, str], Any]) -> Winner:
+    ablation = ablations[row.target, row.region]
+    share = ablation.region.stop - ablation.region.start
+    selected = {"higher_is_better": row.higher_is_better, "energy_removed": row.energy_removed, "n": row.selection_n,
+                "baseline": row.selection_baseline, "value": row.selection_value, "delta": row.selection_delta,
+                "p_value": row.selection_p, "n_removed": share, "n_values": 1.0}
+    return Winner(row.task, row.metric, ablation, row.n_tried, row.selection_p_holm, selected)
+
+
+def main(published: str, folder: str, *settings: str) -> None:
+    plan = SEARCH.units.plan(compose_settings("search", [*settings, f"output={folder}"]))
+    ablations = {(cell.ablation.target.label, cell.ablation.region.label): cell.ablation
+                 for cell in plan.report.units if not cell.is_baseline}
+    table = pandas.read_csv(published)
+    run = SearchRun(plan, Context())
+    run.winners = [winner_of(row, ablations) for row in table.itertuples() if row.verdict != "no"]
+    rows = {(row["task"], row["metric"]): row for row in run.stage("verdict")["verdict"]}
+    judged = []
+    for old in table.to_dict("records"):
+        new = rows.get((old["task"], old["metric"]))
+        if new is None:
+            old |= {f"{name}_draws": old.get(f"{name}_draws", EARLIER_DRAWS) for name in ("random", "energy_matched")}
+            old |= {"over_random_p": None, "over_energy_matched_p": None}
+            judged.append(old)
+            continue
+        assert abs(new["delta"] - old["delta"]) < 1e-3 * abs(old["delta"]), (old["delta"], new["delta"])
+        verdict = {True: "yes", False: "no more than its controls"}.get(new["beats_controls"], "failed")
+        judged.append({**old, **new, "p_holm": old["p_holm"], "verdict": verdict})
+    columns = [name for name in VERDICT.names() if name != "stage_id"]
+    beside = [name for name in table.columns if name not in columns]
+    pandas.DataFrame(judged).reindex(columns=[*columns, *beside]).to_csv(published, index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,95 @@
+"""Clusters: the examples of a task that depend on each other, such as the windows of one document.
+
+Neighbouring windows of a text are alike. The standard error of their mean is larger than that of as many independent
+windows, and a p-value that forgets this is too small. The clusters of a text are, in this order:
+
+1. its documents, if there are at least DOCUMENTS of them and they have two windows or more on average. A document is an
+   article of WikiText, which begins with a heading such as " = Robert Boulter = ", or else a row of the data;
+2. otherwise BLOCKS stretches of consecutive windows of equal length (Ibragimov and Mueller, t-Statistic Based
+   Correlation and Heterogeneity Robust Inference, Journal of Business and Economic Statistics 28, 2010, who recommend 8
+   or 16). So a block is an eighth of the text, however long that is. Long blocks make neighbouring blocks nearly
+   independent, and Student's t with 7 degrees of freedom accounts for how few they are. Shorter blocks, such as those
+   of the cube root of the number of windows, do not cover articles (experiments/calibration).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from harness.errors import InputError
+from harness.evaluation.requests import DirectTask, ExampleScores, PreparedTask
+from harness.tasks import data
+
+DOCUMENTS = 16
+BLOCKS = 8
+# An article of WikiText; its sections have two equals signs or more.
+HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
+
+
+def window_clusters(
+    rows: Sequence[str], separator: str, starts: np.ndarray
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Return the cluster of each window of a text, int64 [n], and what the protocol says of the clusters.
+
+    rows: the rows that `separator` joins to the text. starts: int64 [n], the character of the text at which the scored
+    part of each window begins.
+    """
+    headings = [match.start() for match in HEADING.finditer(separator.join(rows))]
+    begins = headings or np.cumsum([0, *(len(row) + len(separator) for row in rows[:-1])])
+    n = len(starts)
+    clusters, called = np.searchsorted(begins, starts, side="right"), "articles" if headings else "rows"
+    if not DOCUMENTS <= len(np.unique(clusters)) <= n / 2:
+        clusters, called = np.arange(n) * min(BLOCKS, n) // n, "blocks"
+    return clusters, described(clusters, called)
+
+
+def by_column(
+    task: PreparedTask, key: str, column: str | None, rows: Sequence[Mapping[str, Any]]
+) -> PreparedTask:
+    """Return a task in which examples with the same value in a column of the data are a cluster.
+
+    key: "tasks.<name>". column: None leaves the task as it is. rows: the row of each example. Raises InputError if a
+    row has no such column.
+    """
+    if column is None:
+        return task
+    for row in rows:
+        if column not in row:
+            raise InputError(f"{key}.cluster_column: no column {column!r}; its columns are {', '.join(map(str, row))}")
+    return clustered(task, [str(row[column]) for row in rows], column)
+
+
+def clustered(task: PreparedTask, labels: Sequence[Hashable], name: str) -> PreparedTask:
+    """Return a task whose metrics all have clusters.
+
+    labels: that of the cluster of each example. name: what the clusters are, for the protocol.
+    """
+    clusters = numbered(labels)
+    protocol = {**task.protocol, **described(clusters, name)}
+
+    def with_clusters(measure: Callable[..., dict[str, ExampleScores]]) -> Any:
+        def measured(*arguments: Any) -> dict[str, ExampleScores]:
+            return {metric: replace(scores, clusters=clusters) for metric, scores in measure(*arguments).items()}
+
+        return measured
+
+    if isinstance(task, DirectTask):
+        return replace(task, protocol=protocol, measure=with_clusters(task.measure))
+    return replace(task, protocol=protocol, measure=with_clusters(task.measure))
+
+
+def described(clusters: np.ndarray, called: str) -> dict[str, str]:
+    """Return what a protocol says of clusters: what they are, their number, and a digest of which example is where."""
+    count = len(np.unique(clusters))
+    return {"clusters": f"{count} {called}", "clusters_digest": data.digest(map(str, clusters.tolist()))}
+
+
+def numbered(labels: Sequence[Hashable]) -> np.ndarray:
+    """Return the number of each label in the order of their first appearance, int64 [n]."""
+    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return np.array([number[label] for label in labels], dtype=np.int64)
