@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as safetensors_bytes
 
 from harness.cli import COMMANDS, main
 from harness.engine.manifest import MANIFEST
@@ -544,7 +545,7 @@ def test_rerun_measures_nothing_and_a_changed_setting_is_another_study(recall, t
 
 def test_plan_reads_no_weights(checkpoint, tmp_path, capsys):
     folder = save_checkpoint(tmp_path / "model", "gpt2")
-    (folder / "model.safetensors").write_bytes(b"not weights")
+    (folder / "model.safetensors").write_bytes(safetensors_bytes({}))  # without any weights
     assert main(["plan", "model=pretrained", f"model.name={folder}", "target=type", "region=decile",
                  *checkpoint()[2:]]) == 0  # fmt: skip
     out = capsys.readouterr().out

@@ -240,8 +240,8 @@ def _write(
             write_unit(plan.folder, tables, unit_id, failed, plan.id)
     except OSError as error:
         raise InputError(
-            f"{plan.folder}: cannot write rows ({describe_os_error(error, plan.folder)}); what is done is kept: then"
-            " run the same command again"
+            f"cannot write rows: {describe_os_error(error, plan.folder)}; what is done is kept: run the same command"
+            " again afterwards"
         ) from error
 
 

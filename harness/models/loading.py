@@ -138,6 +138,7 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
         model_config = AutoConfig.from_pretrained(
             source, revision=identity.get("revision"), trust_remote_code=settings.trust_remote_code, **kwargs
         )
+        family = family_of(model_config)
         if local:
             files = files or local_weights(folder, settings, model_config)
             identity = local_identity(files, before)
@@ -148,7 +149,7 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
     except Exception as error:  # what transformers raises for a config that it cannot read is of any type
         where = "local folder" if local else "Hugging Face name (offline: download it first, or give a local folder)"
         raise InputError(f"model.name: cannot read {settings.name!r} as a {where}: {one_line(error)}") from error
-    family = family_of(model_config).with_classifier() if classifier else family_of(model_config)
+    family = family.with_classifier() if classifier else family
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     dtype = settings.dtype
     if dtype == "auto":

@@ -117,7 +117,7 @@ def test_full_disk(clean_small, tmp_path):
     with small_disk(tmp_path / "disk") as enlarge:
         folder = tmp_path / "disk" / "study"
         config = config_of(SMALL, folder, f"model.recall.cache_dir={tmp_path}/trained")
-        with pytest.raises(InputError, match="cannot write rows .*No space left on device.* run the same command"):
+        with pytest.raises(InputError, match="cannot write rows: .*No space left on device.* run the same command"):
             run_settings(config)
         assert 0 < n_rows(folder) < N_SMALL
         assert not list((folder / ".tmp").iterdir())
@@ -140,7 +140,7 @@ def test_refused_write(clean_small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine_run, "write_unit", write_unit)
     try:
-        with pytest.raises(InputError, match="cannot write rows .*File too large"):
+        with pytest.raises(InputError, match="cannot write rows: .*File too large"):
             run_here(SMALL, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

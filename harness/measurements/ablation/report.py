@@ -14,9 +14,11 @@ from harness.errors import InputError, printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
+    by_target_and_region,
     is_baseline,
     measured,
     ranked,
+    ranks_in_task,
     region_order,
     target_order,
 )
@@ -128,7 +130,7 @@ def terminal_summary(
         if len(one.cells) == 0:
             continue
         if len(one.cells) <= TERMINAL_ROWS:
-            lines += _text_table(_in_order(one.cells), width)
+            lines += _text_table(by_target_and_region(one.cells), width)
         else:
             order = ranked(one)
             n = min(BEST, len(order) // 2)
@@ -319,7 +321,7 @@ def _draw(found: list[MeasuredMetric], out: Path, most: int) -> tuple[Drawn, lis
     left_out: list[str] = []
     n = 0
     # Metrics are drawn in the order of their rank within their task, so that no task takes all the figures.
-    rank_in_task = {id(one): i for one, i in zip(found, _rank_in_task(found))}
+    rank_in_task = {id(one): i for one, i in zip(found, ranks_in_task(found))}
     for one in sorted(found, key=lambda one: rank_in_task[id(one)]):
         if not len(one.cells):
             continue
@@ -338,21 +340,6 @@ def _draw(found: list[MeasuredMetric], out: Path, most: int) -> tuple[Drawn, lis
         drawn[one.task, one.metric] = figures
         n += len(figures)
     return drawn, left_out
-
-
-def _rank_in_task(found: list[MeasuredMetric]) -> list[int]:
-    seen: dict[str, int] = {}
-    ranks = []
-    for one in found:
-        ranks.append(seen.get(one.task, 0))
-        seen[one.task] = ranks[-1] + 1
-    return ranks
-
-
-def _in_order(cells: pandas.DataFrame) -> pandas.DataFrame:
-    targets = {label: i for i, label in enumerate(target_order(cells))}
-    regions = {label: i for i, label in enumerate(region_order(cells))}
-    return cells.assign(_t=cells["target"].map(targets), _r=cells["region"].map(regions)).sort_values(["_t", "_r"])
 
 
 def _better(one: MeasuredMetric) -> str:

@@ -139,3 +139,20 @@ def ranked(one: MeasuredMetric) -> pandas.DataFrame:
 def _natural(label: str) -> list:
     return [(0, float(p), "") if re.fullmatch(r"[\d.]*\d[\d.]*", p) and p.count(".") < 2 else (1, 0.0, p)
             for p in re.split(r"(\d+(?:\.\d+)?)", label) if p]  # fmt: skip
+
+
+def by_target_and_region(cells: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the rows in the order of their targets, and then of their regions."""
+    targets = {label: i for i, label in enumerate(target_order(cells))}
+    regions = {label: i for i, label in enumerate(region_order(cells))}
+    return cells.assign(_t=cells["target"].map(targets), _r=cells["region"].map(regions)).sort_values(["_t", "_r"])
+
+
+def ranks_in_task(found: list[MeasuredMetric]) -> list[int]:
+    """Return for each metric how many metrics of its task are before it."""
+    seen: dict[str, int] = {}
+    ranks = []
+    for one in found:
+        ranks.append(seen.get(one.task, 0))
+        seen[one.task] = ranks[-1] + 1
+    return ranks

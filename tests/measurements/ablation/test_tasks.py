@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from safetensors.torch import save as safetensors_bytes
 
 from harness.cli import main
 from harness.tasks.registry import TASKS
@@ -23,7 +24,7 @@ def refused(capsys, folder, *tasks: str, model_type: str) -> str:
     """The one line with which a study of these tasks is refused, the weights of its model unreadable."""
     model = tiny_classifier(model_type) if "classification" in tasks else tiny_model(model_type)
     save(folder / "model", model_type, model)
-    (folder / "model" / "model.safetensors").write_bytes(b"not weights")
+    (folder / "model" / "model.safetensors").write_bytes(safetensors_bytes({}))  # without any weights
     (folder / "rows.jsonl").write_text(ROW)
     data = [f"tasks.{name}.data_files={folder / 'rows.jsonl'}" for name in tasks]
     capsys.readouterr()

@@ -8,6 +8,7 @@ import pytest
 import harness as sh
 from harness.evaluation.division import Division
 from harness.evaluation.requests import TaskContext
+from harness.models.identity import generation_values
 from harness.models.loading import load
 from harness.models.settings import ModelSettings
 from harness.tasks.lm_eval.task import LmEvalTask
@@ -58,7 +59,8 @@ def test_few_shot_answers_are_lm_evals(assets, tmp_path, rows, model, region, bl
 
     name = str(assets / "models" / model.get("name", ""))
     loaded = load(ModelSettings(name=name, gguf_file=model.get("gguf_file"), device="cpu"))
-    context = TaskContext(loaded.tokenizer, loaded.model.config, loaded.context_length, "causal")
+    generation = generation_values(loaded.description.generation)
+    context = TaskContext(loaded.tokenizer, loaded.model.config, loaded.context_length, "causal", generation)
     prepared = LmEvalTask(task="answers", include_path=str(tmp_path / "tasks")).prepare("answers", context)
     assert prepared.protocol["num_fewshot"] == n_shots
 
