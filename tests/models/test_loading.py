@@ -14,27 +14,27 @@ from harness.errors import InputError
 from harness.models.loading import describe_model, load
 from harness.models.settings import ModelSettings
 from tests.checkpoints import save_checkpoint, text_file
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from tests.gguf_files import SMOLLM2, beginning
 
 
 @pytest.mark.assets
-def test_gguf_file_is_the_model_that_transformers_makes_of_it(assets):
+def test_gguf_file_is_the_model_that_transformers_makes_of_it(assets, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    config = ModelSettings(name=str(assets / "models"), gguf_file=GGUF)
+    beginning(assets / "models" / SMOLLM2, tmp_path / SMOLLM2, 2)
+    config = ModelSettings(name=str(tmp_path), gguf_file=SMOLLM2)
     loaded = load(config)
-    assert loaded.description.config.model_type == "llama" and len(loaded.blocks) == 30
-    assert len(loaded.matrices) == 30 * 7
+    assert loaded.description.config.model_type == "llama" and len(loaded.blocks) == 2
+    assert len(loaded.matrices) == 2 * 7
     ids = loaded.tokenizer("The quick brown fox", return_tensors="pt").input_ids
-    theirs = AutoModelForCausalLM.from_pretrained(assets / "models", gguf_file=GGUF, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=SMOLLM2, dtype=torch.float32).eval()
     with torch.inference_mode():
         torch.testing.assert_close(loaded.model(ids).logits, theirs(ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.assets
 def test_gguf_file_that_is_not_there(assets):
-    with pytest.raises(InputError, match=rf"model.gguf_file.*none.gguf.*{GGUF}"):
+    with pytest.raises(InputError, match=rf"model.gguf_file.*none.gguf.*{SMOLLM2}"):
         describe_model(ModelSettings(name=str(assets / "models"), gguf_file="none.gguf"))
 
 
