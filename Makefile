@@ -18,7 +18,7 @@ demo: $(VENV)/.stamp-run
 	$(VENV)/bin/harness run
 
 test: $(VENV)/.stamp-test
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .

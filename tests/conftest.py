@@ -21,6 +21,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import pytest  # noqa: E402
 
 
+# The files that take longest. They are begun first, because the last file keeps one process busy and the others wait.
+LONGEST = ("slurm/test_shards.py", "engine/test_ranks.py", "tasks/lm_eval/test_task.py", "search/test_search.py",
+           "test_command_line.py", "test_types.py", "test_demo.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    places = {item.path: next((i for i, name in enumerate(LONGEST) if str(item.path).endswith(name)), len(LONGEST))
+              for item in items}
+    items.sort(key=lambda item: places[item.path])
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of real weights and data; tests that want it skip where it is absent."""

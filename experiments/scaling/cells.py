@@ -83,6 +83,7 @@ def rows_of(manifest: Manifest, cell: Cell, rng: np.random.Generator) -> tuple[d
     examples = {
         "study_id": manifest.id, "cell_id": cell.id, "task": cell.task, "metric": "perplexity",
         "example_id": [f"window-{i}" for i in range(EXAMPLES)], "score": scores, "weight": np.ones(EXAMPLES),
+        "cluster": None,
     }
     return row, examples
 
@@ -107,7 +108,8 @@ def write_merged(folder: Path, manifest: Manifest, cells: Sequence[Cell]) -> Non
         for name, value in row.items():
             columns["metrics"].setdefault(name, []).append(value)
         for name, value in examples.items():
-            columns["examples"].setdefault(name, []).extend([value] * EXAMPLES if isinstance(value, str) else value)
+            single = value is None or isinstance(value, str)
+            columns["examples"].setdefault(name, []).extend([value] * EXAMPLES if single else value)
     for table, content in columns.items():
         part = folder / table / f"{MERGED_PREFIX}0.parquet"
         with open_writer(part, Part(part, TABLES, table, manifest.id)) as writer:

@@ -44,6 +44,7 @@ def example_columns(cell: str, n: int = 5, metric: str = "token_perplexity") -> 
         "example_id": [f"e{i}" for i in range(n)],
         "score": [float(i) for i in range(n)],
         "weight": [1.0] * n,
+        "cluster": None,
     }
 
 
