@@ -20,7 +20,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import pytest  # noqa: E402
 
-
 # The files that take longest. They are begun first, because the last file keeps one process busy and the others wait.
 LONGEST = ("slurm/test_shards.py", "engine/test_ranks.py", "tasks/lm_eval/test_task.py", "search/test_search.py",
            "test_command_line.py", "test_types.py", "test_demo.py")
