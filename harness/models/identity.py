@@ -36,8 +36,12 @@ def file_digest(path: Path) -> str:
 def config_digests(folder: Path, settings: ModelSettings) -> list[str]:
     """Return the digests of the files in a local folder that say how its weights are used.
 
-    These are the config and, if the settings trust it, the checkpoint's own code.
+    These are the config and, if the settings trust it, the checkpoint's own code. Raises InputError if a file of the
+    folder is a pipe or a device, whose reader might wait for ever.
     """
+    for path in folder.iterdir():
+        if path.is_fifo() or path.is_socket() or path.is_char_device():
+            raise InputError(f"model.name: {path} is not a regular file; put the file itself in its place")
     files = [folder / CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
     if settings.trust_remote_code:
         files += sorted(folder.rglob("*.py"))

@@ -176,10 +176,11 @@ def test_files_that_are_no_regular_files(model, refused):
     refused("model.name: ")
 
 
-def test_a_config_that_is_a_fifo(model, refused):
-    (model / CONFIG).unlink()
-    os.mkfifo(model / CONFIG)
-    refused(f"model.name: {model / CONFIG} is not a regular file")
+@pytest.mark.parametrize("name", [CONFIG, "tokenizer.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_file_that_is_a_fifo(model, refused, name):
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    refused(f"model.name: {model / name} is not a regular file")
 
 
 # What an index file holds -> what the line says.
