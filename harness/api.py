@@ -36,9 +36,10 @@ from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.units import Prepared, build
 from harness.models.decompositions import DecompositionCache
+from harness.models.description import generation_values
 from harness.models.editing import Ablation, RealisedAblation, ablated
 from harness.models.families import Family
-from harness.models.identity import generation_values, module_identity
+from harness.models.identity import module_identity
 from harness.models.loading import MEMORY, LoadedModel, evaluating, loaded_from, require_head
 from harness.models.loading import load as load_model
 from harness.models.matrices import Matrix

@@ -1,12 +1,11 @@
-"""The identity of a model, which goes into the ids of cells, and the settings with which it generates text."""
+"""The identity of a model, which goes into the ids of cells: it changes whenever a weight of the model changes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from xxhash import xxh3_128
@@ -14,11 +13,6 @@ from xxhash import xxh3_128
 from harness.errors import InputError, one_line
 from harness.models.checkpoint import WeightFile, find_weights, require_regular, weight_file
 from harness.models.settings import ModelSettings
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
-    from harness.models.loading import ModelDescription
 
 CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 
@@ -131,38 +125,6 @@ def hub_identity(settings: ModelSettings) -> dict[str, Any]:
     file = cached_file(settings.name, settings.gguf_file or "config.json", revision=settings.revision)
     commit = extract_commit_hash(file, None)
     return {"name": settings.name, "revision": commit or settings.revision or "main", "gguf_file": settings.gguf_file}
-
-
-def generation_settings(settings: ModelSettings, description: ModelDescription) -> GenerationConfig | None:
-    """Return the settings with which transformers lets a model generate text, or None if it does not generate.
-
-    They are those of generation_config.json or, without this file, those that transformers derives from config.json.
-    No weights are read. Raises InputError if the settings are not valid.
-    """
-    if description.source == "recall" or description.family.kind not in ("causal", "seq2seq"):
-        return None
-    from transformers import GenerationConfig
-
-    if settings.gguf_file:  # for which transformers reads no other file
-        return GenerationConfig.from_model_config(description.config)
-    revision = description.revision or "main"
-    try:
-        try:
-            return GenerationConfig.from_pretrained(description.source, revision=revision)
-        except OSError:
-            return GenerationConfig.from_pretrained(
-                description.source, config_file_name="config.json", revision=revision, _from_model_config=True
-            )
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"model.name: generation_config.json of {settings.name!r} is not valid: {reason}; correct the file"
-        ) from error
-
-
-def generation_values(found: GenerationConfig | None) -> dict[str, Any]:
-    """Return the settings that differ from the defaults of transformers, as plain values; none for None."""
-    return {} if found is None else json.loads(found.to_json_string(ignore_metadata=True))
 
 
 def module_identity(model: torch.nn.Module) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,14 +13,9 @@ import torch
 
 from harness.errors import InputError, one_line
 from harness.models.checkpoint import WeightFile
+from harness.models.description import ModelDescription, generation_settings
 from harness.models.families import Family, blocks_of, family_of, matrices_of
-from harness.models.identity import (
-    config_digests,
-    generation_settings,
-    hub_identity,
-    local_identity,
-    local_weights,
-)
+from harness.models.identity import config_digests, hub_identity, local_identity, local_weights
 from harness.models.matrices import Matrix
 from harness.models.pretrained import from_files, some_of
 from harness.models.settings import ModelSettings
@@ -31,32 +26,6 @@ if TYPE_CHECKING:
 
 MEMORY = "memory"  # the source of a model that the caller gave as a module
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """What is known of a model before its weights are read.
-
-    source: a name on the hub or a folder, as `from_pretrained` takes it; "recall" for the embedded model; MEMORY.
-    identity: goes into the id of every cell, and changes when the weights change. config: the model's config of
-    transformers. dtype: a key of TORCH_DTYPES, never "auto". context_length: in tokens. files: the weight files of a
-    local model, as they were hashed for the identity; none for a model on the hub, whose files are fetched when it is
-    loaded. generation: the checkpoint's settings of text generation, as `generation_settings` returns them.
-    """
-
-    source: str
-    identity: dict[str, Any]
-    config: Any
-    family: Family
-    dtype: str
-    context_length: int
-    files: tuple[WeightFile, ...] = field(default=(), repr=False, compare=False)
-    generation: Any = field(default=None, repr=False, compare=False)
-
-    @property
-    def revision(self) -> str | None:
-        """The commit on the hub from which tokenizer and weights are both read; None for a local model."""
-        return self.identity.get("revision")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from harness.models.settings import ModelSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from harness.models.loading import ModelDescription
+    from harness.models.description import ModelDescription
 
 
 def weight_files(settings: ModelSettings, description: ModelDescription) -> tuple[WeightFile, ...]:

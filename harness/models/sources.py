@@ -15,8 +15,9 @@ from torch import Tensor
 
 from harness.errors import InputError, one_line
 from harness.models.checkpoint import WeightFile, private_copy, read_tensor, refuse_unscaled
+from harness.models.description import ModelDescription
 from harness.models.families import matrices_of, skeleton
-from harness.models.loading import TORCH_DTYPES, LoadedModel, ModelDescription, load, pick_device
+from harness.models.loading import TORCH_DTYPES, LoadedModel, load, pick_device
 from harness.models.matrices import Matrix
 from harness.models.pretrained import weight_files
 from harness.models.settings import ModelSettings

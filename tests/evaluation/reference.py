@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from harness.evaluation.requests import Scores, TaskContext
-from harness.models.identity import generation_values
+from harness.models.description import generation_values
 
 TEXT = (
     "Anna and Ben went to the park. Anna gave a ball to Ben. The sun was warm, and the two friends played all day.\n\n"

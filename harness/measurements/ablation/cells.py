@@ -16,8 +16,8 @@ from harness.errors import InputError
 from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
+from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
-from harness.models.loading import ModelDescription
 from harness.models.targets import BASELINE, Target, control_target
 from harness.spectral.regions import Region, select
 

@@ -20,10 +20,11 @@ from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.units import frozen_cells, frozen_digests
 from harness.models.decompositions import DecompositionCache, disk_cache
+from harness.models.description import ModelDescription
 from harness.models.editing import Ablation, Decompose, RealisedAblation, ablated
 from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
-from harness.models.loading import LoadedModel, ModelDescription, describe_model, load, require_head
+from harness.models.loading import LoadedModel, describe_model, load, require_head
 from harness.models.targets import expand_targets
 from harness.settings.validation import validated
 from harness.spectral.ablation import low_rank_factors

@@ -29,10 +29,10 @@ from harness.measurements.ablation.costs import CostTable, ShardOfCells, costs_o
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.branches import check_branchable
+from harness.models.description import ModelDescription, generation_values
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
-from harness.models.identity import generation_values
-from harness.models.loading import ModelDescription, describe_model, load_tokenizer, pick_device
+from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
 from harness.models.targets import BASELINE, Target, expand_targets
 from harness.spectral.regions import Region, from_plain, to_plain

@@ -13,8 +13,9 @@ from harness.engine.plan import Plan, ShardCost, digest, folder_of, run_id
 from harness.errors import InputError
 from harness.evaluation.requests import DirectTask, ScoredTask, TaskContext
 from harness.measurements.spectra.settings import SpectraSettings
+from harness.models.description import ModelDescription
 from harness.models.families import matrices_of, skeleton
-from harness.models.loading import ModelDescription, describe_model, load_tokenizer, pick_device
+from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
 from harness.models.settings import ModelSettings
 from harness.models.targets import choose_matrices

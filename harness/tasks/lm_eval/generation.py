@@ -12,7 +12,7 @@ import torch
 from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.evaluation.requests import DirectTask, ExampleScores, TaskContext
-from harness.models.identity import generation_values
+from harness.models.description import generation_values
 from harness.models.loading import LoadedModel
 from harness.tasks import tokenization
 from harness.tasks.fingerprint import Describer

@@ -12,7 +12,7 @@ from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.evaluation.requests import TaskContext
 from harness.measurements.ablation.tables import read_metrics
-from harness.models.identity import generation_settings, generation_values
+from harness.models.description import generation_settings, generation_values
 from harness.models.loading import describe_model, load
 from harness.models.settings import ModelSettings
 from harness.tasks.lm_eval import generation

@@ -8,7 +8,7 @@ import pytest
 import harness as sh
 from harness.evaluation.division import Division
 from harness.evaluation.requests import TaskContext
-from harness.models.identity import generation_values
+from harness.models.description import generation_values
 from harness.models.loading import load
 from harness.models.settings import ModelSettings
 from harness.tasks.lm_eval.task import LmEvalTask

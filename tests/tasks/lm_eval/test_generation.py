@@ -11,7 +11,7 @@ from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.evaluation.requests import DirectTask, TaskContext
 from harness.evaluation.statistics import estimate
-from harness.models.identity import generation_values
+from harness.models.description import generation_values
 from harness.models.loading import loaded_from
 from harness.tasks.lm_eval import generation
 from harness.tasks.lm_eval.generation import Decoding

@@ -10,8 +10,9 @@ from typing import Any
 
 from harness.engine.plan import Plan, canonical, digest, folder_of, run_id
 from harness.errors import InputError
+from harness.models.description import ModelDescription
 from harness.models.families import matrices_of, skeleton
-from harness.models.loading import ModelDescription, describe_model
+from harness.models.loading import describe_model
 from harness.models.matrices import Matrix
 from harness.models.targets import choose_matrices
 from spectral_extras.norms.settings import NormsSettings
