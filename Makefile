@@ -1,5 +1,5 @@
 # make demo   install what a study needs into .venv and run the embedded default
-# make test   install what the tests need besides, and run them all in JOBS processes (2), each file in one of them;
+# make test   install what the tests need besides, and run them all in JOBS processes (3), each file in one of them;
 #             ARGS="-m 'not slow' -x" goes to pytest
 # make lint   ruff, then mypy
 # make clean  remove .venv and caches; results/ stays
@@ -7,7 +7,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # constraints.txt was written for Python 3.11; another version installs from the ranges in pyproject.toml.
 CONSTRAINTS = $(if $(findstring 3.11,$(shell $(PYTHON) --version)),-c constraints.txt)

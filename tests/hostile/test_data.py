@@ -287,7 +287,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lm_eval"])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_any_value_in_any_column_is_one_line_or_right(outcome, kind, data):
     model, row, _, more = KINDS[kind]
@@ -298,7 +298,7 @@ def test_any_value_in_any_column_is_one_line_or_right(outcome, kind, data):
 
 
 @pytest.mark.parametrize("kind", ["ioi", "bigbench", "text"])
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_any_bytes_in_a_file_are_one_line_or_right(outcome, kind, data):
     """A right file of each format, in which some bytes are others, are missing or are added."""
