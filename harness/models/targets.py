@@ -30,7 +30,8 @@ class TargetSettings:
 class Target:
     """The matrices that one ablation edits together.
 
-    kind: "matrix", "type", "block" or "all"; "baseline" for no matrix, "control" for all matrices that a study edits.
+    kind: "matrix", "type", "block" or "all"; "baseline" for no matrix, "control" for all matrices that a study edits,
+        or for none of them.
     matrices: their names. first_block: the first block that is edited. block, layer_type: those of the matrices; None
     if they have several.
     """
@@ -44,6 +45,8 @@ class Target:
 
 
 BASELINE = Target("baseline", "baseline", (), 0)
+# The control of the noise floor edits no matrix, so that none is decomposed for it.
+UNEDITED = Target("control", "control", (), 0)
 
 
 def choose_matrices(

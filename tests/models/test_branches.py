@@ -183,7 +183,7 @@ def test_through_the_command_line(tmp_path, capsys) -> None:
     table = pd.read_parquet(tmp_path / "study" / "metrics")
     assert set(table["edit"]) == {"branch"} and set(table["status"]) == {"ok"}
     assert (table.loc[table["target_kind"] == "matrix", "realised_removal"] > 0.999).all()
-    assert (table.loc[table["target_kind"] == "control", "delta"] == 0).all()
+    assert (table.loc[table["region_kind"] == "none", "delta"] == 0).all()
     refused = ["plan", *settings("mixtral")]
     capsys.readouterr()
     assert main(refused) == 2

@@ -179,7 +179,7 @@ def test_the_values_handed_in_are_left_alone():
     ({"region": {"controls": ["lower_bulk"]}}, "region.controls: 'lower_bulk' is wrong; it is matched to the outliers"
      " of region.by=mp"),
     ({"region": {"controls": ["randon"]}}, "region.controls: 'randon' is wrong; use one of random, energy_matched,"
-     " lower_bulk, none"),
+     " lower_bulk, none, other_order"),
     ({"region": {"controls": ["random"], "random_seeds": []}}, "region.random_seeds: [] is wrong; the controls random"
      " and energy_matched need at least one, for example [0]"),
     ({"region": {"random_seeds": [-1]}}, "region.random_seeds: -1 is wrong; it must be at least 0"),

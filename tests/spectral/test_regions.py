@@ -22,6 +22,7 @@ from harness.spectral.regions import (
     LowerBulk,
     MarchenkoPastur,
     Nothing,
+    OtherOrder,
     Random,
     bulk,
     fraction_interval,
@@ -283,8 +284,8 @@ REGIONS = [
     *(MarchenkoPastur(kind, estimator, margin) for kind in ("above", "inside", "below")
       for estimator, margin in (("gavish_donoho", False), ("bulk_fit", True))),
     GavishDonoho("above"), GavishDonoho("below"),
-    Nothing(), Random(small(0.1), 3), Random(Random(Index(0, 4), 1), 2), EnergyMatched(bulk(0.2, "energy"), 0),
-    LowerBulk(MarchenkoPastur("above", "usvt", True)),
+    Nothing(), OtherOrder(), OtherOrder(0.5), Random(small(0.1), 3), Random(Random(Index(0, 4), 1), 2),
+    EnergyMatched(bulk(0.2, "energy"), 0), LowerBulk(MarchenkoPastur("above", "usvt", True)),
 ]  # fmt: skip
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from harness.engine.plan import canonical, digest
 from harness.errors import InputError
 from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask
-from harness.measurements.ablation.region_settings import NO_REGION
+from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
-from harness.models.targets import BASELINE, Target, control_target
+from harness.models.targets import BASELINE, UNEDITED, Target, control_target
 from harness.spectral.regions import Region, select
 
 NUMBERS_VERSION = 2  # must be raised when a change of the code changes the numbers of cells
@@ -43,15 +43,20 @@ class Cell:
         return self.ablation.target.kind == "baseline"
 
     @property
+    def in_other_order(self) -> bool:
+        """Whether this is the control that measures the noise floor."""
+        return self.ablation.region.kind == OTHER_ORDER.kind
+
+    @property
     def of_grid(self) -> bool:
-        """Whether the target is one of the study's, and not the baseline or the control over all matrices."""
+        """Whether the target is one of the study's, and not the baseline or a control that removes nothing."""
         return self.ablation.target.kind not in ("baseline", "control")
 
 
 def expand_ablations(
     targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]]
 ) -> list[Ablation]:
-    """Return all ablations of a study: the baseline, the control that removes nothing, then those of each target.
+    """Return all ablations of a study: the baseline, the controls that remove nothing, then those of each target.
 
     shapes: matrix -> (out, in). Raises InputError if a region is empty for one of the matrices.
     """
@@ -60,7 +65,9 @@ def expand_ablations(
     if NO_REGION in regions:
         # One control over all edited matrices is enough: it decomposes them, removes nothing and casts them back.
         ablations.append(Ablation(control_target(targets), NO_REGION))
-        regions = [region for region in regions if region != NO_REGION]
+    if OTHER_ORDER in regions:
+        ablations.append(Ablation(UNEDITED, OTHER_ORDER))
+    regions = [region for region in regions if region not in (NO_REGION, OTHER_ORDER)]
     for target in targets:
         distinct = {shapes[name] for name in target.matrices}
         own = _without_equivalent_controls(regions, *distinct) if len(distinct) == 1 else regions
@@ -90,7 +97,7 @@ def _check_not_empty(
 ) -> None:
     example = {shapes[name]: name for target in reversed(targets) for name in reversed(target.matrices)}
     for region in regions:
-        if region.kind == "none" or not region.rank_only:
+        if region in (NO_REGION, OTHER_ORDER) or not region.rank_only:
             continue
         for shape, name in example.items():
             if len(select(region, None, shape)) == 0:
@@ -135,7 +142,7 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
         "edit": runtime.edit,
         "seed": settings.seed,
     }
-    if description.dtype != "float32":
+    if has_noise_floor(description):
         found |= {"batch_tokens": runtime.batch_tokens, "share_context": runtime.share_context}
     if runtime.compile:
         found["compile"] = True
@@ -143,6 +150,11 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
         # An adaptive cell may stop after each batch, so the size of batches changes its number.
         found |= {"adaptive": dataclasses.asdict(runtime.adaptive), "batch_tokens": runtime.batch_tokens}
     return found
+
+
+def has_noise_floor(description: ModelDescription) -> bool:
+    """Return whether a study of the model measures its noise floor, because its numbers depend on the batches."""
+    return description.dtype != "float32"
 
 
 def task_digest(task: PreparedTask) -> str:
@@ -178,10 +190,10 @@ def cell_ids(settings: dict[str, Any], ablations: Iterable[Ablation], tasks: Ite
     first, tasks = canonical(settings), [canonical(task) for task in tasks]
     regions: dict[Region, str] = {}
     for ablation in ablations:
-        matrices, region = sorted(ablation.target.matrices), ablation.region
+        target, region = ablation.target, ablation.region
         if region not in regions:
             regions[region] = canonical(region_key(region))
-        what = f"{canonical(matrices)},{regions[region] if matrices else 'null'}"
+        what = f"{canonical(sorted(target.matrices))},{'null' if target.kind == 'baseline' else regions[region]}"
         for task in tasks:
             yield digest(f"[{first},{what},{task}]")
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from harness.evaluation.other_order import other_options
 from harness.evaluation.packing import Batch, PackedRequests
 from harness.evaluation.requests import DirectTask
 from harness.evaluation.scoring import pack_for
 from harness.evaluation.settings import ScoringOptions
-from harness.measurements.ablation.cells import Cell
+from harness.measurements.ablation.cells import Cell, has_noise_floor
+from harness.measurements.ablation.region_settings import OTHER_ORDER
 from harness.models.cost import ModelCost, model_cost
 from harness.models.families import skeleton
 from harness.spectral.decomposition import decomposition_flops
@@ -42,6 +44,7 @@ class CostTable:
     decompositions: matrix -> the cost of its decomposition.
     reuse: whether cells resume at the frontier.
     fed: task -> the number of tokens in one pass, padding included.
+    other: task -> the cost of a pass in other batches, which a study in low precision makes for its noise floor.
     """
 
     passes: dict[str, tuple[float, ...]]
@@ -49,10 +52,13 @@ class CostTable:
     decompositions: dict[str, float]
     reuse: bool
     fed: dict[str, int] = field(default_factory=dict)
+    other: dict[str, float] = field(default_factory=dict)
 
-    def cell(self, task: str, first_block: int) -> float:
-        """Return the cost of one cell whose first edited block is given."""
-        return self.passes[task][first_block if self.reuse else 0]
+    def cell(self, cell: Cell) -> float:
+        """Return the cost of scoring one cell."""
+        if cell.in_other_order and cell.task in self.other:
+            return self.other[cell.task]
+        return self.passes[cell.task][cell.ablation.target.first_block if self.reuse else 0]
 
 
 def _from_each_block(packed: PackedRequests, cost: ModelCost, n_encoder: int = 0) -> tuple[float, ...]:
@@ -88,20 +94,24 @@ def costs_of(study: Study) -> CostTable:
     model = skeleton(study.description.config, family)
     cost = model_cost(model, family)
     n_encoder = len({matrix.block for matrix in study.matrices if matrix.stack == "encoder"})
-    passes, fed = {}, {}
-    batch_tokens = runtime.batch_tokens or ScoringOptions.batch_tokens
+    passes, fed, other = {}, {}, {}
+    options = ScoringOptions(runtime.batch_tokens or ScoringOptions.batch_tokens, share_context=runtime.share_context)
     for name, task in study.tasks.items():
         if isinstance(task, DirectTask):
             tokens = len(task.example_ids) * TOKENS_PER_GENERATED_EXAMPLE
             whole = tokens * (sum(cost.block) + cost.head)  # generation runs every block, whichever was edited
             passes[name] = (whole,) * (1 + len(cost.block))
         else:
-            packed = pack_for(task.requests, batch_tokens, family, model, runtime.share_context)
+            packed = pack_for(task.requests, options.batch_tokens, family, model, options.share_context)
             passes[name] = _from_each_block(packed, cost, n_encoder)
+            if has_noise_floor(study.description):
+                others = other_options(options, packed.batches, OTHER_ORDER.share)
+                again = pack_for(task.requests, others.batch_tokens, family, model, others.share_context)
+                other[name] = _from_each_block(again, cost, n_encoder)[0]
             fed[name] = sum(batch.input_ids.numel() for batch in packed.batches)
     advance = {name: tuple(of_task[0] - value for value in of_task) for name, of_task in passes.items()}
     decompositions = {m.name: decomposition_flops(*m.shape) for m in study.matrices}
-    return CostTable(passes, advance, decompositions, runtime.reuse, fed)
+    return CostTable(passes, advance, decompositions, runtime.reuse, fed, other)
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ class ShardOfCells:
         """Return what these cells need. The passes of baselines are left out, because every shard makes them anyway."""
         edited = [cell for cell in units if not cell.is_baseline]
         return CellLoad(
-            sum(self.costs.cell(cell.task, cell.ablation.target.first_block) for cell in edited),
+            sum(self.costs.cell(cell) for cell in edited),
             frozenset(cell.task for cell in units),
             frozenset(name for cell in edited for name in cell.ablation.target.matrices),
             max((cell.ablation.target.first_block for cell in edited), default=0),

@@ -50,6 +50,7 @@ def region_figure(one: MeasuredMetric, path: Path | None = None) -> Figure:
     """Return a figure of one metric against the removed region.
 
     There is a series for each layer type, or for each block if the targets are blocks. Error bars are standard errors.
+    A grey band around the baseline holds the values whose deltas are below the noise floor.
     If the targets are single matrices of up to 4 blocks, each block has a panel. With more blocks the lines are medians
     over the blocks; the matrices are shown as dots if there are at most 16, else bars show the range from 10 % to 90 %.
 
@@ -82,6 +83,9 @@ def region_figure(one: MeasuredMetric, path: Path | None = None) -> Figure:
         if one.baseline is not None:
             value = one.baseline["value"]
             panel.axhline(value, color="0.25", linestyle="--", linewidth=1.1, label="baseline", zorder=1)
+            if one.noise_floor:
+                ends = value - one.noise_floor, value + one.noise_floor
+                panel.axhspan(*ends, color="0.5", alpha=0.2, linewidth=0, label="noise floor", zorder=0)
         _region_ticks(panel, labels, upright)
         panel.set_title(title, fontsize="medium")
         panel.grid(axis="y", color="0.92", linewidth=0.8)
@@ -98,7 +102,7 @@ def region_figure(one: MeasuredMetric, path: Path | None = None) -> Figure:
             {label: handle for handle, label in zip(*panel.get_legend_handles_labels()) if label not in handles}
         )
     if sequential:  # the colour bar already names the series
-        handles = {label: handle for label, handle in handles.items() if label == "baseline"}
+        handles = {label: handle for label, handle in handles.items() if label in ("baseline", "noise floor")}
     if handles:
         heading = "\n".join(notes) or None
         figure.legend(
@@ -196,7 +200,8 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
 
     Returns the labels of the regions that were drawn: all, or the 10 with the largest mean |delta|. All panels share
     one colour scale, which is centred at zero, ends at the 99th percentile of |delta|, and is logarithmic if the deltas
-    span orders of magnitude. Grey means that a matrix was not measured or failed. Targets must be single matrices.
+    span orders of magnitude. Grey means that a matrix was not measured or failed, and hatching that its delta is below
+    the noise floor. Targets must be single matrices.
     """
     import numpy as np
 
@@ -223,6 +228,10 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
             if np.isnan(grid[at]) or abs(cell.delta) > abs(grid[at]):
                 grid[at] = cell.delta
         image = panel.imshow(grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        if one.noise_floor:
+            noise = np.ma.masked_where(~(np.abs(grid) < one.noise_floor), grid)
+            edges = np.arange(len(types) + 1) - 0.5, np.arange(len(blocks) + 1) - 0.5
+            panel.pcolor(*edges, noise, hatch="////", alpha=0)
         panel.set_title("\n".join(textwrap.wrap(figure_text(region), max(14, 6 * len(types)))), fontsize="medium")
         under = i + columns >= len(regions)
         # Ticks take most of the time of a figure, so that only the panels at its left and lower edges have them.
@@ -239,7 +248,8 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
         panel.set_axis_off()
     assert image is not None  # there is at least one region
     bar = figure.colorbar(image, ax=axes, extend=extend, pad=0.02, aspect=30)
-    bar.set_label("delta against the baseline (blue is better)")
+    hatched = "; hatched: below the noise floor" if one.noise_floor else ""
+    bar.set_label(f"delta against the baseline (blue is better{hatched})")
     more = f" ({len(regions)} of {len(regions) + dropped} regions)" if dropped else ""
     figure.suptitle(figure_text(f"{one.task}: {one.metric}{more}"))
     save_figure(figure, path)

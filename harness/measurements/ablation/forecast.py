@@ -75,8 +75,8 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
             frontier = first
         for cell in members:
             if cell.task in scored:
-                resumed += costs.passes[cell.task][first]
-                plain += costs.passes[cell.task][0]
+                resumed += costs.cell(cell)
+                plain += costs.cell(cell) if cell.in_other_order else costs.passes[cell.task][0]
     width = study.description.config.get_text_config().hidden_size
     itemsize = TORCH_DTYPES[study.description.dtype].itemsize
     return Forecast(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,20 @@ from harness.errors import InputError
 from harness.evaluation.adaptive import Sampler
 from harness.evaluation.batch_size import largest_batch
 from harness.evaluation.division import LostStep
+from harness.evaluation.other_order import AnyBatch, batches_differ, other_options
 from harness.evaluation.requests import DirectTask, ExampleScores, ScoredTask, Scores, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.outcomes import Failed, Outcome, SampledPart, Scored
 from harness.measurements.ablation.rows import RowMaker
 from harness.measurements.ablation.units import Study
+from harness.models.attention import other_attention
 from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.editing import Ablation, RealisedAblation, ablated
 from harness.models.identity import module_identity, parameters_digest
 from harness.models.loading import MEMORY, LoadedModel, load, require_head
 from harness.models.memory import is_out_of_memory, release_memory
+from harness.spectral.regions import OtherOrder
 
 SMALLER = 0.25  # size of the batches, relative to the usual one, when a cell is tried again after it ran out of memory
 
@@ -130,6 +133,7 @@ class CellRun:
         self.decompose = DecompositionCache(self.loaded, int(self.runtime.decomposition_gib * 2**30), disk)
         self.rows = RowMaker(study, self.loaded)
         self.baseline_of: dict[str, dict[str, ExampleScores]] = {}
+        self.batches_of: dict[str, list[AnyBatch]] = {}  # those in which the baseline was measured
 
     def baselines(self, wanted: set[str]) -> Iterator[Measured]:
         """Measure the unedited model on every task, and yield the cells whose ids are wanted."""
@@ -179,10 +183,12 @@ class CellRun:
         for cell in pending:
             yield self.rows.measured(cell, Failed(problem), self.baseline_of.get(cell.task), None, 0.0)
 
-    def _edited(self, ablation: Ablation) -> Any:
+    def _edited(self, ablation: Ablation) -> AbstractContextManager[RealisedAblation | None]:
+        if not ablation.target.matrices:
+            return nullcontext()
         return ablated(self.loaded, ablation, self.decompose, self.runtime.edit)
 
-    def _measured(self, cell: Cell, realised: RealisedAblation) -> Measured:
+    def _measured(self, cell: Cell, realised: RealisedAblation | None) -> Measured:
         started, baseline = time.perf_counter(), self.baseline_of.get(cell.task)
         if baseline is None:
             lost = "the baseline of this task failed: there is nothing to compare with"
@@ -197,32 +203,63 @@ class CellRun:
         If memory runs out, the cell is measured once more with a quarter of the batch. Raises LostStep if the processes
         that measure the cell together are no longer at the same step.
         """
+        used: dict[str, Any] = {}
         try:
+            if cell.in_other_order:
+                return self._in_other_order(cell, 1.0, used)
             return self._measure(cell, self.scorer, cell.ablation.target.first_block)
         except LostStep:
             raise
         except Exception as error:
             if not is_out_of_memory(error):
-                return Failed(error)
+                return Failed(error, used)
         # This is outside of the except clause, in which the traceback would keep the tensors of the failed pass.
         release_memory()
-        used: dict[str, Any] = {}
         try:
-            if isinstance(self.tasks[cell.task], DirectTask):
-                used["generation_batch_share"] = SMALLER
-                return dataclasses.replace(self._measure(cell, self.scorer, 0, SMALLER), used=used)
-            options = self.runtime.scoring()
-            used["batch_tokens"] = max(1, int(options.batch_tokens * SMALLER))
-            options = dataclasses.replace(options, batch_tokens=used["batch_tokens"], reuse=False)
-            scored = {cell.task: self.scored[cell.task]} if self.sampler is None else self.sampler.groups([cell.task])
-            small = self.division.agree(
-                "a smaller batch", lambda: Scorer(self.loaded, scored, options, self.division)
-            )
-            return dataclasses.replace(self._measure(cell, small, 0), used=used)
+            if cell.in_other_order:
+                used.clear()
+                return self._in_other_order(cell, SMALLER, used)
+            return self._in_smaller_batches(cell, used)
         except LostStep:
             raise
         except Exception as error:
             return Failed(error, used)
+
+    def _in_smaller_batches(self, cell: Cell, used: dict[str, Any]) -> Outcome:
+        """Measure one cell with a quarter of the batch. used: the settings of this are added to it."""
+        if isinstance(self.tasks[cell.task], DirectTask):
+            used["generation_batch_share"] = SMALLER
+            return dataclasses.replace(self._measure(cell, self.scorer, 0, SMALLER), used=used)
+        options = self.runtime.scoring()
+        used["batch_tokens"] = max(1, int(options.batch_tokens * SMALLER))
+        options = dataclasses.replace(options, batch_tokens=used["batch_tokens"], reuse=False)
+        scored = {cell.task: self.scored[cell.task]} if self.sampler is None else self.sampler.groups([cell.task])
+        small = self.division.agree("a smaller batch", lambda: Scorer(self.loaded, scored, options, self.division))
+        return dataclasses.replace(self._measure(cell, small, 0), used=used)
+
+    def _in_other_order(self, cell: Cell, share: float, used: dict[str, Any]) -> Outcome:
+        """Measure the control of the noise floor on every example: by another attention, and in other batches.
+
+        share: the size of the batches, relative to what the control asks for. If it is not 1, the attention is the
+        usual one, because the other may need more memory. used: the settings of this are added to it, and whether they
+        differ from those of the baseline at all.
+        """
+        region = cell.ablation.region
+        assert isinstance(region, OtherOrder)
+        with other_attention(self.loaded.model) if share == 1 else nullcontext() as attention:
+            used |= {} if attention is None else {"attn_implementation": attention}
+            if isinstance(self.tasks[cell.task], DirectTask):
+                used |= {"generation_batch_share": region.share * share, "order_differs": attention is not None}
+                return dataclasses.replace(self._measure(cell, self.scorer, 0, region.share * share), used=used)
+            usual, task = self.batches_of[cell.task], self.study.tasks[cell.task]
+            options = other_options(self.runtime.scoring(), usual, region.share)
+            options = dataclasses.replace(options, batch_tokens=max(1, int(options.batch_tokens * share)))
+            scorer = self.division.agree(
+                "other batches", lambda: Scorer(self.loaded, scored_tasks({cell.task: task}), options, self.division)
+            )
+            differ = attention is not None or batches_differ(usual, scorer.packed[cell.task].batches)
+            used |= {"batch_tokens": options.batch_tokens, "share_context": False, "order_differs": differ}
+            return dataclasses.replace(self._measure(cell, scorer, 0), used=used)
 
     def _measure(
         self, cell: Cell, scorer: Scorer, first_block: int, batch_share: float = 1.0
@@ -243,7 +280,10 @@ class CellRun:
                 raise NonFiniteLoss(f"{bad} of {n} scored tokens have a log-probability that is not finite")
             return scores
 
-        if self.sampler is None or not self.sampler.draws(task.name):
+        if cell.is_baseline:
+            names = [task.name] if self.sampler is None else self.sampler.groups([task.name])
+            self.batches_of[cell.task] = [batch for name in names for batch in scorer.packed[name].batches]
+        if self.sampler is None or not self.sampler.draws(task.name) or cell.in_other_order:
             return Scored(task.measure(score(task.name)))
         if cell.is_baseline:
             return Scored(self.sampler.measure_baseline(task.name, score))

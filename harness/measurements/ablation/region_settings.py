@@ -8,10 +8,11 @@ from typing import Any
 
 from harness.errors import SettingError, wrong
 from harness.settings.validation import chosen, plain
-from harness.spectral.regions import CONTROLS, RULES, Nothing, Region, RegionRule
+from harness.spectral.regions import CONTROLS, RULES, Nothing, OtherOrder, Region, RegionRule
 from harness.spectral.regions.fraction import FractionRule
 
 NO_REGION = Nothing()
+OTHER_ORDER = OtherOrder()
 
 
 @dataclass

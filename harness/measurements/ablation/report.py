@@ -15,8 +15,9 @@ from harness.files import replacing, write_text
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
     by_target_and_region,
-    is_baseline,
+    headline,
     measured,
+    origin,
     ranked,
     ranks_in_task,
     region_order,
@@ -53,7 +54,7 @@ CSV_COLUMNS = (
     "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
     "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
     "q_value", "ci_low", "ci_high", "n_available", "precision", "higher_is_better", "n_removed", "energy_removed",
-    "realised_removal", "seconds",
+    "realised_removal", "seconds", "noise_floor",
 )  # fmt: skip
 
 # (task, metric) -> file name and caption of each figure
@@ -117,7 +118,7 @@ def terminal_summary(
     found: the result of `measured(metrics)`, if the caller has it already.
     """
     width = width or shutil.get_terminal_size((100, 24)).columns
-    lines = [_headline(metrics)]
+    lines = [headline(metrics)]
     for one in measured(metrics) if found is None else found:
         if not one.primary:
             continue
@@ -127,15 +128,16 @@ def terminal_summary(
             lines += [f"  {one.note}"] if one.note else []
         if one.control is not None:
             lines.append(f"  control: {_control(one.control)}")
+        lines += [f"  {one.floor_note}"] if one.floor_note else []
         if len(one.cells) == 0:
             continue
         if len(one.cells) <= TERMINAL_ROWS:
-            lines += _text_table(by_target_and_region(one.cells), width)
+            lines += _text_table(one, by_target_and_region(one.cells), width)
         else:
             order = ranked(one)
             n = min(BEST, len(order) // 2)
-            lines += [f"  best {n} of {len(order)}:", *_text_table(order.head(n), width)]
-            lines += [f"  worst {n}:", *_text_table(order.tail(n)[::-1], width)]
+            lines += [f"  best {n} of {len(order)}:", *_text_table(one, order.head(n), width)]
+            lines += [f"  worst {n}:", *_text_table(one, order.tail(n)[::-1], width)]
     if problems:
         lines += ["", *(line[: max(width, 40)] for line in problems)]
     return "\n".join(map(printable, lines))
@@ -150,7 +152,12 @@ def _used(row: Any) -> str:
     return "-" if is_missing(row.n) else f"{int(row.n)}/{int(row.n_available)}"
 
 
-def _text_table(cells: pandas.DataFrame, width: int) -> list[str]:
+def _delta(one: MeasuredMetric, row: Any) -> str:
+    text = signed(row.delta, row.delta_stderr)
+    return f"({text})" if one.is_noise(row.delta) else text
+
+
+def _text_table(one: MeasuredMetric, cells: pandas.DataFrame, width: int) -> list[str]:
     adaptive, wide = is_adaptive(cells), width >= WIDE
     head = ("target", "region", "value", "delta", "p", *(("q",) if wide else ()), *(("n",) if adaptive else ()))
     body = [
@@ -158,7 +165,7 @@ def _text_table(cells: pandas.DataFrame, width: int) -> list[str]:
             row.target,
             row.region,
             plus_minus(row.value, row.stderr),
-            signed(row.delta, row.delta_stderr),
+            _delta(one, row),
             p_text(row.p_value),
             *((p_text(row.q_value),) if wide else ()),
             *((_used(row),) if adaptive else ()),
@@ -182,7 +189,7 @@ def _text_table(cells: pandas.DataFrame, width: int) -> list[str]:
 def _markdown(
     metrics: pandas.DataFrame, found: list[MeasuredMetric], problems: Sequence[str], drawn: Drawn, left_out: list[str]
 ) -> str:
-    lines = [f"# {markdown_text(_headline(metrics))}", "", markdown_text(_origin(metrics)), ""]
+    lines = [f"# {markdown_text(headline(metrics))}", "", markdown_text(origin(metrics)), ""]
     lines += [f"> {markdown_text(line)}" for line in problems] + ([""] if problems else [])
     lines += [
         "The number after `±` is the standard error; that of a delta is paired over the same examples. "
@@ -198,6 +205,12 @@ def _markdown(
             "valid although the number of examples was not fixed in advance.",
             "",
         ]
+    if any(one.noise_floor for one in found):
+        lines += [
+            "The noise floor is what rounding alone does to a metric: another order of additions changes it by less"
+            " than this in at least 95 % of cases. Numbers of ablations whose delta is smaller are in parentheses.",
+            "",
+        ]
     for one in found:
         figures = drawn.get((one.task, one.metric), [])
         if not one.primary and not figures:
@@ -209,12 +222,13 @@ def _markdown(
             lines += [f"Baseline: **{baseline}**{over}{f'; {one.note}' if one.note else ''}.", ""]
         if one.control is not None:
             lines += [f"Control: {_control(one.control)}.", ""]
+        lines += [f"{one.floor_note}.".capitalize(), ""] if one.floor_note else []
         if len(one.cells):
             if one.primary:
                 order = ranked(one)
                 n = min(BEST, len(order))
-                lines += [f"Best {n} of {len(order)} ablations:", "", *_markdown_texts(order.head(n)), ""]
-                lines += [f"Worst {n}:", "", *_markdown_texts(order.tail(n)[::-1]), ""]
+                lines += [f"Best {n} of {len(order)} ablations:", "", *_markdown_texts(one, order.head(n)), ""]
+                lines += [f"Worst {n}:", "", *_markdown_texts(one, order.tail(n)[::-1]), ""]
             lines += _pivot(one)
         for name, caption in figures:
             lines += [f"![{markdown_text(caption)}]({name})", ""]
@@ -224,14 +238,14 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _markdown_texts(cells: pandas.DataFrame) -> list[str]:
+def _markdown_texts(one: MeasuredMetric, cells: pandas.DataFrame) -> list[str]:
     adaptive = is_adaptive(cells)
     lines = ["| target | region | value | delta | p | q |", "|---|---|--:|--:|--:|--:|"]
     if adaptive:
         lines = [lines[0] + " n |", lines[1] + "--:|"]
     for row in rows_of(cells):
         value = plus_minus(row.value, row.stderr)
-        delta = signed(row.delta, row.delta_stderr)
+        delta = _delta(one, row)
         chances = f"{p_text(row.p_value)} | {p_text(row.q_value)}"
         line = f"| {markdown_text(row.target)} | {markdown_text(row.region)} | {value} | {delta} | {chances} |"
         lines.append(f"{line} {_used(row)} |" if adaptive else line)
@@ -242,10 +256,10 @@ def _pivot(one: MeasuredMetric) -> list[str]:
     targets, regions = target_order(one.cells), region_order(one.cells)
     if len(targets) > MARKDOWN_ROWS or len(regions) > MARKDOWN_COLUMNS:
         return [f"{len(targets)} targets x {len(regions)} regions: too many for a table here, see metrics.csv.", ""]
-    texts = {
-        (row.target, row.region): plus_minus(row.value, row.stderr)
-        for row in rows_of(one.cells[["target", "region", "value", "stderr"]])
-    }
+    texts = {}
+    for row in rows_of(one.cells[["target", "region", "value", "stderr", "delta"]]):
+        text = plus_minus(row.value, row.stderr)
+        texts[row.target, row.region] = f"({text})" if one.is_noise(row.delta) else text
     lines = ["| target | " + " | ".join(map(markdown_text, regions)) + " |", "|---" + "|--:" * len(regions) + "|"]
     for target in targets:
         lines.append(f"| {markdown_text(target)} | " + " | ".join(texts.get((target, r), "") for r in regions) + " |")
@@ -258,7 +272,11 @@ def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Pat
     import pyarrow.csv
 
     q_values = [one.cells["q_value"] for one in found]
-    metrics = metrics.assign(q_value=pandas.concat(q_values) if q_values else math.nan)
+    floors = [pandas.Series(one.noise_floor, one.cells.index, float) for one in found]
+    metrics = metrics.assign(
+        q_value=pandas.concat(q_values) if q_values else math.nan,
+        noise_floor=pandas.concat(floors) if floors else math.nan,
+    )
     table = pa.Table.from_pandas(safe_for_csv(metrics[list(CSV_COLUMNS)]), preserve_index=False)
     with replacing(path) as temporary:
         pyarrow.csv.write_csv(table, temporary)
@@ -271,28 +289,6 @@ def _control(control: pandas.Series) -> str:
     delta, n = control["delta"], int(control["n_matrices"])
     moved = "unknown" if is_missing(delta) else f"{delta:.3g}"
     return f"decomposing {n} {'matrix' if n == 1 else 'matrices'} and removing nothing changes it by {moved}"
-
-
-def _headline(metrics: pandas.DataFrame) -> str:
-    cells = metrics.drop_duplicates("cell_id")
-    failed = metrics.loc[metrics["status"] == "error", "cell_id"].nunique()
-    models = ", ".join(sorted(set(cells["model"])))
-    baselines = int(is_baseline(cells).sum())
-    return (
-        f"Study {', '.join(sorted(set(cells['study_id'])))} of {models}: "
-        f"{count(len(cells) - baselines, 'ablation')}, {count(baselines, 'baseline')}, {failed} failed"
-    )
-
-
-def _origin(metrics: pandas.DataFrame) -> str:
-    names = {"dtype": "", "device": "", "edit": "edit ", "harness_version": "harness ", "git_commit": "commit ",
-             "torch_version": "torch ", "transformers_version": "transformers ", "hostname": "on "}  # fmt: skip
-    parts = []
-    for column, prefix in names.items():
-        values = sorted(set(metrics[column].dropna()))
-        if values:
-            parts.append(prefix + ", ".join(values[:4]) + (", ..." if len(values) > 4 else ""))
-    return "; ".join(parts) + "." if parts else ""
 
 
 def _problems(folder: Path, metrics: pandas.DataFrame) -> list[str]:

@@ -6,13 +6,15 @@ All functions take the DataFrame that `read_metrics` returns, or a part of it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from harness.tables.frames import rows_of
-from harness.tables.text import is_missing, layer_key
+from harness.tables.text import count, is_missing, layer_key
 
 if TYPE_CHECKING:
     import pandas
@@ -32,6 +34,7 @@ class MeasuredMetric:
     primary: whether it is the first metric of the task.
     baseline: the row of the unablated model, or None.
     control: the row of the control that decomposes every matrix and removes nothing, or None.
+    other_order: the row of the unablated model with another order of additions, or None.
     cells: the rows of the ablations. Their column q_value holds the p-values adjusted for the false discovery rate
         among all these rows (Benjamini and Hochberg 1995), and NaN for a row without p-value.
     """
@@ -42,6 +45,7 @@ class MeasuredMetric:
     higher_is_better: bool
     baseline: pandas.Series | None
     control: pandas.Series | None
+    other_order: pandas.Series | None
     cells: pandas.DataFrame
 
     @property
@@ -51,6 +55,49 @@ class MeasuredMetric:
             return None
         return bos_note(self.task, json.loads(self.baseline["protocol"]))
 
+    @cached_property
+    def noise_floor(self) -> float | None:
+        """The size of a delta that rounding alone explains; None if it was not measured, as in float32.
+
+        It is |d| + t sqrt(2) s. Here d is the delta of the unablated model with another order of additions, s its
+        standard error, and t the 97.5 % quantile of Student's t with one degree of freedom less than there are
+        clusters. Other roundings would give another delta, and the difference of the two has the standard error
+        sqrt(2) s. So at least 95 % of such deltas are smaller than the floor, also if they are not zero on average.
+        Without a standard error, which a single cluster lacks, the floor is |d|.
+        """
+        row = self.other_order
+        if row is None or is_missing(row["delta"]) or not _in_other_order(row):
+            return None
+        delta, stderr = abs(float(row["delta"])), row["delta_stderr"]
+        if is_missing(stderr) or stderr == 0:
+            return delta
+        from scipy.stats import t
+
+        n = row["n"] if is_missing(row["n_clusters"]) else row["n_clusters"]
+        return delta + float(t.ppf(0.975, int(n) - 1)) * math.sqrt(2) * float(stderr)
+
+    @property
+    def floor_note(self) -> str | None:
+        """What a reader must know of the noise floor; None in a study without one."""
+        floor = self.noise_floor
+        if self.other_order is None:
+            return None
+        if floor is None:
+            return "noise floor unknown: there is no other order of additions"
+        if floor == 0:
+            return "noise floor 0: another order of additions changes nothing"
+        return f"noise floor {floor:.2g}; smaller deltas are in parentheses"
+
+    def is_noise(self, delta: float | None) -> bool:
+        """Return whether a delta is below the noise floor."""
+        floor = self.noise_floor
+        return floor is not None and delta is not None and not is_missing(delta) and abs(delta) < floor
+
+
+def _in_other_order(row: pandas.Series) -> bool:
+    settings = row["settings"]
+    return isinstance(settings, str) and bool(json.loads(settings).get("order_differs"))
+
 
 def is_baseline(metrics: pandas.DataFrame) -> pandas.Series[bool]:
     """Return for each row whether it is of the unablated model."""
@@ -58,7 +105,7 @@ def is_baseline(metrics: pandas.DataFrame) -> pandas.Series[bool]:
 
 
 def removes_nothing(metrics: pandas.DataFrame) -> pandas.Series[bool]:
-    """Return for each row whether it is of the control that decomposes every matrix and removes nothing."""
+    """Return for each row whether it is of a control that removes nothing."""
     return metrics["target_kind"] == "control"
 
 
@@ -70,6 +117,7 @@ def measured(metrics: pandas.DataFrame) -> list[MeasuredMetric]:
         # The rows of a cell are in the order in which the task gave its metrics, with the primary metric first.
         for metric, of_metric in rows.groupby("metric", sort=False):
             mask, control = is_baseline(of_metric), removes_nothing(of_metric)
+            controls, others = of_metric[control], of_metric[control]["region_kind"] == "other_order"
             better = of_metric["higher_is_better"].dropna()
             found.append(
                 MeasuredMetric(
@@ -78,7 +126,8 @@ def measured(metrics: pandas.DataFrame) -> list[MeasuredMetric]:
                     primary=not any(m.task == task for m in found),
                     higher_is_better=bool(better.iloc[0]) if len(better) else True,
                     baseline=of_metric[mask].iloc[0] if mask.any() else None,
-                    control=of_metric[control].iloc[0] if control.any() else None,
+                    control=controls[~others].iloc[0] if (~others).any() else None,
+                    other_order=controls[others].iloc[0] if others.any() else None,
                     cells=_with_q_value(of_metric[~mask & ~control]),
                 )
             )
@@ -156,3 +205,27 @@ def ranks_in_task(found: list[MeasuredMetric]) -> list[int]:
         ranks.append(seen.get(one.task, 0))
         seen[one.task] = ranks[-1] + 1
     return ranks
+
+
+def headline(metrics: pandas.DataFrame) -> str:
+    """Return the first line of a report: the study, its models, and how many cells it has."""
+    cells = metrics.drop_duplicates("cell_id")
+    failed = metrics.loc[metrics["status"] == "error", "cell_id"].nunique()
+    models = ", ".join(sorted(set(cells["model"])))
+    baselines = int(is_baseline(cells).sum())
+    return (
+        f"Study {', '.join(sorted(set(cells['study_id'])))} of {models}: "
+        f"{count(len(cells) - baselines, 'ablation')}, {count(baselines, 'baseline')}, {failed} failed"
+    )
+
+
+def origin(metrics: pandas.DataFrame) -> str:
+    """Return how and where the rows were measured, as one line."""
+    names = {"dtype": "", "device": "", "edit": "edit ", "harness_version": "harness ", "git_commit": "commit ",
+             "torch_version": "torch ", "transformers_version": "transformers ", "hostname": "on "}  # fmt: skip
+    parts = []
+    for column, prefix in names.items():
+        values = sorted(set(metrics[column].dropna()))
+        if values:
+            parts.append(prefix + ", ".join(values[:4]) + (", ..." if len(values) > 4 else ""))
+    return "; ".join(parts) + "." if parts else ""

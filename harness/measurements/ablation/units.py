@@ -22,11 +22,12 @@ from harness.measurements.ablation.cells import (
     distinct_digests,
     expand_ablations,
     group_by_ablation,
+    has_noise_floor,
     numeric_settings,
     task_digest,
 )
 from harness.measurements.ablation.costs import CostTable, ShardOfCells, costs_of
-from harness.measurements.ablation.region_settings import NO_REGION
+from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.branches import check_branchable
 from harness.models.description import ModelDescription, generation_values
@@ -34,7 +35,7 @@ from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
-from harness.models.targets import BASELINE, Target, expand_targets
+from harness.models.targets import BASELINE, UNEDITED, Target, expand_targets
 from harness.spectral.regions import Region, from_plain, to_plain
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 
@@ -145,9 +146,15 @@ class Study(Plan):
         return _from_settings(settings, self.prepared, self.folder)
 
     def with_cells(self, pairs: Iterable[tuple[Ablation, str]]) -> Study:
-        """Return the study of the baselines and of these (ablation, name of a task) only, by first edited block."""
+        """Return the study of the baselines and of these (ablation, name of a task) only, by first edited block.
+
+        In low precision it measures its noise floor, too.
+        """
         numeric = numeric_settings(self.settings, self.description)
-        baselines = [(Ablation(BASELINE, NO_REGION), name) for name in self.tasks]
+        unedited = [Ablation(BASELINE, NO_REGION)]
+        if has_noise_floor(self.description):
+            unedited.append(Ablation(UNEDITED, OTHER_ORDER))
+        baselines = [(ablation, name) for ablation in unedited for name in self.tasks]
         unique = dict.fromkeys([*baselines, *sorted(pairs, key=lambda pair: pair[0].target.first_block)])
         cells = tuple(
             Cell(cell_id(numeric, ablation, self.digests[task]), ablation, task) for ablation, task in unique
@@ -248,12 +255,14 @@ def build(
     settings: StudySettings, prepared: Prepared, targets: Sequence[Target], regions: Sequence[Region],
     folder: Path | None = None,
 ) -> Study:
-    """Return the study of these targets and regions.
+    """Return the study of these targets and regions. In low precision it measures its noise floor, too.
 
     folder: its folder; by default that of the settings, or results/<model>-<study id>.
     Raises InputError if a region is empty for a matrix, or two tasks ask the same.
     """
     shapes = {matrix.name: matrix.shape for matrix in prepared.matrices}
+    if has_noise_floor(prepared.description):
+        regions = list(dict.fromkeys([*regions, OTHER_ORDER]))
     ablations = expand_ablations(targets, regions, shapes)
     digests = distinct_digests(prepared.tasks)
     ids = cell_ids(numeric_settings(settings, prepared.description), ablations, digests.values())

@@ -11,7 +11,7 @@ validation, the choice of positions, and the label. Another package adds a rule 
 "harness.regions".
 """
 
-from harness.spectral.regions.controls import CONTROLS, EnergyMatched, LowerBulk, Nothing, Random
+from harness.spectral.regions.controls import CONTROLS, EnergyMatched, LowerBulk, Nothing, OtherOrder, Random
 from harness.spectral.regions.decile import Decile
 from harness.spectral.regions.energy import Energy
 from harness.spectral.regions.fraction import Fraction
@@ -72,6 +72,7 @@ __all__ = [
     "LowerBulk",
     "MarchenkoPastur",
     "Nothing",
+    "OtherOrder",
     "Random",
     "Region",
     "RegionRule",

@@ -1,6 +1,6 @@
 """Control regions: removals that show how much of an effect any other removal would have had.
 
-Every control but `none` has a reference: the region with whose effect it is compared.
+Every control but `none` and `other_order` has a reference: the region with whose effect it is compared.
 """
 
 from __future__ import annotations
@@ -29,6 +29,29 @@ class Nothing:
 
     @classmethod
     def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[Nothing]:
+        """Return one control for all regions."""
+        return [cls()]
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return stretch(0, 0)
+
+
+@dataclass(frozen=True)
+class OtherOrder:
+    """Remove nothing, and score the model with another order of additions: the noise floor of low precision.
+
+    share: the size of its batches, relative to those of the baseline.
+    """
+
+    share: float = 0.25
+    by: ClassVar[str] = "control"
+    kind: ClassVar[str] = "other_order"
+    label: ClassVar[str] = "other order"
+    rank_only: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[OtherOrder]:
         """Return one control for all regions."""
         return [cls()]
 
@@ -140,6 +163,7 @@ class LowerBulk:
 # Name in region.controls -> its class. A study measures them after its regions, in this order.
 CONTROLS: dict[str, Any] = {
     "random": Random, "energy_matched": EnergyMatched, "lower_bulk": LowerBulk, "none": Nothing,
+    "other_order": OtherOrder,
 }  # fmt: skip
 
 
