@@ -45,7 +45,7 @@ QUESTIONS = 200  # of a sample of a task whose examples are independent
 SAMPLED = {"wikitext": 20, "blimp": 12, "boolq": QUESTIONS}  # clusters of a sample
 STRETCHES = (400, 1600, 3200)  # windows of a text without headings
 SEEDS = 60  # draws of the control
-FIRST_LOOK, GROWTH = 32, 1.1  # of an adaptive cell
+FIRST_LOOK, GROWTH = 32, 1.1  # of an adaptive cell of a large task, which looks most often
 
 
 def settings(assets: Path) -> list[str]:

@@ -31,7 +31,8 @@ import numpy as np
 
 from harness.engine.manifest import read_manifest
 from harness.engine.run import RunOptions, run
-from harness.evaluation.adaptive import draw, measure_sampled
+from harness.evaluation.adaptive import measure_sampled
+from harness.evaluation.draws import draw
 from harness.evaluation.requests import ExampleScores, Request, ScoredTask, Scores
 from harness.evaluation.settings import AdaptiveSettings
 from harness.measurements import ABLATION, compose_settings
@@ -46,6 +47,7 @@ PRECISIONS = {
 POINTS = {f"{points} points": AdaptiveSettings(relative=None, of_baseline=None, absolute=points / 100)
           for points in (5, 3, 2, 1)}  # of an accuracy
 BOUNDED = ("accuracy",)
+PAIR_TOKENS = 38  # fed for a pair of BLiMP, on average, under the tokenizer of stories260K
 
 
 def precisions_of(metric: str) -> tuple[dict[str, AdaptiveSettings], str]:
@@ -54,8 +56,12 @@ def precisions_of(metric: str) -> tuple[dict[str, AdaptiveSettings], str]:
 
 
 def replay_task(tokens: np.ndarray, metric: str) -> ScoredTask:
-    """A task with examples of so many tokens, which are their weights, whose scores come from a table."""
-    requests = [Request(np.zeros(int(n), np.int64), np.array([int(n) - 1]), np.array([0])) for n in tokens]
+    """A task with examples of so many tokens, which are their weights, whose scores come from a table.
+
+    The examples of an accuracy have the weight 1 and PAIR_TOKENS tokens each, so that groups may be fewer in a run.
+    """
+    lengths = (tokens * (PAIR_TOKENS if metric in BOUNDED else 1)).astype(int)
+    requests = [Request(np.zeros(n, np.int64), np.array([n - 1]), np.array([0])) for n in lengths]
 
     def measure(scores: Scores) -> dict[str, ExampleScores]:
         transform = "exp" if metric.endswith("perplexity") else "identity"
@@ -104,15 +110,14 @@ def by_cell(
 
 
 def compare(
-    exact: Path, adaptive: Path | None, task: str, orders: int, batch_tokens: int | None,
-    metric: str = "token_perplexity", resample: int | None = None,
+    exact: Path, adaptive: Path | None, task: str, orders: int, metric: str = "token_perplexity",
+    resample: int | None = None,
 ) -> list[dict[str, Any]]:
     metrics, scores, tokens = by_cell(exact, task, metric)
     if resample is not None:
         chosen = np.random.default_rng(0).integers(0, len(tokens), resample)
         scores, tokens = {cell: score[chosen] for cell, score in scores.items()}, tokens[chosen]
-    if batch_tokens is None:
-        batch_tokens = read_manifest(exact).settings["runtime"]["batch_tokens"]
+    batch_tokens = read_manifest(exact).settings["runtime"]["batch_tokens"]
     (baseline,) = metrics.index[metrics["target_kind"] == "baseline"]
     ran = None
     if adaptive is not None:
@@ -204,7 +209,6 @@ def main() -> None:
     parser.add_argument("--adaptive", type=Path, help="folder of the same study in adaptive mode")
     parser.add_argument("--task", default="wikitext")
     parser.add_argument("--metric", default="token_perplexity")
-    parser.add_argument("--batch-tokens", type=int, help="weights per group of the replay; by default as the study ran")
     parser.add_argument("--orders", type=int, default=40, help="random orders to replay per cell")
     parser.add_argument("--resample", type=int, help="replay on so many examples drawn with replacement from the run's:"
                         " what a larger set of their kind would need")
@@ -219,8 +223,7 @@ def main() -> None:
             tolerances = [f"runtime.adaptive.{key}={'null' if value is None else value}"
                           for key, value in dataclasses.asdict(precisions[default]).items()]
             run_study([*args.overrides, f"output={args.adaptive}", "runtime.precision=adaptive", *tolerances])
-    lines = compare(args.exact, args.adaptive, args.task, args.orders, args.batch_tokens, args.metric,
-                    args.resample)
+    lines = compare(args.exact, args.adaptive, args.task, args.orders, args.metric, args.resample)
     name = args.name or lines[0]["model"]
     with open(args.output / f"adaptive-{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=max(lines, key=len).keys())

@@ -16,35 +16,16 @@ the one delta to those of the other, with the same confidence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from harness.evaluation.requests import ExampleScores, Request, ScoredTask, Scores
+from harness.evaluation.draws import Draws, draw
+from harness.evaluation.requests import ExampleScores, ScoredTask, Scores
 from harness.evaluation.sequential import Interval, bounded_mean_interval, mean_interval, zero_mean_evidence
 from harness.evaluation.settings import AdaptiveSettings
 from harness.evaluation.statistics import estimate, mean_stderr, paired
-
-ORDER_STREAM = 71  # a number beside the study's seed, so that no other use of that seed draws the same numbers
-# The growth of the number of examples from one group to the next. A test follows each group and costs time, too, and a
-# large group is packed with less padding.
-GROWTH = 1.1
-
-
-@dataclass(frozen=True)
-class Draws:
-    """One task with its examples in a fixed random order, cut into groups.
-
-    examples: for each group, the indices of its examples in the order of drawing, int64. requests: for each group, the
-    indices of the requests of its examples in ascending order, int64. tasks: the groups as tasks named
-    "<task>#<group>". They are for the scorer alone, because their `measure` is that of the whole task.
-    """
-
-    task: ScoredTask
-    examples: tuple[np.ndarray, ...]
-    requests: tuple[np.ndarray, ...]
-    tasks: tuple[ScoredTask, ...]
 
 
 @dataclass(frozen=True)
@@ -86,50 +67,6 @@ class Sampled:
     metrics: dict[str, SampledMetric]
 
 
-def draw(task: ScoredTask, batch_tokens: int, seed: int) -> Draws:
-    """Draw the order of a task's examples from `seed`, and cut it into groups of about `batch_tokens` tokens.
-
-    Later groups are larger: each has at least a tenth as many examples as all groups before it. The tokens that a
-    request shares with the request before it in the same example count once. Raises ValueError if a task has several
-    requests per example and does not say which belong together.
-    """
-    n = len(task.example_ids)
-    example_of = np.arange(n) if task.example_of is None else np.asarray(task.example_of)
-    if len(example_of) != len(task.requests):
-        raise ValueError(f"task {task.name}: {len(task.requests)} requests for {len(example_of)} known examples")
-    tokens = np.bincount(example_of, _fed(task.requests, example_of), minlength=n)
-    order = np.random.default_rng([ORDER_STREAM, seed]).permutation(n)
-    groups, start, held = [], 0, 0.0
-    for i, size in enumerate(tokens[order]):
-        if i > start and i >= GROWTH * start and held + size > batch_tokens:
-            groups.append(order[start:i])
-            start, held = i, 0.0
-        held += size
-    groups.append(order[start:])
-    requests = tuple(np.flatnonzero(np.isin(example_of, group)) for group in groups)
-    tasks = tuple(
-        replace(task, name=f"{task.name}#{i}", requests=[task.requests[j] for j in members.tolist()])
-        for i, members in enumerate(requests)
-    )
-    return Draws(task, tuple(groups), requests, tasks)
-
-
-def _fed(requests: Sequence[Request], example_of: np.ndarray) -> list[int]:
-    """Return the number of tokens of each request, without the prefix shared with the previous one of its example."""
-    last: dict[int, np.ndarray] = {}
-    sizes = []
-    for request, example in zip(requests, example_of):
-        before, tokens = last.get(int(example)), request.tokens
-        shared = 0
-        if before is not None:
-            n = min(len(before), len(tokens))
-            differs = np.flatnonzero(before[:n] != tokens[:n])
-            shared = int(differs[0]) if len(differs) else n
-        sizes.append(len(tokens) - shared)
-        last[int(example)] = tokens
-    return sizes
-
-
 def score_all(draws: Draws, score: Callable[[str], Scores]) -> Scores:
     """Score every request of the task, group by group.
 
@@ -153,6 +90,7 @@ def measure_sampled(
     task = draws.task
     reference = task.measure(baseline)
     primary = next(iter(reference))
+    value = estimate(reference[primary]).value
     drawn, evidence = np.empty(0, dtype=np.int64), dict.fromkeys(reference, 1.0)
     rank = None if baseline.rank is None else baseline.rank.copy()
     filled = Scores(baseline.logprob.copy(), baseline.greedy.copy(), rank, baseline.offsets)
@@ -163,12 +101,11 @@ def measure_sampled(
         if not last and len(drawn) < settings.min_examples:
             continue
         found = task.measure(filled)
-        for name in reference:
-            change, clusters = found[name].score[drawn] - reference[name].score[drawn], reference[name].clusters
-            of_drawn = None if clusters is None else clusters[drawn]
-            evidence[name] = max(evidence[name], zero_mean_evidence(change, settings.confidence, of_drawn))
-        if last or decided(delta_interval(found[primary], reference[primary], drawn, settings.confidence),
-                           estimate(reference[primary]).value, settings):
+        for name, found_now in _evidence(found, reference, drawn, settings.confidence).items():
+            evidence[name] = max(evidence[name], found_now)
+        if last or decided(
+            delta_interval(found[primary], reference[primary], drawn, settings.confidence), value, settings
+        ):
             break
     used = np.sort(drawn)
     metrics = {
@@ -178,6 +115,25 @@ def measure_sampled(
     }
     scores = {name: scores.at(used) for name, scores in found.items()}
     return Sampled(used, scores, metrics)
+
+
+def _evidence(
+    ablated: Mapping[str, ExampleScores], baseline: Mapping[str, ExampleScores], drawn: np.ndarray, confidence: float
+) -> dict[str, float]:
+    """Return for each metric the evidence against a delta of zero from the examples that were drawn.
+
+    Metrics that share their arrays, such as the perplexities per token, word and byte, are tested once.
+    """
+    tested: dict[tuple[int, ...], float] = {}
+    evidence = {}
+    for name, scores in ablated.items():
+        reference = baseline[name]
+        key = id(scores.score), id(reference.score), id(reference.clusters)
+        if key not in tested:
+            clusters = None if reference.clusters is None else reference.clusters[drawn]
+            tested[key] = zero_mean_evidence(scores.score[drawn] - reference.score[drawn], confidence, clusters)
+        evidence[name] = tested[key]
+    return evidence
 
 
 class Sampler:
@@ -313,7 +269,8 @@ def _empty(task: ScoredTask) -> Scores:
 
 def _fill(scores: Scores, members: np.ndarray, group: Scores) -> None:
     """Overwrite the answers to the requests `members` by those of a group."""
-    entries = np.concatenate([np.arange(scores.offsets[i], scores.offsets[i + 1]) for i in members])
+    starts, lengths = scores.offsets[members], np.diff(scores.offsets)[members]
+    entries = np.repeat(starts - group.offsets[:-1], lengths) + np.arange(len(group.logprob))
     scores.logprob[entries] = group.logprob
     scores.greedy[entries] = group.greedy
     if scores.rank is not None and group.rank is not None:

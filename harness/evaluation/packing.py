@@ -200,6 +200,12 @@ def _batches(widths: np.ndarray, batch_tokens: int) -> list[range]:
     return runs
 
 
+def padded_cost(widths: np.ndarray, batch_tokens: int) -> int:
+    """Return the cost of scoring sequences of these lengths: their padded tokens, and BATCH_OVERHEAD for each batch."""
+    widths = np.sort(widths)[::-1]
+    return sum(BATCH_OVERHEAD + len(run) * int(widths[run[0]]) for run in _batches(widths, batch_tokens))
+
+
 @dataclass(frozen=True)
 class _Row:
     """One row of a batch.
