@@ -113,7 +113,8 @@ def test_the_control_is_the_unablated_model_in_other_order(low, overrides, tmp_p
     assert math.isclose(row["value"], math.exp(nll / n), rel_tol=1e-7)
 
 
-def test_a_report_marks_what_is_below_the_floor(low):
+def test_a_report_marks_what_is_below_the_floor(low, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # room for whole names
     said = []
     page = report(low, write=said.append)
     rows, csv = read_metrics(low), pd.read_csv(low / "report/metrics.csv")
