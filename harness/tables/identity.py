@@ -154,9 +154,10 @@ def read(part: Part, units: Iterable[str] | None = None) -> pyarrow.Table:
         raise BadPart(reason)
     try:
         if units is None:
-            # To read ahead and in threads takes longer than to read the few rows of one unit.
+            # For the few rows of one unit it is quicker to read the file at once, not ahead, and not in threads.
             merged = part.state == MERGED
-            file = pq.ParquetFile(part.path, page_checksum_verification=True, pre_buffer=merged)
+            source = part.path if merged else pa.BufferReader(part.path.read_bytes())
+            file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=merged)
             content = file.read(use_threads=merged)
         else:  # merged parts are sorted by unit, so that most row groups are skipped by their statistics
             filters = [(part.tables.key, "in", set(units))]

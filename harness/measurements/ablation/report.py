@@ -49,7 +49,7 @@ WIDE = 72  # a terminal with fewer columns has no room for the adjusted p-values
 TERMINAL_ROWS = 24  # a study with at most so many cells is printed completely
 MARKDOWN_ROWS, MARKDOWN_COLUMNS = 120, 24
 MAX_FIGURES = 8
-LARGE, FIGURES_OF_LARGE = 50_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
+LARGE, FIGURES_OF_LARGE = 4_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
 CSV_COLUMNS = (
     "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
     "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
