@@ -224,7 +224,12 @@ def test_every_runtime(name, checkpoint, tmp_path):
     if precision == "adaptive":
         assert all(one["adaptive"] == said["adaptive"] for one in settings)
         assert edited.n.min() >= said["adaptive"]["min_examples"]
-    assert {one["batch_tokens"] for one in settings} == {said.get("batch_tokens", 512)}
+    # only the control of the noise floor is scored in other batches; its row says which, and that they differ
+    asked, floor = said.get("batch_tokens", 512), table.region_kind == "other_order"
+    of_floor, of_others = [one for one, is_floor in zip(settings, floor) if is_floor], table.settings[~floor]
+    assert {json.loads(text)["batch_tokens"] for text in of_others} == {asked}
+    assert of_floor and all(one["batch_tokens"] < asked and one["order_differs"] for one in of_floor)
+    assert not any("order_differs" in json.loads(text) for text in of_others)
 
 
 @pytest.mark.parametrize("name", names("cluster"))
