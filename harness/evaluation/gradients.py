@@ -155,7 +155,8 @@ def _scores(loaded: LoadedModel, task: ScoredTask, batches: Sequence[_PaddedBatc
     logprob, greedy = np.empty(offsets[-1]), np.empty(offsets[-1], dtype=bool)
     rank = np.empty(offsets[-1], dtype=np.int64)
     for batch in batches:
-        logits, targets = _logits(loaded, batch), batch.targets.to(loaded.device)
+        logits = _logits(loaded, batch)
+        targets = batch.targets.to(logits.device)
         of_target = logits.gather(1, targets[:, None])
         logprob[batch.entries] = (of_target[:, 0] - torch.logsumexp(logits, 1)).double().cpu().numpy()
         greedy[batch.entries] = (logits.argmax(1) == targets).cpu().numpy()

@@ -112,6 +112,8 @@ class Scorer:
         softcap = getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None)
         self._read_head = Head(torch.Tensor.float) if self._head is None else head_of(self._head, softcap)
         self._n_encoder = len({matrix.block for matrix in loaded.matrices if matrix.stack == "encoder"})
+        # with device_map the head may be on another device than the first block; it is where scores are read
+        self._reading_device = loaded.device if self._head is None else self._head.weight.device
         self._readings: dict[tuple[str, int], Reading] = {}
         # all batches go to the device now: later, a copy from pageable memory would wait for the pass before it
         self._batches: dict[tuple[str, int], Batch | WholeBatch] = {}
@@ -125,7 +127,7 @@ class Scorer:
         # a classifier has one output for each sequence and not for each token
         rows = batch.rows // batch.input_ids.shape[1] if self._head is None else batch.rows
         reading = reading_of(rows, batch.entry_row, batch.targets, batch.entries, logit_rows)
-        return reading.to(self.loaded.device)
+        return reading.to(self._reading_device)
 
     def score(self, task: str, first_block: int = 0) -> Scores:
         """Return the scores of one task under the present weights of the model.
@@ -246,6 +248,7 @@ class Scorer:
         self, key: tuple[str, int], needs_rank: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         hidden, reading = self._final_hidden(self._batches[key], self._store.get(key)), self._readings[key]
+        hidden = hidden.to(self._reading_device, non_blocking=True)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, reading.rows)
         return read(self._read_head, rows, reading, needs_rank)
 

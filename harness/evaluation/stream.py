@@ -37,12 +37,16 @@ class StreamStore:
         self._device, self._pinned = device, device.type == "cuda"
         self._left = {"device": device_bytes, "host": host_bytes if device.type != "cpu" else 0}
         self._kept: dict[Any, tuple[str, Kept]] = {}
+        self._came_from: dict[Any, torch.device] = {}  # with device_map the blocks are on several devices
         self._refused: set[Any] = set()
 
     def get(self, key: Any) -> Kept:
         """Return what is kept for a batch, on the device; START if nothing is kept."""
         place, kept = self._kept.get(key, ("device", START))
-        return _moved(kept, lambda tensor: tensor.to(self._device, non_blocking=True)) if place == "host" else kept
+        if place == "device":
+            return kept
+        device = self._came_from[key]
+        return _moved(kept, lambda tensor: tensor.to(device, non_blocking=True))
 
     def put(self, key: Any, kept: Kept) -> None:
         """Keep the stream of a batch instead of the one that was kept for it before."""
@@ -53,6 +57,7 @@ class StreamStore:
             self._refused.add(key)
             return
         self._left[place] -= size
+        self._came_from[key] = next((tensor.device for tensor in _tensors(kept)), self._device)
         self._kept[key] = place, _moved(kept, self._to_host) if place == "host" else kept
 
     def drop(self, key: Any) -> None:

@@ -55,7 +55,7 @@ def test_the_rest_goes_to_host_memory_and_comes_back_whole() -> None:
     assert place == "host" and kept.output[0].device.type == "cpu"
     assert torch.equal(kept.output[0], torch.full((4, 2), 3.0)) and kept.output[1] is None
     assert store._kept["a"][0] == "device" and store.get("c") is START
-    assert store.get("b").output[0].device.type == "meta"  # moved to the device when it is needed
+    assert store.get("b").output[0].device.type == "cpu"  # moved to where it came from when it is needed
     store.drop("a")
     store.put("c", _kept(1, 4))
     assert store._kept["c"][0] == "device"
