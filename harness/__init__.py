@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from harness.api import (
+        Comparison,
         MatrixView,
         Model,
         NamedTask,
         Run,
         Score,
+        compare,
         load,
         measure,
         open,
@@ -41,8 +43,8 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     **dict.fromkeys(
-        ("MatrixView", "Model", "NamedTask", "Run", "Score",
-         "load", "measure", "open", "paired", "run", "task", "wrap"),
+        ("Comparison", "MatrixView", "Model", "NamedTask", "Run", "Score",
+         "compare", "load", "measure", "open", "paired", "run", "task", "wrap"),
         "harness.api",
     ),
     "Family": "harness.models.families",
@@ -54,6 +56,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Comparison",
     "Family",
     "InputError",
     "MatrixView",
@@ -65,6 +68,7 @@ __all__ = [
     "Stored",
     "TargetSettings",
     "__version__",
+    "compare",
     "load",
     "measure",
     "open",

@@ -35,6 +35,8 @@ from harness.measurements.ablation.cells import task_digest
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.units import Prepared, build
+from harness.measurements.comparison.report import Comparison
+from harness.measurements.comparison.report import compare as compare_studies
 from harness.models.decompositions import DecompositionCache
 from harness.models.description import generation_values
 from harness.models.editing import Ablation, RealisedAblation, ablated
@@ -402,6 +404,23 @@ def measure(kind: str, *overrides: str, config_dir: str | None = None, progress:
     settings = compose_settings(measurement, overrides, config_dir)
     options = RunOptions(progress, to_stderr if progress else _silent, tidy=True)
     return open(run_measurement(measurement, settings, options).folder)
+
+
+def compare(
+    first: str | Path | Run, *others: str | Path | Run, output: str | Path | None = None, figures: bool = True
+) -> Comparison:
+    """Compare a study with each of some others, cell by cell and paired over the examples, as `harness compare`.
+
+    first, others: folders, or what `run`, `measure` and `open` return. output: the folder of the comparison, by default
+    results/compare-<id>. figures: whether they are drawn. Raises InputError for folders that are no studies, and if no
+    cell can be compared.
+
+    >>> found = sh.compare(study, tuned_study, output="comparison")
+    >>> found.rows[["target", "region", "difference", "p_holm"]].iloc[-1]["target"]
+    'down_proj'
+    """
+    folders = [one.folder if isinstance(one, Run) else one for one in (first, *others)]
+    return compare_studies(folders, output, _silent, figures)
 
 
 def open(folder: str | Path) -> Run:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from harness import __version__
 from harness.__main__ import INTERRUPTED
-from harness.commands import from_settings, of_folder
+from harness.commands import comparison, from_settings, of_folder
 from harness.errors import InputError, complain
 
 TYPE_CHECKING = False  # as in harness/__init__.py
@@ -75,6 +75,8 @@ COMMANDS = {
                       of_folder.add_folder),
     "compact": Command("merge the small files of done units, also while a run goes on", of_folder.compact,
                        of_folder.add_folder),
+    "compare": Command("compare studies of several models, or one run with published numbers", comparison.compare,
+                       comparison.add_compare),
     "export": Command("save a model with one ablation, which settings mean or a cell has measured",
                       from_settings.export, from_settings.add_export, "ablation", (
         "harness export target=all region=fraction region.kinds=[small] region.values=[0.75] output=ablated",

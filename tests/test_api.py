@@ -65,7 +65,7 @@ DOCUMENTED = [name for name, one in vars(harness.api).items()
 
 def test_what_is_public_is_documented_with_an_example():
     assert set(DOCUMENTED) <= set(sh.__all__)
-    for name in ("wrap", "load", "task", "paired", "run", "measure", "open"):
+    for name in ("wrap", "load", "task", "paired", "run", "measure", "open", "compare"):
         assert ">>>" in getattr(sh, name).__doc__, name
     for method in (sh.Model.ablated, sh.Model.score, sh.MatrixView.decompose):
         assert ">>>" in method.__doc__
@@ -78,8 +78,10 @@ def test_examples_of_the_docstrings(prompts):
     module = tiny_model("llama")
     model, ioi = sh.wrap(module, tokenizer()), sh.task("ioi", data_files="ioi.jsonl")
     study = sh.run(model, "type", regions=[sh.regions.small(0.5)], tasks=[ioi], progress=False)
+    tuned = sh.wrap(tiny_model("llama", seed=1), tokenizer())
+    tuned_study = sh.run(tuned, "type", regions=[sh.regions.small(0.5)], tasks=[ioi], progress=False)
     known = {"sh": sh, "module": module, "tokenizer": tokenizer(), "model": model, "ioi": ioi, "study": study,
-             "checkpoint": str(checkpoint), "tokens": torch.randint(3, 60, (2, 9))}
+             "tuned_study": tuned_study, "checkpoint": str(checkpoint), "tokens": torch.randint(3, 60, (2, 9))}
     finder, n_tried = doctest.DocTestFinder(exclude_empty=True), 0
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for part in (harness.api, harness, sh.regions):

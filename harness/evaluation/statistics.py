@@ -101,6 +101,38 @@ def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
     return Delta(delta, stderr, _p_value(tested, of_tested, _count(groups) - 1))
 
 
+def difference_of_deltas(
+    ablated_a: ExampleScores, baseline_a: ExampleScores, ablated_b: ExampleScores, baseline_b: ExampleScores
+) -> Delta:
+    """Return (ablated_b - baseline_b) - (ablated_a - baseline_a) over the same examples of two models a and b.
+
+    The four scores of an example are one observation, so that the standard error contains neither what both models nor
+    what both states of a model have in common. The p-value of a perplexity is computed for the logarithm of
+    (ablated_b + baseline_a) / (ablated_a + baseline_b), which is zero exactly if the difference is. Raises ValueError
+    as `paired` does.
+    """
+    signs = {1: (ablated_b, baseline_a), -1: (ablated_a, baseline_b)}
+    every = [scores for pair in signs.values() for scores in pair]
+    score, weights = zip(*(_arrays(scores) for scores in every))
+    weight, transform = weights[0], ablated_b.transform
+    if not all(np.array_equal(weight, other) for other in weights):
+        raise ValueError("not the same examples: the numbers or the weights of the examples differ")
+    if {scores.transform for scores in every} != {transform}:
+        raise ValueError("not the same metric: the transforms differ")
+    inside = (weight != 0) | np.any([one != 0 for one in score], axis=0)
+    weight, groups = weight[inside], _groups(ablated_b, inside)
+    with np.errstate(invalid="ignore", over="ignore"):
+        values, influences = zip(*(_value_and_influence(one[inside], weight, transform) for one in score))
+        plus, minus = values[0] + values[1], values[2] + values[3]
+        of_plus, of_minus = influences[0] + influences[1], influences[2] + influences[3]
+        delta, stderr = plus - minus, _stderr(of_plus - of_minus, groups, weight)
+        tested, of_tested = delta, stderr
+        if transform == "exp" and math.isfinite(delta):
+            tested = math.log(plus / minus)
+            of_tested = _stderr(of_plus / plus - of_minus / minus, groups, weight)
+    return Delta(float(delta), stderr, _p_value(tested, of_tested, _count(groups) - 1))
+
+
 @dataclass(frozen=True)
 class Advantage:
     """By how much a model is better or worse than what a random control gives.

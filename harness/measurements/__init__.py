@@ -71,7 +71,10 @@ def refuse_foreign(measurement: Measurement, overrides: Sequence[str], command: 
 
 def tables_page() -> str:
     """Return the page docs/tables.md, with every column of every table of the harness's own measurements."""
-    chapters = [tables_markdown(one.tables) for one in (ABLATION, SPECTRA, SEARCH)]
+    from harness.measurements.comparison.tables import TABLES as COMPARISON
+
+    described = [*(one.tables for one in (ABLATION, SPECTRA, SEARCH)), COMPARISON]
+    chapters = [tables_markdown(tables) for tables in described]
     introduction = [
         "# Tables",
         "",

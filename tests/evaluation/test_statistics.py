@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.evaluation.requests import ExampleScores
-from harness.evaluation.statistics import Advantage, estimate, holm, over_new_draw, paired
+from harness.evaluation.statistics import Advantage, difference_of_deltas, estimate, holm, over_new_draw, paired
 
 
 def _mean(score):
@@ -286,3 +286,54 @@ def test_p_over_clusters_is_uniform_where_the_examples_of_a_cluster_are_alike():
         robust.append(paired(replace(change, clusters=clusters), none).p_value)
     assert scipy.stats.kstest(robust, "uniform").pvalue > 0.01
     assert np.mean(np.array(naive) < 0.05) > 0.3
+
+
+class TestDifferenceOfDeltas:
+    """(b ablated - b) - (a ablated - a), against scipy and against leaving each cluster out."""
+
+    @staticmethod
+    def four(transform="identity", n=60, clusters=None, weight=None, shift=0.0):
+        rng = np.random.default_rng(5)
+        common, weight = rng.normal(1, 1, n), np.ones(n) if weight is None else weight
+        return [ExampleScores((common + rng.normal(0, 0.3, n) + shift * (i == 2)) * weight, weight, transform,
+                              clusters=clusters) for i in range(4)]
+
+    def test_is_the_t_test_of_the_differences(self):
+        ablated_a, base_a, ablated_b, base_b = self.four(shift=0.2)
+        found = difference_of_deltas(ablated_a, base_a, ablated_b, base_b)
+        each = (ablated_b.score - base_b.score) - (ablated_a.score - base_a.score)
+        expected = scipy.stats.ttest_1samp(each, 0)
+        assert found.delta == pytest.approx(each.mean())
+        assert found.stderr == pytest.approx(each.std(ddof=1) / np.sqrt(len(each)))
+        assert found.p_value == pytest.approx(expected.pvalue)
+
+    @pytest.mark.parametrize("transform", ["identity", "exp"])
+    def test_its_error_is_that_of_the_cluster_jackknife(self, transform):
+        """Means of clusters are left out one by one and the whole is computed anew; exact for the identity."""
+        rng = np.random.default_rng(6)
+        clusters, weight = np.arange(60) // 3, rng.uniform(0.99, 1.01, 60)
+        four = self.four(transform, clusters=clusters, weight=weight)
+        found = difference_of_deltas(*four)
+
+        def whole(keep):
+            values = [one.score[keep].sum() / one.weight[keep].sum() for one in four]
+            values = np.exp(values) if transform == "exp" else values
+            return (values[2] - values[3]) - (values[0] - values[1])
+
+        left = np.array([whole(clusters != group) for group in range(20)])
+        everything = whole(clusters >= 0)
+        jackknife = np.sqrt(19 / 20 * np.square(left - everything).sum())
+        assert found.delta == pytest.approx(everything)
+        assert found.stderr == pytest.approx(jackknife, rel=1e-9 if transform == "identity" else 0.1)
+
+    def test_a_perplexity_without_difference_has_p_near_one(self):
+        ablated_a, base_a, _, _ = self.four("exp")
+        found = difference_of_deltas(ablated_a, base_a, ablated_a, base_a)
+        assert (found.delta, found.p_value) == (0.0, 1.0)
+
+    def test_other_examples_are_refused(self):
+        four = self.four()
+        with pytest.raises(ValueError, match="not the same examples"):
+            difference_of_deltas(*four[:3], self.four(n=59)[3])
+        with pytest.raises(ValueError, match="not the same metric"):
+            difference_of_deltas(*four[:3], self.four("exp")[3])
