@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from harness.errors import InputError
+from harness.evaluation.jackknife import MOST_GROUPS
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
-from harness.tasks.clusters import by_column
+from harness.tasks.clusters import by_column, cluster_numbers
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
 from harness.tasks.settings import RowsTask
 
@@ -57,7 +58,11 @@ class ClassificationTask(RowsTask):
         ids_of = {str(k): int(v) for k, v in (getattr(context.model_config, "label2id", None) or {}).items()}
         data.refuse_empty(key, picked, [self.text_column])
         labels = [_label(f"{key} row {n}", row, self, classes, ids_of) for n, row in picked]
-        metrics = MetricSet(key, self.metrics, taken=("accuracy", "cross_entropy"))
+        rows = [row for _, row in picked]
+        # With few classes the jackknife leaves out one example at a time, for which clusters do not matter.
+        column = self.cluster_column if classes**2 > MOST_GROUPS else None
+        clusters = cluster_numbers(key, column, rows)
+        metrics = MetricSet(key, self.metrics, ("accuracy", "cross_entropy"), clusters)
         metrics.rehearse(labels)
         encoded = [_encode(context, *(row[column] for column in columns)) for _, row in picked]
         asked = [np.arange(classes) if metrics else np.array([label]) for label in labels]
@@ -93,7 +98,7 @@ class ClassificationTask(RowsTask):
 
         ids = [str(number) for number, _ in picked]
         task = ScoredTask(name, protocol, requests, ids, measure, whole=bool(metrics))
-        return by_column(task, key, self.cluster_column, [row for _, row in picked])
+        return by_column(task, key, self.cluster_column, rows)
 
 
 def _encode(context: TaskContext, *texts: str) -> tuple[np.ndarray, np.ndarray | None, bool]:

@@ -56,12 +56,19 @@ def by_column(
     key: "tasks.<name>". column: None leaves the task as it is. rows: the row of each example. Raises InputError if a
     row has no such column.
     """
-    if column is None:
-        return task
+    return task if column is None else clustered(task, _labels(key, column, rows), column)
+
+
+def cluster_numbers(key: str, column: str | None, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Return the clusters of `by_column`, int64 [n], or None. Arguments and errors as there."""
+    return None if column is None else numbered(_labels(key, column, rows))
+
+
+def _labels(key: str, column: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if column not in row:
             raise InputError(f"{key}.cluster_column: no column {column!r}; its columns are {', '.join(map(str, row))}")
-    return clustered(task, [str(row[column]) for row in rows], column)
+    return [str(row[column]) for row in rows]
 
 
 def clustered(task: PreparedTask, labels: Sequence[Hashable], name: str) -> PreparedTask:

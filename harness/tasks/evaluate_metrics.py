@@ -81,13 +81,18 @@ Metrics = Annotated[list[EvaluateMetric], ReadBy(read_metrics)]
 class MetricSet:
     """The metrics of one task, which are loaded and ready to be computed."""
 
-    def __init__(self, key: str, metrics: Sequence[EvaluateMetric], taken: Collection[str] = ()) -> None:
+    def __init__(
+        self, key: str, metrics: Sequence[EvaluateMetric], taken: Collection[str] = (),
+        clusters: np.ndarray | None = None,
+    ) -> None:
         """Load the metrics.
 
-        key: "tasks.<name>". taken: the names of the task's own metrics.
+        key: "tasks.<name>". taken: the names of the task's own metrics. clusters: int64 [n], the cluster of each
+        example, which the jackknife leaves out as a whole where it leaves out more than one example at a time; None if
+        all examples are independent.
         Raises InputError if the library is not installed, a metric cannot be loaded, or its name is taken.
         """
-        self._key = f"{key}.metrics"
+        self._key, self._clusters = f"{key}.metrics", clusters
         if metrics:
             require("evaluate", "tasks", self._key)
         both = sorted({metric.called for metric in metrics} & set(taken))
@@ -108,7 +113,8 @@ class MetricSet:
         import evaluate
 
         found = [{**plain(metric), "name": _name(metric), **_source_of(module)} for metric, module in self._metrics]
-        return {"metrics": found, "evaluate": evaluate.__version__}
+        left_out = {} if self._clusters is None else {"jackknife": "clusters"}
+        return {"metrics": found, "evaluate": evaluate.__version__, **left_out}
 
     def rehearse(self, references: Sequence[Any]) -> None:
         """Compute each metric once as if every answer were right, to find errors before a model is loaded.
@@ -139,7 +145,7 @@ class MetricSet:
                 chosen = ([of_all[i] for i in indices] for of_all in (predictions, references))
                 return _value(self._key, metric, module, *chosen)
 
-            scores = jackknife_scores(value, alike)
+            scores = jackknife_scores(value, alike, self._clusters)
             found[metric.called] = ExampleScores(
                 scores, np.ones(len(scores)), higher_is_better=metric.higher_is_better
             )

@@ -21,7 +21,7 @@ from harness.evaluation.requests import (
 )
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
-from harness.tasks.clusters import by_column
+from harness.tasks.clusters import by_column, cluster_numbers
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
 from harness.tasks.generation import BATCH_TOKENS, generated_in_batches, padding_of, refuse_nan
 from harness.tasks.settings import RowsTask
@@ -94,7 +94,8 @@ class Seq2SeqTask(RowsTask):
         }
         ids = [str(number) for number, _ in picked]
         if self.metrics:
-            metrics = MetricSet(key, self.metrics)
+            rows = [row for _, row in picked]
+            metrics = MetricSet(key, self.metrics, clusters=cluster_numbers(key, self.cluster_column, rows))
             references = [row[self.target_column] for _, row in picked]
             metrics.rehearse(references)
             for one in requests:
@@ -117,7 +118,7 @@ class Seq2SeqTask(RowsTask):
                 return metrics.scores(texts, references)
 
             written = DirectTask(name, protocol, ids, measure_written, inputs=sources)
-            return by_column(written, key, self.cluster_column, [row for _, row in picked])
+            return by_column(written, key, self.cluster_column, rows)
 
         def measure(scores: Scores) -> dict[str, ExampleScores]:
             nll = -scores.request_logprob()

@@ -103,6 +103,34 @@ def test_groups_give_the_standard_error_of_all_examples(monkeypatch) -> None:
     assert singly.stderr == pytest.approx(one_by_one.stderr, rel=1e-9)
 
 
+def mean_of(score: np.ndarray) -> Callable[[np.ndarray], float]:
+    return lambda kept: float(score[kept].mean())
+
+
+@pytest.mark.parametrize(("n_clusters", "tolerance"), [(30, 1e-9), (500, 0.1)])
+def test_whole_clusters_are_left_out_where_examples_are_left_out_in_groups(n_clusters, tolerance) -> None:
+    """The standard error of a mean over clusters that are scattered over the examples, and of its paired difference."""
+    rng = np.random.default_rng(n_clusters)
+    clusters = rng.permutation(np.arange(3000) * n_clusters // 3000)
+    scores = [rng.standard_normal(n_clusters)[clusters] + rng.standard_normal(3000) for _ in range(2)]
+    direct = [ExampleScores(score, np.ones(3000), clusters=clusters) for score in scores]
+    grouped, scattered = (
+        [ExampleScores(jackknife_scores(mean_of(score), np.arange(3000), given), np.ones(3000), clusters=clusters)
+         for score in scores]
+        for given in (clusters, None)
+    )
+    assert estimate(grouped[0]).value == pytest.approx(scores[0].mean(), rel=1e-9)
+    assert estimate(grouped[0]).stderr == pytest.approx(estimate(direct[0]).stderr, rel=tolerance)
+    assert paired(*grouped).stderr == pytest.approx(paired(*direct).stderr, rel=tolerance)
+    if n_clusters == 30:  # groups of examples of different clusters
+        assert estimate(scattered[0]).stderr < 0.5 * estimate(direct[0]).stderr
+
+
+def test_of_a_single_cluster_there_is_a_value() -> None:
+    scores = jackknife_scores(lambda kept: float(kept.mean()), np.arange(300), np.zeros(300, dtype=np.int64))
+    assert scores.mean() == pytest.approx(149.5)
+
+
 def binary_f1(answers: np.ndarray, references: np.ndarray) -> Callable[[np.ndarray], float]:
     right = answers & references
     return lambda kept: float(2 * right[kept].sum() / (answers[kept].sum() + references[kept].sum()))

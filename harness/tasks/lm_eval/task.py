@@ -20,7 +20,7 @@ from harness.optional import require
 from harness.settings.constraints import at_least
 from harness.settings.plain_values import refuse_long_path
 from harness.tasks import tokenization
-from harness.tasks.clusters import by_column
+from harness.tasks.clusters import by_column, cluster_numbers
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
 from harness.tasks.lm_eval import identity, index
 from harness.tasks.lm_eval import metrics as lm_eval_metrics
@@ -72,7 +72,8 @@ class LmEvalTask(LimitedTask):
         if found.single and parts[0].task.OUTPUT_TYPE == "generate_until":
             from harness.tasks.lm_eval import generation
 
-            metrics = MetricSet(f"tasks.{name}", self.metrics, taken=parts[0].by_metric)
+            clusters = cluster_numbers(f"tasks.{name}", self.cluster_column, _rows(parts)) if self.metrics else None
+            metrics = MetricSet(f"tasks.{name}", self.metrics, parts[0].by_metric, clusters)
             written = generation.prepare(name, parts[0], metrics, protocol, context)
             return by_column(written, f"tasks.{name}", self.cluster_column, _rows(parts))
         if self.metrics:
