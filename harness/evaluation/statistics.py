@@ -138,8 +138,9 @@ class Advantage:
     """By how much a model is better or worse than what a random control gives.
 
     delta: its metric minus the mean of those of the draws, in the metric's own unit. p_value: two-sided, of the
-    hypothesis that the model is one more draw. spread: the standard deviation of the metrics of the draws. p_value and
-    spread are None for fewer than two draws, and p_value is None for a single cluster.
+    hypothesis that the model is one more draw; that of a perplexity is that of its logarithm. spread: the standard
+    deviation of the metrics of the draws. p_value and spread are None for fewer than two draws, and p_value is None for
+    a single cluster.
     """
 
     delta: float
@@ -167,6 +168,10 @@ def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advan
     s^2 of the draws' metrics estimates tau^2 + w, so that delta / (s sqrt(1 + 1/m)) has Student's t with m - 1 degrees
     of freedom (Crawford and Howell, The Clinical Neuropsychologist 12, 1998).
 
+    Like that of `paired`, the p-value of a perplexity is computed for its logarithm, because perplexities of draws that
+    harm a model may differ by orders of magnitude. p is 1 if the logarithm and the perplexity disagree about which of
+    the model and the draws is better.
+
     The examples also give estimates: of w from the differences between the draws, and of the variance v of delta over
     examples. s^2 is taken to be at least w, and the part of v that exceeds w (1 + 1/m), because the model differs from
     the draws on more examples than they do from each other, is added. The degrees of freedom are then those of
@@ -182,23 +187,25 @@ def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advan
     if m < 2:
         return Advantage(delta, None, None)
     spread = float(np.std([pair.delta for pair in pairs], ddof=1))
-    _, weight = _arrays(model)
+    weight = _arrays(model)[1]
     inside = np.any([(weight != 0) | (scores.score != 0) for scores in (model, *draws)], axis=0)
-    own, *influences = (
-        _value_and_influence(scores.score[inside], weight[inside], scores.transform)[1] for scores in (model, *draws)
-    )
-    mean = np.mean(influences, axis=0)
-    groups = _groups(model, inside)
-    of_delta = _stderr(own - mean, groups, weight[inside])
+    weight, groups = weight[inside], _groups(model, inside)
+    found = [_value_and_influence(scores.score[inside], weight, "identity") for scores in (model, *draws)]
+    (own, own_influence), influences = found[0], [influence for _, influence in found[1:]]
+    changes, mean = [own - value for value, _ in found[1:]], np.mean(influences, axis=0)
+    advantage, variance = float(np.mean(changes)), float(np.std(changes, ddof=1)) ** 2
+    of_delta = _stderr(own_influence - mean, groups, weight)
     if of_delta is None or math.isnan(delta):
         return Advantage(delta, None if of_delta is None else math.nan, spread)
-    of_draws = sum((_stderr(psi - mean, groups, weight[inside]) or 0.0) ** 2 for psi in influences) / (m - 1)
+    if advantage * delta < 0:
+        return Advantage(delta, 1.0, spread)
+    of_draws = sum((_stderr(psi - mean, groups, weight) or 0.0) ** 2 for psi in influences) / (m - 1)
     freedom = _count(groups) - 1
-    between = max(spread**2, of_draws) * (1 + 1 / m)
+    between = max(variance, of_draws) * (1 + 1 / m)
     excess = max(of_delta**2 - of_draws * (1 + 1 / m), 0.0)
-    parts = between**2 / (m - 1 if spread**2 >= of_draws else freedom) + excess**2 / freedom
+    parts = between**2 / (m - 1 if variance >= of_draws else freedom) + excess**2 / freedom
     satterthwaite = (between + excess) ** 2 / parts if parts else freedom
-    return Advantage(delta, _p_value(delta, math.sqrt(between + excess), satterthwaite), spread)
+    return Advantage(delta, _p_value(advantage, math.sqrt(between + excess), satterthwaite), spread)
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -211,6 +211,27 @@ def test_the_advantage_over_draws_on_so_many_examples_that_these_add_nothing_is_
     assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(t, 9))
 
 
+def test_p_of_a_perplexity_against_a_new_draw_is_that_of_its_logarithm():
+    """Draws that harm by orders of magnitude, of which the model is one more; on raw perplexities p is never small."""
+    rng = np.random.default_rng(6)
+    found, raw = [], []
+    for _ in range(1000):
+        model, draws = _crossed(rng, 40, 10, 2.0, 1.0)
+        exp = [replace(scores, transform="exp") for scores in (model, *draws)]
+        advantage, of_log = over_new_draw(exp[0], exp[1:]), over_new_draw(model, draws)
+        values = np.array([estimate(scores).value for scores in exp])
+        assert advantage.delta == pytest.approx(values[0] - values[1:].mean())
+        assert advantage.spread == pytest.approx(values[1:].std(ddof=1))
+        agree = advantage.delta * of_log.delta > 0
+        assert advantage.p_value == (pytest.approx(of_log.p_value, rel=1e-9) if agree else 1)
+        found.append((advantage.p_value, of_log.p_value, advantage.delta < 0))
+        raw.append(2 * scipy.stats.t.sf(abs(advantage.delta) / advantage.spread / np.sqrt(1.1), 9))
+    p, of_log, better = map(np.array, zip(*found))
+    assert scipy.stats.kstest(of_log, "uniform").pvalue > 0.01
+    assert np.mean(p < 0.05) < 0.05 + 3 * np.sqrt(0.05 / 1000)
+    assert np.mean((p < 0.05) & better) > 0.01 > np.mean((np.array(raw) < 0.05) & better)
+
+
 def test_what_too_few_draws_or_examples_cannot_say():
     model, draw = _mean([1.0, 2.0]), _mean([0.5, 1.0])
     assert over_new_draw(model, [draw]) == Advantage(0.75, None, None)

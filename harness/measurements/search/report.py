@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Tables on the page. The predictions are not shown, because they have a row for each cell.
 SHOWN = ("verdict", "beside", "comparison", "composition")
-SUMMARY = ("task", "metric", "target", "region", "baseline", "value", "delta", "p_holm", "verdict")
+SUMMARY = ("task", "metric", "target", "region", "baseline", "value", "delta", "noise_floor", "p_holm", "verdict")
 TITLES = {
     "verdict": "The best cell of every metric, chosen on the selection part and judged on the report part",
     "beside": "What the best cells cost on the tasks without parts",
@@ -32,6 +32,7 @@ TITLES = {
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path | None:
     """Print the verdict, and write search.md and a CSV file for each table into <folder>/report/.
 
+    Deltas below the noise floor of low precision are in parentheses.
     write: a function that prints the text. Returns the path of search.md, or None if no stage has rows yet. Raises
     SchemaVersionError.
     """
@@ -63,4 +64,8 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
 
 def _table(rows: pandas.DataFrame) -> str:
     shown = rows.dropna(axis="columns", how="all")
-    return markdown_table(dicts_of(shown.astype(object).where(shown.notna(), ""))).rstrip()
+    texts = shown.astype(object).where(shown.notna(), "")
+    if "noise_floor" in shown:
+        noise = shown.delta.abs() < shown.noise_floor
+        texts["delta"] = texts.delta.where(~noise, shown.delta.map("({:.4g})".format))
+    return markdown_table(dicts_of(texts)).rstrip()

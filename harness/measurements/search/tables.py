@@ -8,6 +8,10 @@ _STAGE = required("stage_id", "string", "Id of the stage: a hash of all that its
 _TASK = required("task", "string", "Name of the searched task.")
 _METRIC = required("metric", "string", "Metric that the search optimises.")
 
+_FLOOR = Column(
+    "noise_floor", "float64", "Size of a delta that rounding alone explains (docs/precision.md); null in float32."
+)
+
 
 def _control(name: str, what: str) -> tuple[Column, ...]:
     return (
@@ -54,6 +58,7 @@ VERDICT = Table("verdict", "one row per task and metric: the best cell of the gr
     Column("delta_low", "float64", "Lower end of the 95 % confidence interval of `delta` (Student's t, paired)."),
     Column("delta_high", "float64", "Upper end of this interval."),
     Column("p_value", "float64", "Two-sided p-value of `delta` = 0, paired."),
+    _FLOOR,
     *_control("random", "as many values at random positions"),
     *_control("random_disjoint", f"as many values at random positions, {_DISJOINT.format('few')}"),
     *_control("energy_matched", "values at random positions with as much energy"),
@@ -61,7 +66,8 @@ VERDICT = Table("verdict", "one row per task and metric: the best cell of the gr
               f"values at random positions with as much energy, {_DISJOINT.format('small ones')}"),
     Column("beats_controls", "bool", "Whether the best cell is better than each control at 5 %; null if one failed."),
     Column("p_holm", "float64", "`p_value`, corrected for the number of rows (Holm)."),
-    required("verdict", "string", "`yes`, `no more than its controls`, `no` or `failed` (docs/search.md)."),
+    required("verdict", "string",
+             "`yes`, `no more than its controls`, `below the noise floor`, `no` or `failed` (docs/search.md)."),
 ))  # fmt: skip
 
 BESIDE = Table("beside", "one row per best cell and task without parts: what the cell costs there", (
@@ -72,6 +78,7 @@ BESIDE = Table("beside", "one row per best cell and task without parts: what the
     Column("value", "float64", "`beside_metric` of the best cell."),
     Column("delta", "float64", "`value - baseline`."),
     Column("p_value", "float64", "Two-sided p-value of `delta` = 0, paired."),
+    _FLOOR,
 ))  # fmt: skip
 
 PREDICTIONS = Table("predictions", "one row per task, metric with a derivative, and ablation", (
@@ -111,5 +118,5 @@ COMPOSITION = Table("composition", "one row per task, metric and step of the gre
 ))  # fmt: skip
 
 TABLES = TableSet(
-    "search", 2, (STAGES, VERDICT, BESIDE, PREDICTIONS, COMPARISON, COMPOSITION), key="stage_id", label=("stage",)
+    "search", 3, (STAGES, VERDICT, BESIDE, PREDICTIONS, COMPARISON, COMPOSITION), key="stage_id", label=("stage",)
 )

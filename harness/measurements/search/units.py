@@ -27,6 +27,7 @@ from harness.tasks.settings import SplitTask
 STUDIES = "studies"
 SELECTION: Final = "selection"
 REPORT: Final = "report"
+VERDICT_VERSION = 2  # part of the id of the stage; raised when the rule of the verdict changes
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _stages(settings: SearchSettings, selection: Study, report: Study, examples:
     grid = [selection.id, choices.choice == "gradient" and [guess, choices.keep]]
     judged = [grid, report.id, choices.metrics, choices.control_seeds]
     depends_on: dict[str, Any] = {"predictions": guess} if guess else {}
-    depends_on |= {SELECTION: grid, REPORT: judged, "verdict": judged}
+    depends_on |= {SELECTION: grid, REPORT: judged, "verdict": [judged, VERDICT_VERSION]}
     if choices.choice == "compare":
         depends_on["comparison"] = [grid, guess]
     if choices.compose == "greedy":

@@ -14,6 +14,7 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores
 from harness.evaluation.statistics import holm, over_new_draw
 from harness.measurements.ablation.cells import Cell
+from harness.measurements.ablation.summary import measured
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.models.editing import Ablation
 from harness.spectral.regions import EnergyMatched, Random
@@ -121,17 +122,21 @@ def verdict_rows(
     folder: that of the report study. cell_of: (ablation, task) -> its cell. controls_of: best ablation -> name of a
     control -> its draws. transforms: (task, metric) -> the transform of its ExampleScores.
 
-    The best cell is compared with a new draw of each control (`over_new_draw`). The verdict is "yes" if the best cell
-    improves the metric on the report part at 5 % (corrected for the number of rows by Holm) and is better than each
-    control at 5 %. It is "failed" if the cell failed, or if fewer than two draws of a control were measured.
+    The best cell is compared with a new draw of each control (`over_new_draw`). `judge` adds the verdict.
     """
     rows = read_metrics(folder)
     rows = rows[rows.status == "ok"]
     by_cell = {key: row for key, row in zip(zip(rows.cell_id, rows.metric), dicts_of(rows))}
+    metrics = {(one.task, one.metric): one for one in measured(rows)}
+    with_floor = {cell.task for cell in cell_of.values() if cell.in_other_order}
     table = []
     for winner in found:
         report = by_cell.get((cell_of[winner.ablation, winner.task].id, winner.metric))
         if report is None or math.isnan(report["delta"]):
+            table.append(_failed(winner))
+            continue
+        of_metric = metrics[winner.task, winner.metric]
+        if winner.task in with_floor and of_metric.other_order is None:
             table.append(_failed(winner))
             continue
         sign = 1 if report["higher_is_better"] else -1
@@ -140,6 +145,7 @@ def verdict_rows(
             **_selected(winner),
             "n": report["n"], "baseline": report["baseline"], "value": report["value"], "delta": report["delta"],
             "delta_low": report["delta"] - half, "delta_high": report["delta"] + half, "p_value": report["p_value"],
+            "noise_floor": of_metric.noise_floor,
         }
         transform = transforms[winner.task, winner.metric]
         best = example_scores(folder, cell_of[winner.ablation, winner.task].id, winner.metric, transform)
@@ -158,17 +164,32 @@ def verdict_rows(
             beaten.append(sign * over.delta > 0 and over.p_value is not None and over.p_value < LEVEL)
         row["beats_controls"] = None if None in beaten else all(beaten)
         table.append(row)
+    judge(table)
+    return table
+
+
+def judge(table: Sequence[dict[str, Any]]) -> None:
+    """Add `p_holm` and `verdict` to the rows of the table `verdict`, which must be all rows of a search.
+
+    The verdict is "no" if the best cell does not improve the metric on the report part at 5 % (corrected for the number
+    of rows by Holm), "below the noise floor" if rounding alone explains as large a delta, "yes" if it is also better
+    than each control at 5 %, and otherwise "no more than its controls". It is "failed" if the cell or the measurement
+    of its noise floor failed, or if fewer than two draws of a control were measured.
+    """
     for row, p in zip(table, holm([row["p_value"] for row in table])):
         row["p_holm"] = float(p)
-        if math.isnan(p) or row["beats_controls"] is None:
-            row["verdict"] = "failed"
-            continue
-        better = row["delta"] > 0 if row["higher_is_better"] else row["delta"] < 0
-        if not (better and p < LEVEL):
-            row["verdict"] = "no"
-        else:
-            row["verdict"] = "yes" if row["beats_controls"] else "no more than its controls"
-    return table
+        row["verdict"] = _verdict(row)
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["p_holm"]) or row["beats_controls"] is None:
+        return "failed"
+    better = row["delta"] > 0 if row["higher_is_better"] else row["delta"] < 0
+    if not (better and row["p_holm"] < LEVEL):
+        return "no"
+    if row.get("noise_floor") is not None and abs(row["delta"]) < row["noise_floor"]:
+        return "below the noise floor"
+    return "yes" if row["beats_controls"] else "no more than its controls"
 
 
 def beside_rows(
@@ -180,6 +201,7 @@ def beside_rows(
     """
     rows = read_metrics(folder)
     rows = rows[rows.status == "ok"]
+    metrics = {(one.task, one.metric): one for one in measured(rows)}
     table = []
     for winner in found:
         for task in beside:
@@ -189,6 +211,7 @@ def beside_rows(
                 table.append({
                     "task": winner.task, "metric": winner.metric, "beside_task": task, "beside_metric": price.metric,
                     "baseline": price.baseline, "value": price.value, "delta": price.delta, "p_value": price.p_value,
+                    "noise_floor": metrics[task, price.metric].noise_floor,
                 })
     return table
 

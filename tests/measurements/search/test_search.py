@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import runpy
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,9 +25,12 @@ from harness.evaluation.statistics import estimate, over_new_draw
 from harness.measurements import ABLATION, SEARCH, compose_settings
 from harness.measurements.ablation.measure import CellRun
 from harness.measurements.ablation.settings import StudySettings
+from harness.measurements.ablation.summary import measured as measured_metrics
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.measurements.search import measure
+from harness.measurements.search.report import _table
 from harness.measurements.search.tables import TABLES
+from harness.measurements.search.verdict import judge
 from harness.models.editing import ablated
 from harness.models.loading import load
 from harness.spectral.decomposition import decompose
@@ -221,6 +225,53 @@ def test_controls_that_fail_do_not_take_the_verdict_with_them(assets, prompts, t
     complete = table(folder, "verdict")
     assert set(complete.random_draws) == {2} and "failed" not in set(complete.verdict)
     assert (complete.delta == verdict.delta).all()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_in_low_precision_the_verdict_reads_the_noise_floor(assets, prompts, tmp_path, monkeypatch, failing):
+    """The floor is that of the report study; if it could not be measured, there is no verdict."""
+    if failing:
+        failing_where(monkeypatch, lambda cell: cell.in_other_order and cell.task == "ioi")
+    words = [*_settings(assets, prompts, tmp_path / "s"), "model.dtype=bfloat16", "region.values=[0.9]"]
+    folder = search(words).folder
+    verdict, beside = table(folder, "verdict"), table(folder, "beside")
+    reports = measured_metrics(read_metrics(reported(folder)))
+    floors = {(one.task, one.metric): one.noise_floor for one in reports}
+    assert list(beside.noise_floor) == [floors["text", name] for name in beside.beside_metric]
+    assert floors["text", "token_perplexity"] > 0
+    if failing:
+        assert set(verdict.verdict) == {"failed"} and verdict.noise_floor.isna().all()
+        return
+    assert [floors["ioi", name] for name in verdict.metric] == list(verdict.noise_floor)
+    again = verdict.to_dict("records")
+    judge(again)
+    assert [row["verdict"] for row in again] == list(verdict.verdict)
+    small = [{**row, "delta": 0.9 * row["noise_floor"], "higher_is_better": True, "p_value": 1e-9} for row in again]
+    judge(small)
+    assert {row["verdict"] for row in small} <= {"below the noise floor"}
+
+
+def test_the_page_puts_what_is_below_the_noise_floor_in_parentheses():
+    rows = pandas.DataFrame({"delta": [0.1, -0.1, 0.3, np.nan], "noise_floor": [0.2, 0.2, 0.2, np.nan]})
+    lines = [line.split("|")[1].strip() for line in _table(rows).splitlines()[2:]]
+    assert lines == ["(0.1)", "(-0.1)", "0.3", ""]
+    assert "(" not in _table(rows.assign(noise_floor=np.nan))
+
+
+@pytest.mark.parametrize(("changed", "verdict"), [
+    ({}, "yes"), ({"noise_floor": 0.3}, "below the noise floor"), ({"noise_floor": 0.2}, "yes"),
+    ({"noise_floor": math.nan}, "yes"), ({"noise_floor": 0.3, "p_value": 0.03}, "no"),
+    ({"noise_floor": 0.3, "beats_controls": False}, "below the noise floor"),
+    ({"beats_controls": False}, "no more than its controls"), ({"beats_controls": None}, "failed"),
+    ({"delta": -0.2}, "no"), ({"delta": -0.2, "higher_is_better": False}, "yes"),
+    ({"delta": -0.2, "higher_is_better": False, "noise_floor": 0.25}, "below the noise floor"),
+    ({"p_value": math.nan}, "failed"),
+])  # fmt: skip
+def test_the_rule_of_the_verdict(changed, verdict):
+    row = {"delta": 0.2, "higher_is_better": True, "p_value": 0.01, "beats_controls": True, "noise_floor": None}
+    rows = [{**row, **changed}, {**row, "p_value": 0.5}]
+    judge(rows)
+    assert [one["verdict"] for one in rows] == [verdict, "no"]
 
 
 def test_the_best_cell_may_be_one_that_failed_before(assets, prompts, tmp_path, monkeypatch):
