@@ -245,6 +245,7 @@ def test_every_cluster(name, measurement, tmp_path):
 LOCAL_DATA = {
     "ioi": "ioi/ioi.jsonl", "factual": "counterfact/known_1000.jsonl", "lambada": "lambada/test.jsonl",
     "blimp": "blimp", "text": "tinystories/validation_first_stories.txt", "wikitext": "wikitext-2-raw/test.jsonl",
+    "bookcorpus": "wikitext-2-raw/validation.jsonl",
 }  # fmt: skip
 
 
@@ -270,6 +271,23 @@ def test_every_task_of_a_causal_model(name, assets, tmp_path):
         data += ["tasks.gsm8k.num_fewshot=0", "tasks.gsm8k.limit=1"] if name == "gsm8k" else []
     table = run(tmp_path, *model, *few, *data)
     assert set(table.task) == {name} and table.value.notna().all()
+
+
+RULER = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
+FUNCTIONS = [{"prompt": "def f(a):\n", "test": "def check(f):\n    assert f(1) == 1", "entry_point": "f"}]
+
+
+@pytest.mark.parametrize("name", ["humaneval", *RULER])
+def test_every_task_that_is_asked_in_texts(name, tmp_path):
+    """By random weights, so that nothing is right; tests/tasks has models that answer."""
+    model = save_checkpoint(tmp_path / "model", max_position_embeddings=4096)
+    few = [f"tasks.{name}.n_examples=1", f"tasks.{name}.length={4096 if name == 'cwe' else 600}"]
+    if name == "humaneval":
+        (tmp_path / "functions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FUNCTIONS))
+        few = [f"tasks.{name}.data_files={tmp_path / 'functions.jsonl'}", f"tasks.{name}.execute=true"]
+    table = run(tmp_path, "model=pretrained", f"model.name={model}", f"task={name}", *few, "target=all",
+                f"tasks.{name}.max_new_tokens=2", "region=fraction", "region.values=[0.1]", "region.kinds=[large]")
+    assert set(table.task) == {name} and (table.value == 0).all()
 
 
 FIRST_LOOK = {

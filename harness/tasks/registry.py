@@ -25,6 +25,8 @@ TASKS: Registry[type[Task]] = Registry("harness.tasks", "a kind of task", {
     "lambada": "harness.tasks.lambada:LambadaTask",
     "blimp": "harness.tasks.blimp:BlimpTask",
     "bigbench": "harness.tasks.bigbench:BigbenchTask",
+    "humaneval": "harness.tasks.humaneval:HumanevalTask",
+    "ruler": "harness.tasks.ruler:RulerTask",
     "lm_eval": "harness.tasks.lm_eval.task:LmEvalTask",
     "masked": "harness.tasks.masked:MaskedTask",
     "classification": "harness.tasks.classification:ClassificationTask",

@@ -35,7 +35,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """
     prefix = tokenizer.bos_token or tokenizer.eos_token
     special = not (prefix and text.startswith(prefix))
-    tokens = list(tokenizer.encode(text, add_special_tokens=special))
+    tokens = list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
     eos = tokenizer.eos_token
     if special and len(tokens) > 1 and eos and tokens[-1] == tokenizer.eos_token_id and not text.endswith(eos):
         tokens.pop()

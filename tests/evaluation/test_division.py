@@ -17,7 +17,7 @@ from harness.evaluation.division import Division, LostStep
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import ScoringOptions
 from harness.models.loading import loaded_from
-from harness.tasks.lm_eval.generation import Decoding, continuations
+from harness.tasks.generation import Decoding, continuations
 from tests.evaluation.test_scoring import requests_for, task
 from tests.models.tiny import tiny_model
 

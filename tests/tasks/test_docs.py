@@ -43,6 +43,7 @@ ROWS = {
     "arc_easy": [
         {"question": "Anna went to the", "choices": {"text": ["park", "ball"], "label": ["A", "B"]}, "answerKey": "A"}
     ],
+    "humaneval": [{"prompt": "def f(a):\n", "test": "def check(f):\n    f(1)", "entry_point": "f"}],
     "gsm8k": [{"question": "Anna has a ball and Ben has two.", "answer": "They have three. #### 3"}],
 }
 
@@ -127,6 +128,10 @@ def metrics_of(kind: str, files: dict[str, str]) -> list[list[str]]:
         return [emitted(kind, *encoder("t5"), data_files=files[kind])]
     if kind in ("recall", "recall_probes"):
         return [emitted(kind, *recall())]
+    if kind == "humaneval":
+        return [emitted(kind, *tiny(), data_files=files[kind], execute=True, max_new_tokens=4)]
+    if kind == "ruler":
+        return [emitted(kind, *tiny(context_length=1000), task="vt", length=1000, n_examples=1, max_new_tokens=2)]
     assert kind == "lm_eval"
     return [
         emitted(kind, *tiny(context_length=512), task=task, num_fewshot=0, data_files={"test": files[task]})

@@ -43,6 +43,9 @@ FACTS = [{"prompt": "The dog of Anna is called", "ground_truth": "Max"}]
 PASSAGE = [{"text": "Anna and Ben went to the park."}]
 WORDS = [{"text": "the cat sat on the mat"}]
 SAID = [{"source": "the cat sat", "target": "a cat"}, {"source": "a dog ran", "target": "the dog"}]
+FUNCTION = [{"prompt": "def f(a):\n", "test": "def check(f):\n    assert f(1) == 1", "entry_point": "f"}]
+ALLOWED = {"execute": True, "max_new_tokens": 8}
+TEXTS = {"task": "niah_single", "length": 500, "n_examples": 2, "max_new_tokens": 8}
 WRITTEN = {"metrics": [{"name": BLEU, "value": "score"}]}
 
 
@@ -93,6 +96,17 @@ CASES: list[tuple[str, dict[str, Any], list[dict[str, Any]], str, Change]] = [
     ("seq2seq", WRITTEN, SAID, "a source of written text", row(0, "source", "the cat ran")),
     ("seq2seq", WRITTEN, SAID, "text before a source", setting("source_prefix", "said : ")),
     ("seq2seq", WRITTEN, SAID, "length of written text", setting("max_new_tokens", 9)),
+    ("humaneval", ALLOWED, FUNCTION, "a test", row(0, "test", "def check(f):\n    assert f(1) == 2")),
+    ("humaneval", ALLOWED, FUNCTION, "name of the function", row(0, "entry_point", "g")),
+    ("humaneval", ALLOWED, FUNCTION, "seconds", setting("timeout", 4)),
+    ("humaneval", ALLOWED, FUNCTION, "memory", setting("memory", 512)),
+    ("humaneval", ALLOWED, FUNCTION, "length of the completion", setting("max_new_tokens", 9)),
+    ("ruler", TEXTS, [], "question", setting("task", "niah_multikey")),
+    ("ruler", TEXTS, [], "seed", setting("seed", 1)),
+    ("ruler", TEXTS, [], "length of the text", setting("length", 600)),
+    ("ruler", TEXTS, [], "length of the answer", setting("max_new_tokens", 9)),
+    ("ruler", TEXTS, [], "what surrounds the question", setting("template", "[{prompt}]")),
+    ("ruler", TEXTS, [], "number of texts", setting("n_examples", 3)),
     ("recall", {"n_sequences": 8}, [], "seed", setting("seed", 1)),
     ("recall", {"n_sequences": 8}, [], "noise", setting("noise", 0.25)),
     ("recall_probes", {"n_sequences": 8}, [], "seed", setting("seed", 1)),
@@ -109,7 +123,8 @@ def contexts() -> dict[str, TaskContext]:
         "classification": context(tiny_classifier("bert"), "bert"), "masked": context(tiny_model("bert"), "bert"),
         "seq2seq": context(tiny_model("t5"), "t5"),
         **dict.fromkeys(("recall", "recall_probes"), TaskContext(None, recall, 32, "causal")),
-        **dict.fromkeys(("bigbench", "blimp", "ioi", "factual", "lambada", "text"), causal),
+        **dict.fromkeys(("bigbench", "blimp", "ioi", "factual", "lambada", "text", "humaneval"), causal),
+        "ruler": tiny(context_length=800)[1],
     }
 
 

@@ -98,7 +98,7 @@ def costs_of(study: Study) -> CostTable:
     options = ScoringOptions(runtime.batch_tokens or ScoringOptions.batch_tokens, share_context=runtime.share_context)
     for name, task in study.tasks.items():
         if isinstance(task, DirectTask):
-            tokens = len(task.example_ids) * TOKENS_PER_GENERATED_EXAMPLE
+            tokens = max(len(task.example_ids) * TOKENS_PER_GENERATED_EXAMPLE, sum(map(len, task.inputs)))
             whole = tokens * (sum(cost.block) + cost.head)  # generation runs every block, whichever was edited
             passes[name] = (whole,) * (1 + len(cost.block))
         else:

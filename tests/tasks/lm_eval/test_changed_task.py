@@ -15,8 +15,8 @@ from harness.measurements.ablation.tables import read_metrics
 from harness.models.description import generation_settings, generation_values
 from harness.models.loading import describe_model, load
 from harness.models.settings import ModelSettings
-from harness.tasks.lm_eval import generation
-from harness.tasks.lm_eval.generation import Decoding
+from harness.tasks import generation
+from harness.tasks.generation import Decoding
 from harness.tasks.lm_eval.task import LmEvalTask
 
 PROMPTS = ["Once upon a time there", "Lily went to the", "The dog wanted to"]

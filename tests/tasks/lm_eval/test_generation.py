@@ -13,8 +13,8 @@ from harness.evaluation.requests import DirectTask, TaskContext
 from harness.evaluation.statistics import estimate
 from harness.models.description import generation_values
 from harness.models.loading import loaded_from
-from harness.tasks.lm_eval import generation
-from harness.tasks.lm_eval.generation import Decoding
+from harness.tasks import generation
+from harness.tasks.generation import Decoding
 from harness.tasks.lm_eval.task import LmEvalTask
 from tests.evaluation.reference import tiny_model, tiny_tokenizer
 from tests.tasks.asking import asked
