@@ -45,6 +45,7 @@ from harness.models.identity import module_identity
 from harness.models.loading import MEMORY, LoadedModel, evaluating, loaded_from, require_head
 from harness.models.loading import load as load_model
 from harness.models.matrices import Matrix
+from harness.models.memory import decomposition_bytes
 from harness.models.settings import ModelSettings
 from harness.models.targets import Target, TargetSettings, choose_matrices, expand_targets
 from harness.settings.compose import config_folder
@@ -58,9 +59,6 @@ from harness.tasks.settings import Task
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
-
-DECOMPOSITION_GIB = 4.0  # memory for the decompositions that a model keeps
-
 
 def wrap(
     module: torch.nn.Module, tokenizer: Any = None, *, family: Family | None = None, name: str | None = None
@@ -235,7 +233,7 @@ class Model:
     def __init__(self, loaded: LoadedModel, settings: ModelSettings) -> None:
         self.loaded, self.settings = loaded, settings
         self._matrices = {matrix.name: matrix for matrix in loaded.matrices}
-        self._decompose = DecompositionCache(loaded, int(DECOMPOSITION_GIB * 2**30), watched=True)
+        self._decompose = DecompositionCache(loaded, decomposition_bytes(None, loaded.device), watched=True)
         self._edits = 0
         # The identity of the weights of a checkpoint, by which `run` notices that they have changed in memory.
         self._as_loaded = None if loaded.description.source == MEMORY else module_identity(loaded.model)
@@ -292,6 +290,7 @@ class Model:
         if edit not in ("weight", "branch"):
             raise InputError(f"edit: {edit!r} is wrong; use weight or branch")
         ablation = Ablation(self._target(what, blocks), region)
+        self._decompose.expect(ablation.target.matrices)
         with ablated(self.loaded, ablation, self._decompose, edit) as realised:
             self._edits += 1
             try:

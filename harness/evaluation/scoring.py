@@ -171,6 +171,29 @@ class Scorer:
         for size in (lambda i: shapes[i].numel(), lambda i: shapes[i].numel() * shapes[i][1]):
             self._score_batch((task, max(shapes, key=size)), self.needs_rank[task])
 
+    def stream_bytes(self) -> int:
+        """Return the bytes of the stream of all tasks at one boundary, of this process."""
+        tokens = sum(batch.input_ids.numel() for batch in self._batches.values())
+        width: int = self.loaded.model.config.get_text_config().hidden_size
+        return tokens * width * self.loaded.model.dtype.itemsize if self.reuse else 0
+
+    def forget(self, task: str) -> None:
+        """Give up the batches and the stream of a task, which is not scored any more."""
+        for i in self._own(task) if task in self.packed else ():
+            self._store.drop((task, i))
+            self._readings.pop((task, i), None)
+            self._batches.pop((task, i), None)
+        self.packed.pop(task, None)
+
+    def stop_keeping(self) -> None:
+        """Keep no stream from now on, so that every pass runs every block, which gives the same numbers."""
+        self._store.clear()
+        self.reuse, self.block = False, 0
+
+    def leave_device(self) -> None:
+        """Keep no stream on the device any more, because memory ran out; what fits goes to host memory."""
+        self._store.leave_device()
+
     def advance(self, block: int) -> None:
         """Move the frontier to the boundary before `block`. The weights of earlier blocks must be the unedited ones."""
         if not self.reuse or block == self.block:

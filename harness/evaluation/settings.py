@@ -71,7 +71,8 @@ class RuntimeSettings:
     share_context: bool = True  # feed common first tokens of requests once (packed trees) where that is cheaper
     stream_gib: Annotated[float, at_least(0)] = 8.0  # memory on the model's device for the stream kept for resuming
     stream_host_gib: Annotated[float, at_least(0)] = 32.0  # pinned host memory for the rest of it, if that is a GPU
-    decomposition_gib: Annotated[float, at_least(0)] = 4.0  # memory for cached decompositions
+    # memory for cached decompositions beside the one in use; null: 4, or on a GPU half of what is free
+    decomposition_gib: Annotated[float, at_least(0)] | None = None
     cache_gib: Annotated[float, at_least(0)] = 10.0  # disk space for the decompositions of all studies; 0: no cache
     cache_dir: str | None = None  # null: spectral-harness/decompositions in $XDG_CACHE_HOME or ~/.cache
     compile: bool = False  # torch.compile every block: it takes minutes, and kernels are then faster

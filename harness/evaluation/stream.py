@@ -74,6 +74,13 @@ class StreamStore:
         for key in list(self._kept):
             self.drop(key)
 
+    def leave_device(self) -> None:
+        """Keep nothing on the device from now on. What is there goes to host memory, or is given up."""
+        self._left["device"] = -float("inf")
+        for key, (place, kept) in list(self._kept.items()):
+            if place == "device":
+                self.put(key, kept)
+
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self._pinned)
         return copy.copy_(tensor, non_blocking=True)

@@ -168,9 +168,10 @@ def size_of(decomposition: Decomposition) -> int:
 class DecompositionCache:
     """A function from a matrix of a model to its Decomposition, on the device of the matrix.
 
-    Decompositions are kept in memory up to `budget_bytes`, where the least recently used go first, and on `disk` if it
-    is given. When a matrix is asked for whose decomposition is not at hand, the model must hold the unedited weights of
-    this matrix and of the experts that follow it.
+    Decompositions are kept in memory up to `budget_bytes` beside the one that is in use, and on `disk` if it is given.
+    The least recently used go first, but for those that are expected again (see `expect`). When a matrix is asked for
+    whose decomposition is not at hand, the model must hold the unedited weights of this matrix and of the experts that
+    follow it.
 
     watched: the weights may change between two calls, as those of a module that the caller trains. Each call then
     hashes the bytes of the matrix, and decomposes it again if they have changed.
@@ -181,6 +182,7 @@ class DecompositionCache:
     ) -> None:
         self._loaded, self._budget, self._bytes, self._disk = loaded, budget_bytes, 0, disk
         self._kept: OrderedDict[str, Decomposition] = OrderedDict()
+        self._expected: frozenset[str] = frozenset()
         self._keys: dict[str, str] | None = {} if watched else None
         self._written = math.inf  # bytes since the last `make_room`; infinite, so that the first file calls it
 
@@ -188,10 +190,23 @@ class DecompositionCache:
         if self._keys is not None:
             self._forget_changed(matrix, self._keys)
         if matrix.name not in self._kept:
+            self._give_up()  # the one that was in use before, while the next is computed
             self._fetch(matrix)
         self._kept.move_to_end(matrix.name)
-        self._give_up()
+        self._give_up(matrix.name)
         return self._kept[matrix.name]
+
+    def expect(self, matrices: Iterable[str]) -> None:
+        """Say which matrices, by name, will be asked for one after the other and then again, as those of a target.
+
+        If they do not all fit, those that do are kept: the least recently used ones would be the next to be asked for.
+        """
+        self._expected = frozenset(matrices)
+
+    def shrink(self) -> None:
+        """Give up everything that is kept, and keep half as much from now on, because memory ran out."""
+        self._kept.clear()
+        self._bytes, self._budget = 0, self._budget // 2
 
     def _forget_changed(self, matrix: Matrix, keys: dict[str, str]) -> None:
         for one in (matrix, *self._siblings(matrix)):
@@ -221,10 +236,14 @@ class DecompositionCache:
 
     def _siblings(self, matrix: Matrix) -> Iterable[Matrix]:
         """Return the experts that follow this one in its parameter and are not yet decomposed, up to one batch."""
+        if matrix.expert is None:
+            return []
         out, width = matrix.shape
-        each = 8 * max(out * width, min(out, width) ** 2)
-        most = min(BATCH_BYTES, self._budget) // each - 1
-        if matrix.expert is None or most < 1:
+        small = min(out, width)
+        expected = sum(size_of(kept) for name, kept in self._kept.items() if name in self._expected)
+        room = max(0, self._budget - expected) // (8 * small * (small + 1))
+        most = min(room, min(BATCH_BYTES, self._budget) // (8 * max(out * width, small**2)) - 1)
+        if most < 1:
             return []
         following = [
             other for other in self._loaded.matrices
@@ -237,6 +256,11 @@ class DecompositionCache:
         self._kept[matrix.name] = decomposition
         self._bytes += size_of(decomposition)
 
-    def _give_up(self) -> None:
-        while self._bytes > self._budget and len(self._kept) > 1:
-            self._bytes -= size_of(self._kept.popitem(last=False)[1])
+    def _give_up(self, in_use: str | None = None) -> None:
+        beside = self._bytes - (0 if in_use is None else size_of(self._kept[in_use]))
+        while beside > self._budget:
+            others = [name for name in self._kept if name != in_use]
+            # of those that are expected again, the latest is the last to be asked for
+            name = next((name for name in others if name not in self._expected), others[-1])
+            size = size_of(self._kept.pop(name))
+            self._bytes, beside = self._bytes - size, beside - size

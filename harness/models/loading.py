@@ -151,22 +151,29 @@ def load_tokenizer(settings: ModelSettings, description: ModelDescription) -> An
 def pick_device(name: str) -> torch.device:
     """Return the device of a name.
 
-    "auto" is the CUDA device of this process's local rank, or the CPU if there is no CUDA device. Raises InputError for
-    a device that this machine does not have.
+    "cuda" is the CUDA device of this process's local rank, and "auto" the same, or the CPU if there is no CUDA device.
+    Raises InputError for a device that this machine does not have, and for one without float64.
     """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:<index>") from error
+    require_float64(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"model.device: {name!r} asked for, but torch sees no CUDA device; use cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= (n := torch.cuda.device_count()):
         raise InputError(f"model.device: {name!r} is not there; CUDA devices here are cuda:0 to cuda:{n - 1}")
     return device
+
+
+def require_float64(device: torch.device) -> None:
+    """Raise InputError if a device cannot compute in float64, in which matrices are decomposed and edited."""
+    if device.type == "mps":
+        raise InputError("model.device: 'mps' is wrong; it has no float64, which decompositions need; use cpu")
 
 
 def _check_finite(model: torch.nn.Module, name: str) -> None:
@@ -190,6 +197,8 @@ def load(
     """
     description = description or describe_model(settings)
     device = pick_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else libraries take memory on the first device, too
     dtype = TORCH_DTYPES[description.dtype]
     model: PreTrainedModel
     missing: tuple[str, ...]
@@ -234,6 +243,7 @@ def loaded_from(
     """
     config = getattr(model, "config", None)
     parameter = next(model.parameters())
+    require_float64(parameter.device)
     family = family or family_of(config)
     if type(model).__name__.endswith("ForSequenceClassification"):
         family = family.with_classifier()

@@ -66,7 +66,9 @@ class ModelSettings:
         refuse_long_path("name", self.name)
         if self.name[:1] in "=+-@" and self.name:
             raise wrong("name", self.name, "no name on the hub begins so; write ./ before the name of a local folder")
-        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", self.device):
+        if self.device == "mps":
+            raise wrong("device", self.device, "it has no float64, which decompositions need; use cpu")
+        if not re.fullmatch(r"auto|cpu|(cuda|xpu)(:\d+)?", self.device):
             raise wrong("device", self.device, "use auto, cpu, cuda or cuda:<index>")
 
     @property

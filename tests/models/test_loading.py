@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.errors import InputError
-from harness.models.loading import describe_model, load
+from harness.models.loading import describe_model, load, pick_device
 from harness.models.settings import ModelSettings
 from tests.checkpoints import save_checkpoint, text_file
 from tests.gguf_files import SMOLLM2, beginning
@@ -114,3 +114,51 @@ def test_code_of_the_checkpoint_does_not_run_unless_asked_for(tmp_path):
     with pytest.raises(InputError, match="model.name"):
         describe_model(ModelSettings(name=str(folder)))
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_of_a_launcher_has_its_own_gpu(two_gpus, monkeypatch, name):
+    assert pick_device(name) == torch.device("cuda", 0)
+    for rank, index in (("0", 0), ("1", 1), ("3", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert pick_device(name) == torch.device("cuda", index)
+        assert pick_device("cuda:0") == torch.device("cuda", 0)  # as it was asked for
+
+
+def test_the_device_of_the_process_is_set_before_weights_are_loaded(two_gpus, monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+
+    def stop(*arguments):
+        done.append("weights")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.models.loading.from_files", stop)
+    with pytest.raises(KeyboardInterrupt):
+        load(ModelSettings(name=str(save_checkpoint(tmp_path / "tiny")), device="cuda"))
+    assert done == [torch.device("cuda", 1), "weights"]
+
+
+def test_a_device_without_float64_is_refused_before_anything_is_loaded():
+    line = "device: 'mps' is wrong; it has no float64, which decompositions need; use cpu"
+    with pytest.raises(InputError, match=line):
+        ModelSettings(name="some/model", device="mps")
+    with pytest.raises(InputError, match=line):
+        pick_device("mps")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_model_is_loaded_on_the_gpu_of_its_rank(monkeypatch, tmp_path):
+    last = torch.cuda.device_count() - 1
+    monkeypatch.setenv("LOCAL_RANK", str(last))
+    loaded = load(ModelSettings(name=str(save_checkpoint(tmp_path / "tiny")), device="cuda"))
+    assert loaded.device == torch.device("cuda", last) and torch.cuda.current_device() == last

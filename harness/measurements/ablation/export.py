@@ -25,6 +25,7 @@ from harness.models.editing import Ablation, Decompose, RealisedAblation, ablate
 from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import LoadedModel, describe_model, load, require_head
+from harness.models.memory import decomposition_bytes
 from harness.models.targets import expand_targets
 from harness.settings.validation import validated
 from harness.spectral.ablation import low_rank_factors
@@ -135,7 +136,7 @@ def _export(
     require_head(loaded)
     _make_savable(loaded.model)
     disk = disk_cache(runtime.cache_gib, runtime.cache_dir)
-    decompose = DecompositionCache(loaded, int(runtime.decomposition_gib * 2**30), disk)
+    decompose = DecompositionCache(loaded, decomposition_bytes(runtime.decomposition_gib, loaded.device), disk)
     factors = _kept_factors(loaded, ablation, decompose) if factored else {}
     try:
         with new_folder(folder) as work:

@@ -19,21 +19,20 @@ from harness.evaluation.adaptive import Sampler
 from harness.evaluation.batch_size import largest_batch
 from harness.evaluation.division import LostStep
 from harness.evaluation.other_order import AnyBatch, batches_differ, other_options
-from harness.evaluation.requests import DirectTask, ExampleScores, ScoredTask, Scores, scored_tasks
+from harness.evaluation.requests import DirectTask, ExampleScores, Scores, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.outcomes import Failed, Outcome, SampledPart, Scored
 from harness.measurements.ablation.rows import RowMaker
+from harness.measurements.ablation.scorers import SMALLER, Scorers
 from harness.measurements.ablation.units import Study
 from harness.models.attention import other_attention
 from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.editing import Ablation, RealisedAblation, ablated
 from harness.models.identity import module_identity, parameters_digest
 from harness.models.loading import MEMORY, LoadedModel, load, require_head
-from harness.models.memory import is_out_of_memory, release_memory
+from harness.models.memory import decomposition_bytes, is_out_of_memory, release_memory
 from harness.spectral.regions import OtherOrder
-
-SMALLER = 0.25  # size of the batches, relative to the usual one, when a cell is tried again after it ran out of memory
 
 
 class NonFiniteLoss(RuntimeError):
@@ -74,7 +73,8 @@ def with_largest_batch(
             with reading(study.folder / MANIFEST, "the setting runtime.batch_tokens"):
                 return int(there.settings["runtime"]["batch_tokens"]), None
         loaded = open_session(study, ranks, progress)
-        found = largest_batch(loaded, scored_tasks(study.tasks), study.settings.runtime)
+        targets = list({cell.ablation.target.label: cell.ablation.target for cell in study.units}.values())
+        found = largest_batch(loaded, scored_tasks(study.tasks), study.settings.runtime, targets)
         say(f"runtime.batch_tokens: {found}, the largest that fits")
         return found, loaded
 
@@ -97,7 +97,7 @@ def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[M
     yield from run.baselines({cell.id for cell in cells if cell.is_baseline})
     for ablation, members in group_by_ablation([cell for cell in cells if not cell.is_baseline]):
         context.describe(f"{ablation.target.label}: {ablation.region.label}")
-        run.advance(ablation.target.first_block)
+        run.scorers.advance(ablation.target.first_block)
         yield from run.ablation(ablation, members)
     context.division.agree("verifying the weights", lambda: _verify(loaded, as_loaded))
 
@@ -126,11 +126,11 @@ class CellRun:
         if self.runtime.precision == "adaptive":
             batch_tokens = self.runtime.scoring().batch_tokens
             self.sampler = Sampler(scored, self.runtime.adaptive, batch_tokens, study.settings.seed)
-            scored = self.sampler.groups(scored)
-        self.scored: dict[str, ScoredTask] = scored
-        self.scorer = Scorer(self.loaded, scored, self.runtime.scoring(), self.division)
+        self.scorers = Scorers(self.loaded, self.tasks, self.sampler, self.runtime, self.division)
         disk = disk_cache(self.runtime.cache_gib, self.runtime.cache_dir)
-        self.decompose = DecompositionCache(self.loaded, int(self.runtime.decomposition_gib * 2**30), disk)
+        stream = min(self.scorers.stream_bytes(), self.runtime.stream_gib * 2**30)
+        budget = decomposition_bytes(self.runtime.decomposition_gib, self.loaded.device, stream)
+        self.decompose = DecompositionCache(self.loaded, budget, disk)
         self.rows = RowMaker(study, self.loaded)
         self.baseline_of: dict[str, dict[str, ExampleScores]] = {}
         self.batches_of: dict[str, list[AnyBatch]] = {}  # those in which the baseline was measured
@@ -147,20 +147,6 @@ class CellRun:
             if cell.id in wanted:
                 yield self.rows.measured(cell, outcome, None, None, time.perf_counter() - started)
 
-    def advance(self, block: int) -> None:
-        """Move the frontier to a block. If memory runs out, go on without a frontier, which gives the same numbers."""
-        try:
-            self.scorer.advance(block)
-            return
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # The stream of the scorer is freed here, because inside the except clause the traceback would keep its tensors.
-        del self.scorer
-        release_memory()
-        options = dataclasses.replace(self.runtime.scoring(), reuse=False)
-        self.scorer = Scorer(self.loaded, self.scored, options, self.division)
-
     def ablation(self, ablation: Ablation, cells: Sequence[Cell]) -> Iterator[Measured]:
         """Measure the cells of one ablation under one edit.
 
@@ -170,7 +156,7 @@ class CellRun:
         pending = list(cells)
         with ExitStack() as undo:
             try:
-                realised = self.division.agree("editing", lambda: undo.enter_context(self._edited(ablation)))
+                realised = self._edit(undo, ablation)
             except (InputError, LostStep):
                 raise
             except Exception as error:
@@ -182,6 +168,21 @@ class CellRun:
                 return
         for cell in pending:
             yield self.rows.measured(cell, Failed(problem), self.baseline_of.get(cell.task), None, 0.0)
+
+    def _edit(self, undo: ExitStack, ablation: Ablation) -> RealisedAblation | None:
+        """Apply an ablation. If memory runs out, try again without kept decompositions, and then without a stream."""
+        self.decompose.expect(ablation.target.matrices)
+        for give_up in (self.decompose.shrink, self.scorers.leave_device, None):
+            try:
+                return self.division.agree("editing", lambda: undo.enter_context(self._edited(ablation)))
+            except Exception as error:
+                if give_up is None or not is_out_of_memory(error):
+                    raise
+            # This is outside of the except clause, in which the traceback would keep the tensors of the failed edit.
+            undo.close()  # the edit of this process, if it was another one that ran out of memory
+            give_up()
+            release_memory()
+        raise AssertionError  # the last try returns or raises
 
     def _edited(self, ablation: Ablation) -> AbstractContextManager[RealisedAblation | None]:
         if not ablation.target.matrices:
@@ -200,42 +201,35 @@ class CellRun:
     def outcome(self, cell: Cell) -> Outcome:
         """Measure one cell under the model's present weights.
 
-        If memory runs out, the cell is measured once more with a quarter of the batch. Raises LostStep if the processes
-        that measure the cell together are no longer at the same step.
+        If memory runs out, the cell is measured once more with a quarter of the batch. If that works, so are all later
+        cells of its task. Raises LostStep if the processes that measure the cell together are no longer at one step.
         """
         used: dict[str, Any] = {}
         try:
-            if cell.in_other_order:
-                return self._in_other_order(cell, 1.0, used)
-            return self._measure(cell, self.scorer, cell.ablation.target.first_block)
+            return self._in_other_order(cell, 1.0, used) if cell.in_other_order else self._in_usual_order(cell, used)
         except LostStep:
             raise
         except Exception as error:
             if not is_out_of_memory(error):
                 return Failed(error, used)
         # This is outside of the except clause, in which the traceback would keep the tensors of the failed pass.
+        used.clear()
         release_memory()
         try:
             if cell.in_other_order:
-                used.clear()
                 return self._in_other_order(cell, SMALLER, used)
-            return self._in_smaller_batches(cell, used)
+            with self.scorers.in_smaller_batches(cell.task, cell.ablation.target.first_block):
+                return self._in_usual_order(cell, used)
         except LostStep:
             raise
         except Exception as error:
             return Failed(error, used)
 
-    def _in_smaller_batches(self, cell: Cell, used: dict[str, Any]) -> Outcome:
-        """Measure one cell with a quarter of the batch. used: the settings of this are added to it."""
-        if isinstance(self.tasks[cell.task], DirectTask):
-            used["generation_batch_share"] = SMALLER
-            return dataclasses.replace(self._measure(cell, self.scorer, 0, SMALLER), used=used)
-        options = self.runtime.scoring()
-        used["batch_tokens"] = max(1, int(options.batch_tokens * SMALLER))
-        options = dataclasses.replace(options, batch_tokens=used["batch_tokens"], reuse=False)
-        scored = {cell.task: self.scored[cell.task]} if self.sampler is None else self.sampler.groups([cell.task])
-        small = self.division.agree("a smaller batch", lambda: Scorer(self.loaded, scored, options, self.division))
-        return dataclasses.replace(self._measure(cell, small, 0), used=used)
+    def _in_usual_order(self, cell: Cell, used: dict[str, Any]) -> Outcome:
+        """Measure one cell with the batch that fits. used: what differs from the settings is added to it."""
+        used |= self.scorers.used(cell.task)
+        scorer, share = self.scorers.of(cell.task), used.get("generation_batch_share", 1.0)
+        return dataclasses.replace(self._measure(cell, scorer, cell.ablation.target.first_block, share), used=used)
 
     def _in_other_order(self, cell: Cell, share: float, used: dict[str, Any]) -> Outcome:
         """Measure the control of the noise floor on every example: by another attention, and in other batches.
@@ -250,7 +244,8 @@ class CellRun:
             used |= {} if attention is None else {"attn_implementation": attention}
             if isinstance(self.tasks[cell.task], DirectTask):
                 used |= {"generation_batch_share": region.share * share, "order_differs": attention is not None}
-                return dataclasses.replace(self._measure(cell, self.scorer, 0, region.share * share), used=used)
+                scorer = self.scorers.of(cell.task)
+                return dataclasses.replace(self._measure(cell, scorer, 0, region.share * share), used=used)
             usual, task = self.batches_of[cell.task], self.study.tasks[cell.task]
             options = other_options(self.runtime.scoring(), usual, region.share)
             options = dataclasses.replace(options, batch_tokens=max(1, int(options.batch_tokens * share)))

@@ -25,6 +25,7 @@ from harness.measurements.search.units import REPORT, SELECTION
 from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.editing import Ablation, Decompose, ablated
 from harness.models.loading import LoadedModel, load
+from harness.models.memory import decomposition_bytes
 
 
 def compose_greedily(selection: Study, report: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -36,7 +37,8 @@ def compose_greedily(selection: Study, report: Study, metrics: Sequence[str]) ->
     runtime = selection.settings.runtime
     loaded = load(selection.settings.model, selection.description, selection.prepared.tokenizer, progress=False)
     disk = disk_cache(runtime.cache_gib, runtime.cache_dir)
-    decompose = DecompositionCache(loaded, int(runtime.decomposition_gib * 2**30), disk)
+    decompose = DecompositionCache(loaded, decomposition_bytes(runtime.decomposition_gib, loaded.device), disk)
+    decompose.expect(name for cell in selection.units for name in cell.ablation.target.matrices)
     rows: list[dict[str, Any]] = []
     for name, task in scored_tasks(selection.tasks).items():
         parts = {SELECTION: task, REPORT: scored_tasks(report.tasks)[name]}

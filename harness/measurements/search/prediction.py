@@ -23,6 +23,7 @@ from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.editing import Ablation, Decompose
 from harness.models.loading import LoadedModel, load
 from harness.models.matrices import Matrix
+from harness.models.memory import decomposition_bytes
 from harness.spectral.regions import select
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def predict(grid: Study, examples: Study, metrics: Sequence[str]) -> list[dict[s
     matrices = [matrix for matrix in loaded.matrices if matrix.name in touched]
     shapes = {matrix.name: matrix.shape for matrix in matrices}
     disk = disk_cache(runtime.cache_gib, runtime.cache_dir)
-    decompose = DecompositionCache(loaded, int(runtime.decomposition_gib * 2**30), disk)
+    decompose = DecompositionCache(loaded, decomposition_bytes(runtime.decomposition_gib, loaded.device), disk)
+    decompose.expect(touched)
     sigmas = {matrix.name: decompose(matrix).sigma for matrix in matrices}
     rows = []
     for name, task in examples.tasks.items():
