@@ -18,11 +18,11 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column
-from harness.tasks.settings import RowsTask
+from harness.tasks.settings import PromptTask
 
 
 @dataclass
-class BigbenchTask(RowsTask):
+class BigbenchTask(PromptTask):
     """A task of BIG-bench in JSON form: multiple choice, or open questions."""
 
     split: str = "train"
@@ -42,6 +42,7 @@ class BigbenchTask(RowsTask):
         answer, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
+        prefix = tokenization.prefix_of(name, context.tokenizer, self.bos)
         found = self.rows(f"tasks.{name}")
         questions = [question(f"tasks.{name} row {number}", row) for number, row in enumerate(found)]
         usable = [number for number, (_, targets, _) in enumerate(questions) if len(targets) == 1]
@@ -61,7 +62,7 @@ class BigbenchTask(RowsTask):
             if closed and target not in choices:
                 raise InputError(f"{key}: the answer {target!r} is none of the choices {choices}")
             for answer in choices or [target]:
-                requests.append(tokenization.pair_request(key, context, prompt, " " + answer))
+                requests.append(tokenization.pair_request(key, context, prompt, " " + answer, self.bos))
                 owners.append(i)
                 rights.append(answer == target)
         owner, right = np.array(owners), np.array(rights)
@@ -70,7 +71,7 @@ class BigbenchTask(RowsTask):
             "digest": data.digest(
                 text for n in numbers for text in (questions[n][0], *questions[n][1], *questions[n][2])
             ),
-            "bos": tokenization.adds_bos(context.tokenizer),
+            "bos": bool(prefix),
             "context_length": context.context_length,
             "n_examples": len(numbers),
             "n_several_answers_left_out": len(found) - len(usable),

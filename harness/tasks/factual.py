@@ -16,13 +16,13 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column
-from harness.tasks.settings import RowsTask
+from harness.tasks.settings import PromptTask
 
 TARGET_COLUMNS = ("ground_truth", "attribute", "target_true")
 
 
 @dataclass
-class FactualTask(RowsTask):
+class FactualTask(PromptTask):
     """Factual recall: the first token of the true object, compared with generic words."""
 
     split: str = "train"
@@ -46,6 +46,7 @@ class FactualTask(RowsTask):
         Raises InputError if there are no generic words or a row has no prompt or target, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
+        prefix = tokenization.prefix_of(name, context.tokenizer, self.bos)
         if not self.generic_words:
             raise InputError(f"tasks.{name}.generic_words: name at least one word")
         if not all(word.strip() for word in self.generic_words):
@@ -57,14 +58,14 @@ class FactualTask(RowsTask):
         generic = generic_tokens(context.tokenizer, self.generic_words)
         requests = []
         for number, (prompt, target) in zip(numbers, facts):
-            whole = tokenization.pair_request(f"tasks.{name} row {number}", context, prompt, " " + target)
+            whole = tokenization.pair_request(f"tasks.{name} row {number}", context, prompt, " " + target, self.bos)
             last = whole.positions[0]
             asked = np.array([whole.targets[0], *generic], dtype=np.int64)
             requests.append(Request(whole.tokens[: last + 1], np.full(len(asked), last), asked))
         protocol = {
             "data": self.source(),
             "digest": data.digest(text for fact in facts for text in fact),
-            "bos": tokenization.adds_bos(context.tokenizer),
+            "bos": bool(prefix),
             "n_examples": len(facts),
             "generic_words": list(self.generic_words),
             "generic_tokens": generic,

@@ -17,11 +17,11 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column
-from harness.tasks.settings import RowsTask
+from harness.tasks.settings import PromptTask
 
 
 @dataclass
-class IoiTask(RowsTask):
+class IoiTask(PromptTask):
     """Indirect-object identification: the name that should follow, compared with the name that should not."""
 
     split: str = "train"
@@ -41,6 +41,7 @@ class IoiTask(RowsTask):
         Raises InputError if a prompt does not have exactly one such pair of names, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
+        prefix = tokenization.prefix_of(name, context.tokenizer, self.bos)
         found = self.rows(f"tasks.{name}", ["prompt", "answer"])
         chosen = self.choose(f"tasks.{name}", found, lambda row: row["prompt"])
         data.refuse_empty(f"tasks.{name}", chosen, ["prompt", "answer"])
@@ -49,7 +50,7 @@ class IoiTask(RowsTask):
             key = f"tasks.{name} row {number}"
             prompt, answer = row["prompt"].rstrip(), row["answer"].strip()
             pair = [
-                tokenization.pair_request(key, context, prompt, " " + who)
+                tokenization.pair_request(key, context, prompt, " " + who, self.bos)
                 for who in (answer, other_name(key, prompt, answer))
             ]
             requests += pair
@@ -59,7 +60,7 @@ class IoiTask(RowsTask):
         protocol = {
             "data": self.source(),
             "digest": data.digest(text for _, row in chosen for text in (row["prompt"], row["answer"])),
-            "bos": tokenization.adds_bos(context.tokenizer),
+            "bos": bool(prefix),
             "n_examples": len(chosen),
             "n_shared_first_token": int((differs != 0).sum()),
             "n_prefix_names": int((differs < 0).sum()),

@@ -15,11 +15,11 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column
-from harness.tasks.settings import RowsTask
+from harness.tasks.settings import PromptTask
 
 
 @dataclass
-class LambadaTask(RowsTask):
+class LambadaTask(PromptTask):
     """The last word of a passage: accuracy and perplexity."""
 
     kind: ClassVar[str] = "lambada"
@@ -32,6 +32,7 @@ class LambadaTask(RowsTask):
         Raises InputError for a text that does not end with a word, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
+        prefix = tokenization.prefix_of(name, context.tokenizer, self.bos)
         found = self.rows(f"tasks.{name}", ["text"])
         chosen = self.choose(f"tasks.{name}", found, lambda row: row["text"])
         requests = []
@@ -40,11 +41,12 @@ class LambadaTask(RowsTask):
             if not word.strip() or word != word.rstrip():
                 raise InputError(f"tasks.{name} row {number}: column 'text' must end with the word that is asked for,"
                                  f" not with {row['text'][-40:]!r}")
-            requests.append(tokenization.pair_request(f"tasks.{name} row {number}", context, passage, " " + word))
+            key = f"tasks.{name} row {number}"
+            requests.append(tokenization.pair_request(key, context, passage, " " + word, self.bos))
         protocol = {
             "data": self.source(),
             "digest": data.digest(row["text"] for _, row in chosen),
-            "bos": tokenization.adds_bos(context.tokenizer),
+            "bos": bool(prefix),
             "context_length": context.context_length,
             "n_examples": len(chosen),
             "n_tokens": sum(len(request.targets) for request in requests),

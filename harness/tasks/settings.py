@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from harness.errors import InputError, SettingError
+from harness.errors import InputError, SettingError, wrong
 from harness.evaluation.requests import PreparedTask, TaskContext
 from harness.settings.constraints import Bounds, at_least
 from harness.settings.validation import plain
@@ -126,6 +126,26 @@ class RowsTask(DataTask, SplitTask):
     """
 
     cluster_column: str | None = None
+
+
+@dataclass
+class PromptTask(RowsTask):
+    """A task in which a row has a prompt and texts that may follow it.
+
+    bos: whether a prompt begins with the BOS token: "auto" (as the tokenizer begins a text), True or False.
+    """
+
+    bos: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bos(self.bos)
+
+
+def check_bos(bos: bool | str) -> None:
+    """Raise SettingError unless `bos` is "auto", True or False."""
+    if bos not in ("auto", True, False):
+        raise wrong("bos", bos, "use auto, true or false")
 
 
 def position(text: str) -> float:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from harness.errors import InputError, wrong
+from harness.errors import InputError
 from harness.evaluation.requests import (
     ExampleScores,
     PreparedTask,
@@ -38,7 +38,7 @@ from harness.evaluation.requests import (
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import window_clusters
-from harness.tasks.settings import DataTask, LimitedTask
+from harness.tasks.settings import DataTask, LimitedTask, check_bos
 
 DEFAULT_WINDOW = 2048
 
@@ -57,8 +57,7 @@ class TextTask(DataTask, LimitedTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bos not in ("auto", True, False):
-            raise wrong("bos", self.bos, "use auto, true or false")
+        check_bos(self.bos)
 
     def prepare(self, name: str, context: TaskContext) -> PreparedTask:
         """Return the task with one request and one example for each window.
@@ -70,7 +69,7 @@ class TextTask(DataTask, LimitedTask):
         """
         tokenization.require_tokenizer(name, context.tokenizer)
         window, stride = _window_and_stride(name, self, context.context_length)
-        prefix = _prefix(name, context.tokenizer, self.bos)
+        prefix = tokenization.prefix_of(name, context.tokenizer, self.bos)
         found = self.rows(f"tasks.{name}", [self.column])
         text = self.separator.join(row[self.column] for row in found)
         if not text.strip():
@@ -159,16 +158,6 @@ def _window_and_stride(name: str, task: TextTask, context_length: int) -> tuple[
     if not 1 <= stride <= window:
         raise InputError(f"tasks.{name}.stride: must be between 1 and the window of {window} tokens, not {stride}")
     return window, stride
-
-
-def _prefix(name: str, tokenizer: Any, bos: bool | str) -> list[int]:
-    """Return the token that precedes every window, as a list of one or none."""
-    if not (tokenization.adds_bos(tokenizer) if bos == "auto" else bos):
-        return []
-    try:
-        return [tokenization.prefix_token(tokenizer)]
-    except InputError:
-        raise InputError(f"tasks.{name}.bos: true needs a BOS or an EOS token, and the tokenizer has neither") from None
 
 
 def _tokenise(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -27,14 +27,32 @@ def prefix_token(tokenizer: Any) -> int:
     raise InputError("model: its tokenizer has neither a BOS nor an EOS token to begin a sequence with; set one")
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
+def prefix_of(name: str, tokenizer: Any, bos: bool | str) -> list[int]:
+    """Return the token that precedes a text under the setting `bos` of a task, as a list of one or none.
+
+    bos: "auto", True or False. Raises InputError if it is True and the tokenizer has no such token. name: the name of
+    the task.
+    """
+    if not (adds_bos(tokenizer) if bos == "auto" else bos):
+        return []
+    try:
+        return [prefix_token(tokenizer)]
+    except InputError:
+        raise InputError(f"tasks.{name}.bos: true needs a BOS or an EOS token, and the tokenizer has neither") from None
+
+
+def encode(tokenizer: Any, text: str, bos: bool | str = "auto") -> list[int]:
     """Return the token ids of `text` after the tokenizer's own special tokens (BOS for Llama, none for GPT-2).
 
+    bos: True puts the prefix token before the text if the tokenizer does not, and False leaves all special tokens out.
     A text that already begins with the prefix token gets no second one. If the tokenizer appends EOS, it is removed,
     because no text could follow it.
     """
+    if bos is True:
+        tokens, first = encode(tokenizer, text), prefix_token(tokenizer)
+        return tokens if tokens[:1] == [first] else [first, *tokens]
     prefix = tokenizer.bos_token or tokenizer.eos_token
-    special = not (prefix and text.startswith(prefix))
+    special = bos == "auto" and not (prefix and text.startswith(prefix))
     tokens = list(tokenizer.encode(text, add_special_tokens=special, verbose=False))
     eos = tokenizer.eos_token
     if special and len(tokens) > 1 and eos and tokens[-1] == tokenizer.eos_token_id and not text.endswith(eos):
@@ -42,8 +60,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return tokens
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(
+    tokenizer: Any, context: str, continuation: str, bos: bool | str = "auto"
+) -> tuple[list[int], list[int]]:
     """Return the token ids of a context and of its continuation, as `TemplateLM._encode_pair` of lm-eval does.
+
+    bos: as in `encode`; lm-eval's is "auto".
 
     Spaces at the end of the context move to the continuation. Both are encoded as one text, which is cut after as many
     tokens as the context alone has. If the context is empty, it becomes the prefix token.
@@ -52,8 +74,8 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     stripped = context.rstrip()
     continuation, context = context[len(stripped) :] + continuation, stripped
     if context:
-        first = encode(tokenizer, context)
-        pair = first, encode(tokenizer, context + continuation)[len(first) :]
+        first = encode(tokenizer, context, bos)
+        pair = first, encode(tokenizer, context + continuation, bos)[len(first) :]
     else:
         tokens = list(tokenizer.encode(continuation, add_special_tokens=False))
         prefix = prefix_token(tokenizer)
@@ -154,12 +176,15 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and encode(tokenizer, "a")[0] == tokenizer.bos_token_id
 
 
-def pair_request(key: str, task: TaskContext, context: str, continuation: str) -> Request:
+def pair_request(
+    key: str, task: TaskContext, context: str, continuation: str, bos: bool | str = "auto"
+) -> Request:
     """Return the `request` of the tokens that `encode_pair` gives for two texts.
 
-    key: the beginning of messages, such as "tasks.lambada row 3". Raises InputError as these two do.
+    bos: as in `encode`. key: the beginning of messages, such as "tasks.lambada row 3". Raises InputError as the other
+    two do.
     """
     try:
-        return request(*encode_pair(task.tokenizer, context, continuation), task.context_length)
+        return request(*encode_pair(task.tokenizer, context, continuation, bos), task.context_length)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
