@@ -40,7 +40,7 @@ class Decomposition:
     vectors: float64 [r, r] with orthonormal columns: the left singular vectors if `side` is "left" (out <= in), else
         the right ones.
     shape: (out, in).
-    method: the method that was used: "gram", "gesdd" or "gesvd". For "auto" it is the method that was chosen.
+    method: the method that was used, a name in METHODS. For "auto" it is the method that was chosen.
     reconstruction_error: the largest |cosine| between two of the vectors of the longer side, W^T u / sigma, that the
         decomposition implies. W = sum of sigma u (W^T u / sigma)^T holds identically, so vectors that are not
         orthogonal are the only way in which this can fail to be a singular value decomposition. Singular values below
@@ -66,21 +66,23 @@ def decomposition_flops(out: int, width: int) -> float:
     return 4.0 * small * small * large + 9.0 * small**3
 
 
-def _deflate(wide: Tensor, vectors: Tensor) -> Solution:
+def _deflate(wide: Tensor, vectors: Tensor, floor: float = 0.0) -> Solution:
     """Refine the eigenvectors [k, m] of the Gram matrix of `wide` [k, long] that belong to small singular values.
 
     These eigenvectors span an accurate subspace, but within it they are mixtures of each other. The projection of the
     matrix on that subspace has a small norm, and its own Gram matrix resolves the values relative to the largest of
-    them. This is repeated until no value is small beside the others.
+    them. This is repeated until no value is small beside the others, or all are below `floor`, which is rounding noise.
     """
     projected = vectors.T @ wide
     sigma = torch.linalg.vector_norm(projected, dim=1)
-    n_large = int((sigma >= DEFLATION_CUT * sigma.max()).sum())
-    if n_large == len(sigma):
+    largest = sigma.max()
+    n_large = int((sigma >= DEFLATION_CUT * largest).sum())
+    if n_large == len(sigma) or (floor and float(largest) <= floor):
         return vectors, sigma, projected
     order = sigma.argsort(descending=True)
     large, small = order[:n_large], order[n_large:]
-    rotation, sigma_small, projected_small = _deflate(projected[small], _gram_vectors(projected[small]))
+    rest = projected[small]
+    rotation, sigma_small, projected_small = _deflate(rest, _gram_vectors(rest), floor)
     return (
         torch.cat([vectors[:, large], vectors[:, small] @ rotation], dim=1),
         torch.cat([sigma[large], sigma_small]),
@@ -95,6 +97,35 @@ def _gram_vectors(wide: Tensor) -> Tensor:
 
 def _gram(wide: Tensor) -> Solution:
     return _deflate(wide, _gram_vectors(wide))
+
+
+def _deflated(wide: Tensor) -> Solution:
+    """Return the solution of a matrix that may have singular values of zero. Raises LinAlgError if it does not hold.
+
+    A row of zeros is taken out, which is exact: its vector is the unit vector of this row. What is left may still have
+    a null space, as a repeated row does. Rounding makes values of at most k eps sigma_max of it, which `_deflate`
+    separates from the others as it separates all small values, and which are returned as zero: the parts that are
+    removed with them are rounding noise. Only values between that and GUARD sigma_max are not resolved.
+    """
+    k = len(wide)
+    alive = wide.abs().amax(dim=1) > 0
+    rows, dead = alive.nonzero().flatten(), (~alive).nonzero().flatten()
+    vectors, sigma = torch.zeros_like(wide[:, :1]).expand(k, k).contiguous(), torch.zeros_like(wide[:, 0])
+    projected = torch.zeros_like(wide)
+    n = len(rows)
+    if n:
+        full = wide[rows]
+        first = _gram_vectors(full)
+        noise = k * torch.finfo(torch.float64).eps
+        largest = float(torch.linalg.vector_norm(first[:, 0] @ full))
+        own, sigma[:n], projected[:n] = _deflate(full, first, noise * largest)
+        vectors[rows, :n] = own
+        unresolved = (sigma[:n] > noise * largest) & (sigma[:n] < GUARD * largest)
+        if bool(unresolved.any()):
+            raise torch.linalg.LinAlgError("singular values between rounding noise and what the Gram method resolves")
+        sigma.masked_fill_(sigma <= noise * largest, 0.0)
+    vectors[dead, torch.arange(n, k, device=wide.device)] = 1.0
+    return vectors, sigma, projected
 
 
 def _lapack(wide: Tensor, driver: str | None = None) -> Solution:
@@ -117,14 +148,18 @@ def _gesvd(wide: Tensor) -> Solution:
 
 
 # Each method takes a float64 matrix [k, long] with k <= long.
-METHODS: dict[str, Callable[[Tensor], Solution]] = {"gram": _gram, "gesdd": _gesdd, "gesvd": _gesvd}
+METHODS: dict[str, Callable[[Tensor], Solution]] = {
+    "gram": _gram, "deflated": _deflated, "gesdd": _gesdd, "gesvd": _gesvd,
+}  # fmt: skip
 
 
 def decompose(weight: Tensor, method: str = "auto") -> Decomposition:
     """Decompose weight [out, in], of any floating dtype on any device. One decomposition serves every region.
 
     method: a name in METHODS, or "auto". That takes gram, and gesdd where gram cannot hold the accuracy contract:
-        sigma_min < 1e-8 sigma_max (a rank-deficient or zero matrix, too), or no convergence.
+        sigma_min < 1e-8 sigma_max (a rank-deficient or zero matrix, too), or no convergence. On a CUDA device deflated
+        comes before gesdd, which runs on the CPU: it also takes a matrix whose other values are exactly zero, up to
+        rounding.
     The result is on the weight's device. Raises ValueError for a matrix that is not 2-D, is empty or holds values that
     are not finite, and for an unknown method.
     """
@@ -188,6 +223,11 @@ def _solve(wide: Tensor, method: str, first_guess: Tensor | None = None) -> tupl
         smallest, largest = solution[1].aminmax()
         if method == "gram" or smallest >= GUARD * largest > 0:
             return solution, "gram"
+    if wide.is_cuda:
+        try:
+            return _deflated(wide), "deflated"
+        except torch.linalg.LinAlgError:
+            pass
     return _gesdd(wide), "gesdd"
 
 

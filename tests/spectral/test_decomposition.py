@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.spectral import decomposition
 from harness.spectral.decomposition import METHODS, decompose, decompose_many
+from tests.simulated import FIRST, SimulatedTensor, simulated
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -196,6 +198,93 @@ def test_bad_input():
         decompose(weight.flatten())
     with pytest.raises(ValueError, match="needs a CUDA tensor"):
         decompose(weight, "gesvd")
+
+
+def _with_a_null_space(kind: str, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """A graded matrix (values from 1 to 1e-6) with dead rows, dead columns, both, a repeated row, or low rank."""
+    out, width = shape
+    rank = min(shape)
+    weight = matrix_with(torch.logspace(0, -6, rank, dtype=torch.float64), out, width, seed)
+    if kind in ("dead rows", "both"):
+        weight[[0, out // 2, out - 1]] = 0
+    if kind in ("dead columns", "both"):
+        weight[:, :: 5] = 0
+    if kind == "repeated row":
+        weight[1] = weight[0]
+    if kind == "low rank":
+        values = torch.logspace(0, -6, rank, dtype=torch.float64)
+        values[rank // 2 :] = 0
+        weight = matrix_with(values, out, width, seed)
+    return torch.zeros_like(weight) if kind == "zero" else weight
+
+
+KINDS = ("dead rows", "dead columns", "both", "repeated row", "low rank", "zero", "full")
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 90), (90, 40)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_null_space_is_taken_out_exactly(kind, shape):
+    weight = _with_a_null_space(kind, shape)
+    ours = decompose(weight, "deflated")
+    assert ours.method == "deflated"
+    assert_contract(weight, ours)
+    theirs = torch.linalg.svdvals(weight)
+    noise = min(shape) * 2.3e-16 * float(theirs[0])
+    assert torch.equal(ours.sigma > noise, theirs > noise)  # the rank
+    if kind in ("dead rows", "zero"):
+        assert int((ours.sigma == 0).sum()) >= (3 if kind == "dead rows" and shape != (90, 40) else kind == "zero")
+
+
+@settings(max_examples=25, deadline=None)
+@given(out=st.integers(2, 24), width=st.integers(2, 24), orders=st.floats(0, 7), zeros=st.integers(0, 6),
+       dead=st.integers(0, 3), seed=st.integers(0, 10_000))
+def test_the_contract_holds_with_any_null_space(out, width, orders, zeros, dead, seed):
+    rank = min(out, width)
+    generator = torch.Generator().manual_seed(seed)
+    values = 10 ** (-orders * torch.rand(rank, generator=generator, dtype=torch.float64))
+    values[: min(zeros, rank)] = 0
+    weight = matrix_with(values, out, width, seed)
+    weight[: min(dead, out)] = 0
+    try:
+        ours = decompose(weight, "deflated")
+    except torch.linalg.LinAlgError:  # a value between noise and the guard
+        sigma = torch.linalg.svdvals(weight)
+        assert bool(((sigma > 1e-16 * sigma[0]) & (sigma < 2e-8 * sigma[0])).any())
+        return
+    assert_contract(weight, ours)
+
+
+def test_deflation_refuses_what_it_cannot_resolve():
+    values = torch.cat([torch.logspace(0, -4, 20, dtype=torch.float64), torch.tensor([1e-11, 0.0])])
+    with pytest.raises(torch.linalg.LinAlgError, match="between rounding noise"):
+        decompose(matrix_with(values, 22, 40), "deflated")
+
+
+def test_on_a_gpu_a_null_space_does_not_send_the_matrix_to_the_processor(monkeypatch):
+    """One dead row, and a pruned expert among others; on a simulated device."""
+    monkeypatch.setattr(decomposition, "_gesdd", lambda wide: pytest.fail("LAPACK was asked on the CPU"))
+    dead, full = _with_a_null_space("dead rows", (24, 60)), _with_a_null_space("full", (24, 60), 1)
+    with simulated() as devices:
+        one = decompose(SimulatedTensor(dead, FIRST))
+        many = decompose_many(SimulatedTensor(torch.stack([full, torch.zeros_like(full), dead]), FIRST))
+        assert one.vectors.device == FIRST and not any("to cpu" in wait for wait in devices.waits)
+        sigma = one.sigma.cpu()
+    assert [one.method, *(dec.method for dec in many)] == ["deflated", "gram", "deflated", "deflated"]
+    assert torch.allclose(sigma, torch.linalg.svdvals(dead), rtol=1e-9, atol=1e-15)
+    with pytest.raises(pytest.fail.Exception):
+        decompose(dead)  # on the CPU, where LAPACK is at hand, numbers stay what they were
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_null_space_on_cuda(kind):
+    weight = _with_a_null_space(kind, (90, 200))
+    dec = decompose(weight.cuda())
+    assert dec.method == ("gram" if kind in ("full", "dead columns") else "deflated") and dec.vectors.is_cuda
+    on_cpu = type(dec)(dec.sigma.cpu(), dec.vectors.cpu(), *[getattr(dec, f) for f in
+                       ("side", "shape", "method", "reconstruction_error", "orthogonality_error")])
+    assert_contract(weight, on_cpu)
 
 
 @pytest.mark.gpu

@@ -62,7 +62,7 @@ METRICS = (
         "1 - |U_r^T W'| / |U_r^T W|, W' being the matrix in effect after rounding: 1 if all of the part is gone.",
     ),
     Column("edit", "string", "`weight`: edited weights, rounded; `branch`: outputs computed without the part."),
-    Column("svd_method", "string", "Method of the decomposition: `gram`, `gesdd`, `gesvd`; several are joined by `+`."),
+    Column("svd_method", "string", "Method of the decomposition: `gram`, `deflated`, `gesdd`, `gesvd`; several are joined by `+`."),
     Column(
         "svd_reconstruction_error", "float64",
         "Largest |cosine| between two implied vectors of the longer side, W^T u / sigma.",

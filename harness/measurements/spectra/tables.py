@@ -67,7 +67,7 @@ MATRICES = (
     Column("n_tokens", "int64", "Number of tokens in the activation covariance; null without a task."),
     Column("n_directions", "int64", "Number of eigenvectors of the covariance that are not rounding noise."),
     Column("covariance", "string", "JSON: the text of the covariance, and how it was cut into sequences."),
-    Column("svd_method", "string", "Method of the decomposition: `gram`, `gesdd` or `gesvd`."),
+    Column("svd_method", "string", "Method of the decomposition: `gram`, `deflated`, `gesdd` or `gesvd`."),
     Column("svd_reconstruction_error", "float64", "Largest |cosine| between two implied vectors of the longer side."),
     Column("svd_orthogonality_error", "float64", "Largest |U^T U - I| of the vectors of the smaller side."),
     Column("seconds_decomposition", "float64", "Wall time of the decomposition in seconds."),
