@@ -26,6 +26,8 @@ DEFLATION_CUT = 1e-2
 # Gram method: 6e-8 at sigma_min / sigma_max = 1e-8, 4e-6 at 1e-10, 2e-4 at 1e-12. The contract allows 1e-5, so the
 # guard leaves two orders of magnitude.
 GUARD = 1e-8
+# The values that rounding makes of a null space are up to 25 eps sigma_max in matrices of 4 to 40 rows.
+SMALLEST_NOISE = 100
 
 
 # Left singular vectors U [k, k], singular values [k] (in descending order up to rounding) and U^T W [k, long].
@@ -103,9 +105,9 @@ def _deflated(wide: Tensor) -> Solution:
     """Return the solution of a matrix that may have singular values of zero. Raises LinAlgError if it does not hold.
 
     A row of zeros is taken out, which is exact: its vector is the unit vector of this row. What is left may still have
-    a null space, as a repeated row does. Rounding makes values of at most k eps sigma_max of it, which `_deflate`
-    separates from the others as it separates all small values, and which are returned as zero: the parts that are
-    removed with them are rounding noise. Only values between that and GUARD sigma_max are not resolved.
+    a null space, as a repeated row does. Rounding makes values of at most max(k, SMALLEST_NOISE) eps sigma_max of it,
+    which `_deflate` separates from the others as it separates all small values, and which are returned as zero: the
+    parts that are removed with them are rounding noise. Only values between that and GUARD sigma_max are not resolved.
     """
     k = len(wide)
     alive = wide.abs().amax(dim=1) > 0
@@ -116,7 +118,7 @@ def _deflated(wide: Tensor) -> Solution:
     if n:
         full = wide[rows]
         first = _gram_vectors(full)
-        noise = k * torch.finfo(torch.float64).eps
+        noise = max(k, SMALLEST_NOISE) * torch.finfo(torch.float64).eps
         largest = float(torch.linalg.vector_norm(first[:, 0] @ full))
         own, sigma[:n], projected[:n] = _deflate(full, first, noise * largest)
         vectors[rows, :n] = own

@@ -229,7 +229,7 @@ def test_a_null_space_is_taken_out_exactly(kind, shape):
     assert ours.method == "deflated"
     assert_contract(weight, ours)
     theirs = torch.linalg.svdvals(weight)
-    noise = min(shape) * 2.3e-16 * float(theirs[0])
+    noise = 100 * EPS * float(theirs[0])
     assert torch.equal(ours.sigma > noise, theirs > noise)  # the rank
     if kind in ("dead rows", "zero"):
         assert int((ours.sigma == 0).sum()) >= (3 if kind == "dead rows" and shape != (90, 40) else kind == "zero")
@@ -249,7 +249,7 @@ def test_the_contract_holds_with_any_null_space(out, width, orders, zeros, dead,
         ours = decompose(weight, "deflated")
     except torch.linalg.LinAlgError:  # a value between noise and the guard
         sigma = torch.linalg.svdvals(weight)
-        assert bool(((sigma > 1e-16 * sigma[0]) & (sigma < 2e-8 * sigma[0])).any())
+        assert bool(((sigma > 50 * EPS * sigma[0]) & (sigma < 2e-8 * sigma[0])).any())
         return
     assert_contract(weight, ours)
 
