@@ -1,5 +1,6 @@
 """What the README and docs/ say: their links lead somewhere, the commands exist, the queries run."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -50,6 +51,10 @@ def test_settings_that_are_shown_compose(page, tmp_path, monkeypatch):
             if ".data_files" in key and not Path(value).exists():
                 Path(value).resolve().parent.mkdir(parents=True, exist_ok=True)
                 Path(value).touch()
+            if key == "model.adapter":
+                Path(value).mkdir(parents=True, exist_ok=True)
+                about = {"peft_type": "LORA", "base_model_name_or_path": "some/base"}
+                (Path(value) / "adapter_config.json").write_text(json.dumps(about))
         compose_settings(measurement, words)
 
 

@@ -86,7 +86,7 @@ class Plan:
 
     def title(self) -> str:
         """The words by which `harness status` names the run."""
-        return f"model {self.settings.model.name}"
+        return f"model {self.settings.model.label}"
 
     def frozen(self) -> dict[str, Any]:
         """Further keys of the manifest, as JSON: what else `restore` needs to make the same plan."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
+from harness.models.adapter import Adapter
 from harness.models.checkpoint import WeightFile
 from harness.models.families import Family
 from harness.models.settings import ModelSettings
@@ -24,7 +25,7 @@ class ModelDescription:
     model's config of transformers. dtype: "float32", "bfloat16" or "float16". context_length: in tokens. files: the
     weight files of a local model, as they were hashed for the identity; none for a model on the hub, whose files are
     fetched when it is loaded. generation: the checkpoint's settings of text generation, as `generation_settings`
-    returns them.
+    returns them. adapter: what is merged into the weights of the files, or None.
     """
 
     source: str
@@ -35,6 +36,7 @@ class ModelDescription:
     context_length: int
     files: tuple[WeightFile, ...] = field(default=(), repr=False, compare=False)
     generation: Any = field(default=None, repr=False, compare=False)
+    adapter: Adapter | None = field(default=None, repr=False, compare=False)
 
     @property
     def revision(self) -> str | None:

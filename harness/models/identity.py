@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def local_weights(folder: Path, settings: ModelSettings, config: Any) -> tuple[W
         return (weight_file(path),)
     if (folder / ADAPTER_FILE).exists():
         raise InputError(
-            f"model.name: {folder} holds an adapter ({ADAPTER_FILE}), which is not applied here; merge it into its"
-            " model first, as merge_and_unload of peft does"
+            f"model.name: {folder} holds an adapter ({ADAPTER_FILE}), which is not applied here; write"
+            f" model.adapter={folder}, and the model that it was trained for as model.name"
         )
     paths = find_weights(lambda name: folder / name if (folder / name).exists() else None, str(folder), config)
     if not paths:
@@ -125,6 +126,12 @@ def hub_identity(settings: ModelSettings) -> dict[str, Any]:
     file = cached_file(settings.name, settings.gguf_file or "config.json", revision=settings.revision)
     commit = extract_commit_hash(file, None)
     return {"name": settings.name, "revision": commit or settings.revision or "main", "gguf_file": settings.gguf_file}
+
+
+def with_adapter(identity: dict[str, Any], adapter: str) -> dict[str, Any]:
+    """Return the identity of a model into which an adapter was merged. adapter: the digest of the adapter's files."""
+    both = json.dumps([identity, adapter], sort_keys=True)
+    return {**identity, "digest": hashlib.blake2b(both.encode(), digest_size=16).hexdigest()}
 
 
 def module_identity(model: torch.nn.Module) -> dict[str, Any]:

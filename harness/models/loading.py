@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from harness.errors import InputError, one_line
+from harness.models.adapter import base_of, open_adapter
 from harness.models.checkpoint import WeightFile
 from harness.models.description import ModelDescription, generation_settings
-from harness.models.families import Family, blocks_of, family_of, matrices_of
-from harness.models.identity import config_digests, hub_identity, local_identity, local_weights
+from harness.models.families import Family, blocks_of, family_of, matrices_of, skeleton
+from harness.models.identity import config_digests, hub_identity, local_identity, local_weights, with_adapter
 from harness.models.matrices import Matrix
 from harness.models.pretrained import from_files, some_of
 from harness.models.settings import ModelSettings
@@ -89,6 +90,8 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
         raise InputError(
             f"model.name: {settings.name!r} was handed over by a Python process; only that process can measure it"
         )
+    if settings.adapter is not None:
+        return _with_adapter(settings, classifier)
     folder = Path(settings.name).expanduser()
     local = os.path.isdir(folder)  # unlike Path.is_dir, it also says no to a name that is too long
     is_path = settings.name.startswith((".", "/", "~")) or settings.name.count("/") > 1
@@ -128,6 +131,21 @@ def describe_model(settings: ModelSettings, classifier: bool = False) -> ModelDe
     context_length = context_length_of(text_config)
     description = ModelDescription(source, identity, model_config, family, dtype, context_length, files)
     return replace(description, generation=generation_settings(settings, description))
+
+
+def _with_adapter(settings: ModelSettings, classifier: bool) -> ModelDescription:
+    """Describe the base, and with it the adapter that is merged into it."""
+    assert settings.adapter is not None
+    try:
+        base = describe_model(replace(settings, adapter=None), classifier)
+    except InputError as error:
+        named = base_of(settings.adapter)
+        if named != settings.name:
+            raise
+        raise InputError(f"{error}; model.adapter={settings.adapter} names this model as its base, and model.name may"
+                         " name a copy of it") from error
+    adapter = open_adapter(settings.adapter, skeleton(base.config, base.family))
+    return replace(base, identity=with_adapter(base.identity, adapter.digest), adapter=adapter)
 
 
 def load_tokenizer(settings: ModelSettings, description: ModelDescription) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ def from_files(
                 private = copies.enter_context(private_copy(files[0]))
                 kwargs |= {"pretrained_model_name_or_path": description.source, "gguf_file": private.name}
             else:
-                kwargs |= {"pretrained_model_name_or_path": None, "state_dict": read_state(files)}
+                kwargs |= {"pretrained_model_name_or_path": None, "state_dict": _state(settings, description, files)}
             model, info = model_class.from_pretrained(
                 config=config, dtype=dtype, attn_implementation=settings.attn_implementation,
                 generation_config=deepcopy(description.generation), output_loading_info=True,
@@ -72,6 +72,34 @@ def from_files(
     for key, stored, expected in sorted(info["mismatched_keys"]):
         raise _misfit(settings.name, key, stored, expected)
     return model, _missing_of_head(model, set(info["missing_keys"]), settings.name)
+
+
+def _state(
+    settings: ModelSettings, description: ModelDescription, files: Sequence[WeightFile]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the files by name, with the adapter merged into them if there is one."""
+    state, adapter = read_state(files), description.adapter
+    if adapter is None:
+        return state
+    prefix = f"{skeleton(description.config, description.family).base_model_prefix}."
+    for parameter in adapter.parameters():
+        key = stored_name(parameter, prefix, state)
+        if key is None and parameter in adapter.changed:
+            raise InputError(
+                f"model.adapter: {settings.adapter!r} changes {parameter}, which {settings.name!r} stores under"
+                " another name; merge it into its base with merge_and_unload of peft"
+            )
+        state[key or parameter] = adapter.merged(parameter, state.get(key or parameter, torch.empty(0)))
+    return state
+
+
+def stored_name(parameter: str, prefix: str, stored: Container[str]) -> str | None:
+    """Return the name under which a checkpoint holds a parameter; None if it holds none of this name.
+
+    prefix: that of the body of the model. A checkpoint that was saved without a head lacks it, and one with a head has
+    it though this model may not. stored: the names in the checkpoint.
+    """
+    return next((key for key in (parameter, parameter.removeprefix(prefix), prefix + parameter) if key in stored), None)
 
 
 def _misfit(name: str, key: str, stored: Sequence[int], expected: Sequence[int]) -> InputError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from harness.errors import SettingError, wrong
@@ -15,7 +16,7 @@ EMBEDDED = "recall"  # the name of the embedded model
 LARGEST = 2**16  # of the widths and of the context, beyond which torch cannot even count the weights
 _UNNAMED = "???"  # Hydra's mark of a value that must be given
 # Settings that the embedded model does not read.
-_NOT_OF_EMBEDDED = ("revision", "gguf_file", "device_map", "trust_remote_code")
+_NOT_OF_EMBEDDED = ("revision", "gguf_file", "adapter", "device_map", "trust_remote_code")
 
 
 @dataclass
@@ -50,11 +51,16 @@ class RecallModelSettings:
 
 @dataclass
 class ModelSettings:
-    """Which model is measured: a Hugging Face name, a local folder, or "recall" for the embedded model."""
+    """Which model is measured: a Hugging Face name, a local folder, or "recall" for the embedded model.
+
+    adapter: a LoRA adapter of peft, a local folder or a Hugging Face name, that is merged into the model. With it the
+        name may be left out: the model is then the base that the adapter names.
+    """
 
     name: str = _UNNAMED
     revision: str | None = None
     gguf_file: str | None = None
+    adapter: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     device_map: str | None = None  # e.g. auto, for models larger than one device
@@ -66,6 +72,11 @@ class ModelSettings:
         refuse_long_path("name", self.name)
         if self.name[:1] in "=+-@" and self.name:
             raise wrong("name", self.name, "no name on the hub begins so; write ./ before the name of a local folder")
+        refuse_long_path("adapter", self.adapter)
+        if self.adapter == "":
+            raise wrong("adapter", "", "give the folder of an adapter or its name on the hub; null: no adapter")
+        if self.adapter is not None and self.gguf_file is not None:
+            raise wrong("gguf_file", self.gguf_file, "an adapter is merged into weights that are not quantised")
         if self.device == "mps":
             raise wrong("device", self.device, "it has no float64, which decompositions need; use cpu")
         if not re.fullmatch(r"auto|cpu|(cuda|xpu)(:\d+)?", self.device):
@@ -76,8 +87,22 @@ class ModelSettings:
         """Whether these are settings of the embedded model."""
         return self.name == EMBEDDED
 
+    @property
+    def label(self) -> str:
+        """The name in tables: that of the model, and that of the adapter if there is one."""
+        return self.name if self.adapter is None else f"{self.name} + {self.adapter}"
+
+    @property
+    def stem(self) -> str:
+        """The name of the default folders of runs: the last part of the path of the adapter or of the model."""
+        return EMBEDDED if self.embedded else Path(self.adapter or self.name).name
+
     def require_name(self) -> None:
-        """Raise SettingError if no model is named."""
+        """Raise SettingError if no model is named. An adapter names the model if the settings do not."""
+        if self.name in ("", _UNNAMED) and self.adapter is not None:
+            from harness.models.adapter import base_of
+
+            self.name = base_of(self.adapter) or ""
         if self.name in ("", _UNNAMED):
             right = "must be set, for example model.name=openai-community/gpt2 or a local folder"
             raise SettingError("model.name", right)
@@ -111,3 +136,37 @@ class ModelSettings:
             if one.name != "cache_dir" and value != getattr(default.recall, one.name):
                 right = f"only the embedded model reads it; model.name is {self.name!r}"
                 yield wrong(f"recall.{one.name}", value, right)
+
+
+@dataclass
+class ReferenceSettings:
+    """The model with which the study's model is compared, usually its base.
+
+    name: null means that there is no reference, unless the model has an adapter: then it is the adapter's base. What is
+    not set here, such as the device, is as for the model. The weights are read in the model's dtype.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            self.of(ModelSettings())  # its checks of names
+        if self.name == EMBEDDED:
+            raise wrong("name", EMBEDDED, "the embedded model is not compared; name a folder or a model on the hub")
+
+    def unread(self) -> Iterator[SettingError]:
+        """Yield an error for every setting of a reference that has no name."""
+        default = ReferenceSettings()
+        for one in fields(self):
+            if self.name is None and getattr(self, one.name) != getattr(default, one.name):
+                yield SettingError("name", f"must be set, because reference.{one.name} is")
+
+    def of(self, model: ModelSettings) -> ModelSettings | None:
+        """Return the settings of the reference of a model; None if there is no reference."""
+        if self.name is not None:
+            return replace(model, name=self.name, revision=self.revision, adapter=self.adapter, gguf_file=None,
+                           trust_remote_code=self.trust_remote_code, recall=RecallModelSettings())
+        return None if model.adapter is None else replace(model, adapter=None)

@@ -19,7 +19,7 @@ from harness.models.description import ModelDescription
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import TORCH_DTYPES, LoadedModel, load, pick_device
 from harness.models.matrices import Matrix
-from harness.models.pretrained import weight_files
+from harness.models.pretrained import stored_name, weight_files
 from harness.models.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -117,14 +117,13 @@ def _safetensors(
     found: dict[str, tuple[WeightFile, str]] = {}
     for name in {matrix.parameter for matrix in matrices_of(model)}:
         shape = tuple(model.get_parameter(name).shape)
-        # a checkpoint that was saved without a head lacks the prefix; one with a head has it though this model may not
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            if key in where and where[key].tensors[key].shape == shape:
-                found[name] = where[key], key
-                break
-        else:
+        key = stored_name(name, prefix, where)
+        if key is None or where[key].tensors[key].shape != shape:
             return None
-
+        found[name] = where[key], key
+    adapter = description.adapter
+    if adapter is not None:
+        return lambda name: adapter.merged(name, read_tensor(*found[name]))
     return lambda name: read_tensor(*found[name])
 
 

@@ -366,7 +366,7 @@ def test_quantised_weights_without_a_scale(model, dtype):
 
 def test_an_adapter_is_not_passed_over(model, refused):
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
-    refused("holds an adapter (adapter_config.json), which is not applied here")
+    refused("holds an adapter (adapter_config.json), which is not applied here; write model.adapter=")
 
 
 def study(model: Path, folder: Path, text: Path) -> list[str]:

@@ -205,7 +205,7 @@ def _about(
 ) -> dict[str, Any]:
     return {
         "harness_version": __version__,
-        "model": settings.model.name,
+        "model": settings.model.label,
         "revision": settings.model.revision,
         "gguf_file": settings.model.gguf_file,
         "identity": description.identity,

@@ -130,7 +130,7 @@ def describe_study(study: Study) -> str:
     regions = dict.fromkeys(cell.ablation.region.label for cell in study.units if not cell.is_baseline)
     lines = [
         f"study {study.id}  folder {study.folder}",
-        f"model {settings.model.name} ({description.config.model_type}, {description.dtype},"
+        f"model {settings.model.label} ({description.config.model_type}, {description.dtype},"
         f" {1 + max(m.block for m in study.matrices)} blocks, {len(study.matrices)} matrices)",
         f"targets {len(targets)}: {_some(targets)}",
         f"regions {len(regions)}: {_some(regions)}",

@@ -36,7 +36,7 @@ class RowMaker:
         device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "cpu"
         self.common: dict[str, Any] = {
             "study_id": study.id,
-            "model": settings.model.name,
+            "model": settings.model.label,
             "revision": settings.model.revision,
             "gguf_file": settings.model.gguf_file,
             "model_digest": description.identity.get("digest") or description.identity.get("revision"),

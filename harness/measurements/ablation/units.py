@@ -268,7 +268,7 @@ def build(
     ids = cell_ids(numeric_settings(settings, prepared.description), ablations, digests.values())
     cells = tuple(Cell(next(ids), ablation, name) for ablation in ablations for name in digests)
     if folder is None:
-        default = f"{Path(settings.model.name).name}-{run_id(cell.id for cell in cells)[:8]}"
+        default = f"{settings.model.stem}-{run_id(cell.id for cell in cells)[:8]}"
         folder = folder_of(settings.output, default)
     return Study(folder=folder, settings=settings, units=cells, prepared=prepared, digests=digests)
 

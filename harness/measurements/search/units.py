@@ -105,7 +105,7 @@ def plan(settings: SearchSettings) -> SearchPlan:
     if choices.choice != "exhaustive":
         examples = _study(settings, searched, SELECTION, choices.gradient_examples)
     units = _stages(settings, selection, report, examples)
-    default = f"{Path(settings.model.name).name}-search-{run_id(unit.id for unit in units)[:8]}"
+    default = f"{settings.model.stem}-search-{run_id(unit.id for unit in units)[:8]}"
     folder = folder_of(settings.output, default)
     return SearchPlan(
         folder=folder, settings=settings, units=units, report=_in(report, folder, REPORT),

@@ -14,6 +14,7 @@ from harness.engine.ranks import Ranks
 from harness.engine.run import error_row
 from harness.errors import InputError
 from harness.evaluation.covariance import CovarianceStream
+from harness.measurements.spectra.pair import Pair
 from harness.measurements.spectra.rows import Inputs, spectrum_of, vectors_of
 from harness.measurements.spectra.tables import TABLES
 from harness.measurements.spectra.units import SpectraPlan, Spectrum, Weights
@@ -21,6 +22,7 @@ from harness.models.loading import LoadedModel, load
 from harness.models.matrices import Matrix
 from harness.models.sources import MatrixSource, from_model, initialised, open_source
 from harness.spectral.decomposition import decompose
+from harness.tables.writer import Rows
 
 
 def open_session(plan: SpectraPlan, ranks: Ranks, progress: bool) -> None:
@@ -41,6 +43,7 @@ def _measure_weights(
     plan: SpectraPlan, weights: Weights, units: Sequence[Spectrum], context: Context
 ) -> Iterator[Measured]:
     source, loaded = _open(plan, weights, context.progress)
+    pair = Pair(plan, weights) if weights.reference is not None else None
     stream = None
     if plan.task is not None and loaded is not None:
         windows = plan.task.protocol.get("window") is not None
@@ -53,7 +56,7 @@ def _measure_weights(
         inputs = _inputs(stream, block, [unit.matrix for unit in members]) if stream is not None else {}
         for unit in members:
             context.describe(f"{weights.label} {unit.matrix.name}")
-            yield _measure_matrix(plan, unit, source, inputs.get(unit.matrix.name), common)
+            yield _measure_matrix(plan, unit, source, inputs.get(unit.matrix.name), common, pair)
 
 
 def _open(plan: SpectraPlan, weights: Weights, progress: bool) -> tuple[MatrixSource, LoadedModel | None]:
@@ -82,7 +85,7 @@ def _inputs(stream: CovarianceStream, block: int, matrices: Sequence[Matrix]) ->
 def _common(plan: SpectraPlan, weights: Weights, source: MatrixSource) -> dict[str, Any]:
     settings, description, task = plan.settings, weights.description, plan.task
     return {
-        "model": settings.model.name,
+        "model": settings.model.label,
         "checkpoint": weights.checkpoint,
         "checkpoint_index": weights.index,
         "init": weights.init,
@@ -99,7 +102,8 @@ def _common(plan: SpectraPlan, weights: Weights, source: MatrixSource) -> dict[s
 
 
 def _measure_matrix(
-    plan: SpectraPlan, unit: Spectrum, source: MatrixSource, inputs: Inputs | None, common: Mapping[str, Any]
+    plan: SpectraPlan, unit: Spectrum, source: MatrixSource, inputs: Inputs | None, common: Mapping[str, Any],
+    pair: Pair | None = None,
 ) -> Measured:
     matrix, settings = unit.matrix, plan.settings
     out, width = matrix.shape
@@ -114,14 +118,18 @@ def _measure_matrix(
         decomposition = decompose(weight)
         decomposed = time.perf_counter()
         row, values = spectrum_of(weight, decomposition, settings.estimator, settings.tracy_widom)
-        rows = {"singular_values": _keyed("singular_values", described, values)}
+        rows: dict[str, Rows] = {"singular_values": _keyed("singular_values", described, values)}
         if settings.vectors:
             summary, columns = vectors_of(weight, decomposition, inputs, row["n_above"], row["n_below"])
             row |= summary
             rows["vectors"] = _keyed("vectors", described, columns)
+        statistics = time.perf_counter() - decomposed
+        if pair is not None:
+            for name, of_pair in pair.rows(matrix, weight).items():
+                rows[name] = [_keyed(name, described, row) for row in of_pair]
         row |= {
             "status": "ok", "device": device, "seconds_decomposition": decomposed - started,
-            "seconds_statistics": time.perf_counter() - decomposed,
+            "seconds_statistics": statistics,
         }
         return Measured(unit, {"matrices": [{**described, **row}], **rows}, described)
     except InputError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError, printable
 from harness.files import write_text
+from harness.measurements.spectra.change_report import read_changes
 from harness.measurements.spectra.figures import checkpoint_figure, outlier_figure, overlap_figure, spectrum_figure
 from harness.measurements.spectra.tables import read_spectra
 from harness.optional import require
@@ -26,7 +27,8 @@ CSV_LEFT_OUT = ("error", "covariance", "hostname", "started_at", "seconds_decomp
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path:
     """Print a summary by layer type, and write spectra.md, CSV files and PNG figures into <folder>/report/.
 
-    summary.csv has one row per layer type, matrices.csv one row per matrix. write: a function that prints the text.
+    summary.csv has one row per layer type, matrices.csv one row per matrix. With a reference there are also
+    changes.csv and change_regions.csv, with one row per control. write: a function that prints the text.
     Returns the path of spectra.md. Raises SchemaVersionError.
     """
     folder = Path(folder)
@@ -44,13 +46,16 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     )
     summary = summarise(ok)
     safe_for_csv(summary).to_csv(out / "summary.csv", index=False, float_format=CSV_FORMAT)
-    figures = _draw(folder, ok, out) if can_draw() else []
+    changes = read_changes(folder)
+    figures = [*_draw(folder, ok, out), *changes.draw(out)] if can_draw() else []
     problems += [] if can_draw() else [NO_FIGURES]
+    changes.write_csv(out)
     lines = ["# Spectra", "", *map(markdown_text, _headline(ok)), "", *_markdown_table(summary), ""]
+    lines += changes.markdown()
     lines += [f"- {markdown_text(problem)}" for problem in problems]
     lines += [line for figure in figures for line in (f"![{figure}]({figure})", "")]
     write_text(out / "spectra.md", "\n".join(lines))
-    write("\n".join(map(printable, [*_headline(ok), "", *_text_table(summary), *problems])))
+    write("\n".join(map(printable, [*_headline(ok), "", *_text_table(summary), *changes.text(), *problems])))
     write(f"\n{out / 'spectra.md'}, summary.csv, matrices.csv and {count(len(figures), 'figure')}")
     return out / "spectra.md"
 

@@ -1,4 +1,4 @@
-"""Make the columns of the three tables from the weight and the decomposition of one matrix."""
+"""Make the columns of the first three tables from the weight and the decomposition of one matrix."""
 
 from __future__ import annotations
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from harness.engine.settings import ClusterSettings
-from harness.errors import wrong
-from harness.models.settings import ModelSettings
+from harness.errors import SettingError, wrong
+from harness.models.settings import ModelSettings, ReferenceSettings
 from harness.optional import require
 from harness.settings.constraints import ReadBy, at_least
 from harness.settings.output import require_folder
@@ -18,13 +19,30 @@ CONFIG = "spectra"  # conf/spectra.yaml
 
 
 @dataclass
+class ChangeSettings:
+    """The controls beside which a change is measured, each with every seed."""
+
+    controls: list[Literal["rotated", "noise"]] = field(default_factory=lambda: ["rotated", "noise"])
+    seeds: list[Annotated[int, at_least(0)]] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        for key, values in (("controls", self.controls), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise wrong(key, values, "each may be named once")
+        if self.controls and not self.seeds:
+            raise wrong("seeds", [], "the controls need at least one, for example [0]")
+
+
+@dataclass
 class SpectraSettings:
     """The matrices, the weights, and the statistics of singular values and vectors.
 
-    The tasks, at most one, give the text over which the covariance of the activations is computed.
+    The tasks, at most one, give the text over which the covariance of the activations is computed. With a reference,
+    the change of each matrix is measured, too.
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     layer_types: list[str] = field(default_factory=lambda: ["all"])
     blocks: list[int] | None = None  # null: every block
     init: Literal["trained", "random", "both"] = "trained"  # random: newly initialised weights, as a control
@@ -35,6 +53,7 @@ class SpectraSettings:
     tasks: Annotated[dict[str, Task], ReadBy(tasks_of)] = field(default_factory=dict)
     batch_tokens: Annotated[int, at_least(1)] = 8192  # padded tokens of one forward pass over the text
     threads: Annotated[int, at_least(1)] | None = None  # CPU threads; null: as torch decides
+    changes: ChangeSettings = field(default_factory=ChangeSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     output: str | None = None  # folder of the run; null: results/spectra-<model>-<id>
     seed: Annotated[int, at_least(0)] = 0  # seed of newly initialised weights
@@ -57,6 +76,14 @@ class SpectraSettings:
             if task.kind not in ("text", "recall"):
                 right = "the covariance is taken over a task of kind text or recall"
                 raise wrong(f"tasks.{name}.kind", task.kind, right)
+
+
+    def unread(self) -> Iterator[SettingError]:
+        """Yield an error if there are settings of changes without a reference."""
+        if self.changes != ChangeSettings() and self.reference.of(self.model) is None:
+            yield SettingError("reference.name", "must be set, because changes.controls or changes.seeds is")
+        if self.reference.name is not None and self.init == "random":
+            yield wrong("init", self.init, "new weights are not compared with a reference; use trained or both")
 
 
 Settings = SpectraSettings

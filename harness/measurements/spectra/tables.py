@@ -1,4 +1,7 @@
-"""The tables of spectra, with one row per matrix, per singular value, and per singular vector."""
+"""The tables of spectra, with one row per matrix, per singular value, and per singular vector.
+
+With a reference there are three more: of the change of each matrix, of its tenths, and of pairs of changes.
+"""
 
 from __future__ import annotations
 
@@ -100,19 +103,76 @@ VECTORS = (
     Column("overlap_direction", "int64", "Index of the eigenvector f of this maximum; 0 has the largest variance."),
 )
 
+_OF_CHANGE = (
+    *_KEY,
+    required("reference", "string", "The model whose matrix was subtracted: its name or folder."),
+    required("control", "string", "`real`; `rotated`: the same singular values in random directions; `noise`."),
+    Column("control_seed", "int64", "Seed of the control; null for the real change."),
+)
+
+CHANGES = (
+    *_OF_CHANGE,
+    required("share_unchanged", "float64", "Share of the entries of the real change that are exactly 0."),
+    required("relative_change", "float64", "|D| / |B| with D = W - B, W the tuned matrix and B that of the reference."),
+    Column("rounding_floor", "float64", "|D| / |B| if D were only the rounding of W to the type of its checkpoint."),
+    Column("reference_sigma_max", "float64", "Largest singular value of the reference."),
+    Column("change_sigma_max", "float64", "Largest singular value of the change; this and all below: null if D is 0."),
+    Column("change_stable_rank", "float64", "Sum of sigma^2 / sigma_max^2 of the change."),
+    Column("change_effective_rank", "float64", "exp of the entropy of sigma / sum of sigma of the change."),
+    Column("change_entropy", "float64", "Entropy of sigma^2 / sum of sigma^2 of the change in nats."),
+    Column("change_rank_90", "int64", "Number of its largest singular values that hold 90 % of its squared norm."),
+    Column("change_n_above", "int64", "Number of its singular values above the Marchenko-Pastur bulk."),
+    Column("scaling", "float64", "c for which c sigma_B is nearest to sigma_W."),
+    Column("scaling_residual", "float64", "|sigma_W - c sigma_B| / |sigma_W|."),
+    Column("rotation_consistency", "float64", "Cosine of U_B^T U_W and V_B^T V_W over the 64 largest singular values."),
+    Column("value_share", "float64", "Share of |D|^2 that only scales values of B: sum of (u_i . D v_i)^2 / |D|^2."),
+    Column("intruders_output", "int64", "Of the 10 first left vectors of W, those with |cos| < 0.5 to every one of B."),
+    Column("intruders_input", "int64", "The same of the right vectors."),
+    Column("amplification", "float64", "|D_k| / |U_k^T B V_k| for the k = 10 largest directions U_k, V_k of D."),
+    Column("overlap_top_k_output", "float64", "|U_D^T U_B|^2 / k of the k = 10 first left vectors of D and of B."),
+    Column("overlap_top_k_input", "float64", "The same of the right vectors."),
+    Column("seconds_change", "float64", "Wall time of the row in seconds."),
+)
+
+CHANGE_REGIONS = (
+    *_OF_CHANGE,
+    required("side", "string", "`output`: left singular vectors of the reference; `input`: right ones."),
+    required("decile", "int64", "Tenth of the reference's directions; 1 has the largest singular values."),
+    required("n_directions", "int64", "Number of directions in the tenth."),
+    Column("energy", "float64", "Share of |D|^2 in the tenth: |U_d^T D|^2 / |D|^2, or |D V_d|^2 / |D|^2."),
+    Column("energy_expected", "float64", "Share of the dimensions, which is the energy of a change in random ones."),
+    Column("energy_ratio", "float64", "energy / energy_expected; null for an empty tenth."),
+    Column("sigma_shift", "float64", "Sum of sigma_W / sum of sigma_B - 1, over the values of the tenth."),
+    Column("best_cosine", "float64", "Mean over the vectors of W in the tenth of the largest |cos| to a vector of B."),
+)
+
+CHANGE_OVERLAPS = (
+    *_OF_CHANGE,
+    required("other", "string", "The other tuned model, as named in `revisions`."),
+    Column("energy_kept_output", "float64", "Share of |D|^2 in the 10 largest left directions of the other change."),
+    Column("energy_kept_input", "float64", "The same of the right directions."),
+    Column("mode_overlap_output", "float64", "|A^T B|^2 / 10 of the 10 largest left directions of the two changes."),
+    Column("mode_overlap_input", "float64", "The same of the right directions."),
+    Column("interference", "float64", "Sum of |(U^T U - I) S (V^T V - I)|, the 10 largest directions of both stacked."),
+)
+
 TABLES = TableSet(
     "spectra", 1,
     (Table("matrices", "one row per matrix, checkpoint and init", MATRICES),
      Table("singular_values", "one row per singular value", SINGULAR_VALUES),
-     Table("vectors", "one row per singular vector; statistics of a vector that is rounding noise are null", VECTORS)),
+     Table("vectors", "one row per singular vector; statistics of a vector that is rounding noise are null", VECTORS),
+     Table("changes", "one row per matrix and control, with a reference; |.| is the Frobenius norm", CHANGES),
+     Table("change_regions", "one row per matrix, control, side and tenth of the directions of B", CHANGE_REGIONS),
+     Table("change_overlaps", "one row per matrix, control and pair of tuned models, in both orders", CHANGE_OVERLAPS)),
     key="spectrum_id", label=("checkpoint", "init", "matrix"),
 )  # fmt: skip
 
 
 def read_spectra(folder: str | os.PathLike, table: str) -> pandas.DataFrame:
-    """Return the rows of "matrices", "singular_values" or "vectors" in the order of the run.
+    """Return the rows of a table, such as "matrices" or "changes", in the order of the run.
 
-    Rows of a matrix that is not done, which a crash may leave in the last two, are left out. Raises SchemaVersionError.
+    Rows of a matrix that is not done, which a crash may leave in any but the first table, are left out. Raises
+    SchemaVersionError.
     """
     rows = read_table(folder, TABLES, table)
     if table != TABLES.primary.name:

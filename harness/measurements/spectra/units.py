@@ -17,11 +17,13 @@ from harness.models.description import ModelDescription
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
+from harness.models.reference import Reference, describe_reference
 from harness.models.settings import ModelSettings
 from harness.models.targets import choose_matrices
 from harness.spectral.decomposition import decomposition_flops
 
-NUMBERS_VERSION = 1  # must be raised when a change of the code changes numbers in the tables
+# They must be raised when a change of the code changes numbers in the tables; the second is of the tables of changes.
+NUMBERS_VERSION, CHANGES_VERSION = 1, 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Weights:
 
     matrices: the chosen matrices. init: "trained" or "random". checkpoint, index: the name of the checkpoint in the
     revisions, and its position there; None without revisions. seed: the seed of new weights; None for trained ones.
+    reference: with what the matrices are compared; None for new weights, and without a reference in the settings.
     """
 
     model: ModelSettings
@@ -39,6 +42,7 @@ class Weights:
     checkpoint: str | None = None
     index: int | None = None
     seed: int | None = None
+    reference: Reference | None = None
 
     @property
     def label(self) -> str:
@@ -107,11 +111,10 @@ def plan(settings: SpectraSettings) -> SpectraPlan:
     weights = tuple(_weight_sets(settings))
     task = _prepare_task(settings, weights[0])
     units = tuple(
-        Spectrum(_spectrum_id(settings, one, matrix, task), index, matrix, one.label)
+        Spectrum(_spectrum_id(settings, weights[: index + 1], matrix, task), index, matrix, one.label)
         for index, one in enumerate(weights) for matrix in one.matrices
     )
-    name = "recall" if settings.model.embedded else Path(settings.model.name).name
-    folder = folder_of(settings.output, f"spectra-{name}-{run_id(unit.id for unit in units)[:8]}")
+    folder = folder_of(settings.output, f"spectra-{settings.model.stem}-{run_id(unit.id for unit in units)[:8]}")
     return SpectraPlan(folder=folder, settings=settings, units=units, weights=weights, task=task)
 
 
@@ -134,8 +137,9 @@ def describe(plan: SpectraPlan) -> str:
     for weights in plan.weights:
         description = weights.description
         lines.append(
-            f"weights {weights.label}: {weights.model.name} ({description.config.model_type}, {description.dtype}),"
+            f"weights {weights.label}: {weights.model.label} ({description.config.model_type}, {description.dtype}),"
             f" {len(weights.matrices)} matrices"
+            + (f", changes from {weights.reference.settings.label}" if weights.reference else "")
         )
     if plan.task is not None:
         tokens = sum(len(request.tokens) for request in plan.task.requests)
@@ -147,9 +151,9 @@ def _weight_sets(settings: SpectraSettings) -> Iterator[Weights]:
     trained = []
     for index, revision in enumerate(settings.revisions):
         model = checkpoint_settings(settings.model, revision)
-        trained.append(Weights(model, *_described(settings, model), "trained", revision, index))
+        trained.append(_trained(settings, model, revision, index))
     if not settings.revisions:
-        trained.append(Weights(settings.model, *_described(settings, settings.model), "trained"))
+        trained.append(_trained(settings, settings.model))
     if settings.init != "random":
         yield from trained
     if settings.init != "trained":
@@ -158,12 +162,21 @@ def _weight_sets(settings: SpectraSettings) -> Iterator[Weights]:
         yield Weights(first.model, first.description, first.matrices, "random", seed=seed)
 
 
+def _trained(
+    settings: SpectraSettings, model: ModelSettings, checkpoint: str | None = None, index: int | None = None
+) -> Weights:
+    description, matrices = _described(settings, model)
+    reference = describe_reference(settings.reference, model, description)
+    return Weights(model, description, matrices, "trained", checkpoint, index, reference=reference)
+
+
 def checkpoint_settings(model: ModelSettings, revision: str) -> ModelSettings:
     """Return the settings of one checkpoint of a training.
 
     For the embedded model, the revision is a number of training steps. For a model in a local folder it is a folder
     below that one, or the path of a folder. For a model of the hub it is a revision there, or the path of a folder that
-    begins with ".", "/" or "~". Raises InputError if there is no such checkpoint.
+    begins with ".", "/" or "~". For a model with an adapter it is the folder of an adapter, below that of the settings
+    or anywhere. Raises InputError if there is no such checkpoint.
     """
     if model.embedded:
         if not revision.isdigit() or int(revision) > model.recall.steps:
@@ -172,13 +185,17 @@ def checkpoint_settings(model: ModelSettings, revision: str) -> ModelSettings:
                 f"0 to {model.recall.steps} (model.recall.steps)"
             )
         return dataclasses.replace(model, recall=dataclasses.replace(model.recall, checkpoint=int(revision)))
-    folder = Path(model.name).expanduser()
+    name = model.name if model.adapter is None else model.adapter
+    folder = Path(name).expanduser()
     path_like = revision.startswith((".", "/", "~"))
-    if folder.is_dir() or path_like:  # a revision on the hub may have the name of a folder in the current one
+    # a revision on the hub may have the name of a folder in the current one
+    if folder.is_dir() or path_like or model.adapter is not None:
         for candidate in (folder / revision, Path(revision).expanduser()):
+            if candidate.is_dir() and model.adapter is not None:
+                return dataclasses.replace(model, adapter=str(candidate))
             if candidate.is_dir():
                 return dataclasses.replace(model, name=str(candidate))
-        raise InputError(f"revisions: no folder {revision!r}, neither below {model.name} nor as a path")
+        raise InputError(f"revisions: no folder {revision!r}, neither below {name} nor as a path")
     return dataclasses.replace(model, revision=revision)
 
 
@@ -203,8 +220,12 @@ def _prepare_task(settings: SpectraSettings, weights: Weights) -> ScoredTask | N
     return prepared
 
 
-def _spectrum_id(settings: SpectraSettings, weights: Weights, matrix: Matrix, task: ScoredTask | None) -> str:
-    depends_on = {
+def _spectrum_id(
+    settings: SpectraSettings, of_run: Sequence[Weights], matrix: Matrix, task: ScoredTask | None
+) -> str:
+    """Return the id of a matrix. of_run: the sets of weights up to its own, whose changes it is compared with."""
+    weights = of_run[-1]
+    depends_on: dict[str, Any] = {
         "version": NUMBERS_VERSION,
         "identity": weights.description.identity,
         "dtype": weights.description.dtype,
@@ -217,4 +238,11 @@ def _spectrum_id(settings: SpectraSettings, weights: Weights, matrix: Matrix, ta
         "vectors": settings.vectors,
         "covariance": task and {"task": task.name, **task.protocol},
     }
+    if weights.reference is not None:
+        depends_on |= {
+            "changes_version": CHANGES_VERSION,
+            "reference": weights.reference.description.identity,
+            "changes": dataclasses.asdict(settings.changes),
+            "before": [[one.checkpoint, one.description.identity, one.description.dtype] for one in of_run[:-1]],
+        }
     return digest(json.dumps(depends_on, sort_keys=True, default=str))
