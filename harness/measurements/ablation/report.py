@@ -57,6 +57,8 @@ CSV_COLUMNS = (
     "realised_removal", "seconds", "noise_floor",
 )  # fmt: skip
 
+# Papers count deciles from either end.
+FIRST_DECILE = "decile 1 is the largest tenth; arXiv 2410.17770 counts from the smallest"
 # (task, metric) -> file name and caption of each figure
 Drawn = dict[tuple[str, str], list[tuple[str, str]]]
 
@@ -211,6 +213,8 @@ def _markdown(
             " than this in at least 95 % of cases. Numbers of ablations whose delta is smaller are in parentheses.",
             "",
         ]
+    if (metrics["region_by"] == "decile").any():
+        lines += [f"{FIRST_DECILE[0].upper()}{FIRST_DECILE[1:]}: its decile d is decile 11 - d here.", ""]
     for one in found:
         figures = drawn.get((one.task, one.metric), [])
         if not one.primary and not figures:
@@ -327,11 +331,12 @@ def _draw(found: list[MeasuredMetric], out: Path, most: int) -> tuple[Drawn, lis
             continue
         stem = file_stem(one.task, one.metric)
         region_figure(one, out / f"{stem}-regions.png")
-        figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region")]
+        tenths = f" ({FIRST_DECILE})" if (one.cells["region_by"] == "decile").any() else ""
+        figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region{tenths}")]
         if heat:
             shown = heat_map_figure(one, out / f"{stem}-blocks.png")
             figures.append(
-                (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {', '.join(shown)}")
+                (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {', '.join(shown)}{tenths}")
             )
         drawn[one.task, one.metric] = figures
         n += len(figures)

@@ -131,6 +131,17 @@ def test_report_files(tmp_path):
     assert not list(path.parent.glob("*.png")) and not [p for p in path.parent.iterdir() if p.name.startswith(".")]
 
 
+def test_a_report_of_deciles_says_which_is_the_largest(tmp_path):
+    said = "arXiv 2410.17770 counts from the smallest"
+    write_cell(tmp_path / "tenth", "a", [metric_row("a", region_by="decile", region_kind="decile",
+                                                    region="decile 10 (0.9-1.0)")])
+    text = run_report(tmp_path / "tenth")[0].read_text()
+    assert f"Decile 1 is the largest tenth; {said}: its decile d is decile 11 - d here." in text
+    assert re.search(rf"!\[[^\]]*{said}", text)
+    write_cell(tmp_path / "other", "a", [metric_row("a", region_kind="small", region_by="fraction")])
+    assert said not in run_report(tmp_path / "other")[0].read_text()
+
+
 def test_limit_of_figures_is_said(tmp_path):
     rows = [r for t in range(10) for r in study_rows(targets("type", 1), deciles()[:2], task=f"task{t}")]
     write_rows(tmp_path, rows)
