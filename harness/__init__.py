@@ -4,7 +4,7 @@
     >>> sh.regions.small(0.1).label
     'small 0.1'
 
-What stands here comes from `harness.api`, `harness.spectral.regions` and `harness.models.families`; it is imported when
+What stands here comes from `harness.api`, `harness.spectral.regions` and the settings; it is imported when
 it is first used.
 """
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from harness.errors import InputError
     from harness.evaluation.settings import RuntimeSettings
+    from harness.measurements.ablation.treatment_settings import TreatmentSettings
     from harness.models.families import Family, Stored
     from harness.models.targets import TargetSettings
     from harness.spectral import regions
@@ -52,6 +53,7 @@ _MODULE_OF = {
     "InputError": "harness.errors",
     "RuntimeSettings": "harness.evaluation.settings",
     "TargetSettings": "harness.models.targets",
+    "TreatmentSettings": "harness.measurements.ablation.treatment_settings",
     "regions": "harness.spectral.regions",
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "Score",
     "Stored",
     "TargetSettings",
+    "TreatmentSettings",
     "__version__",
     "compare",
     "load",

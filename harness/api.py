@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from harness.engine.ranks import Ranks
 from harness.engine.run import RunOptions, run_plan, to_stderr
 from harness.engine.run import run as run_measurement
 from harness.errors import InputError
+from harness.evaluation.calibration import Calibration, CalibrationText
 from harness.evaluation.division import Division
 from harness.evaluation.requests import DirectTask, ExampleScores, PreparedTask, TaskContext
 from harness.evaluation.scoring import Scorer
@@ -32,8 +33,9 @@ from harness.evaluation.statistics import estimate
 from harness.evaluation.statistics import paired as paired_difference
 from harness.measurements import ABLATION, compose_settings, find
 from harness.measurements.ablation.cells import task_digest
-from harness.measurements.ablation.region_settings import NO_REGION
+from harness.measurements.ablation.region_settings import NO_REGION, RegionSettings
 from harness.measurements.ablation.settings import StudySettings
+from harness.measurements.ablation.treatment_settings import TreatmentSettings, refuse_common_text
 from harness.measurements.ablation.units import Prepared, build
 from harness.measurements.comparison.report import Comparison
 from harness.measurements.comparison.report import compare as compare_studies
@@ -48,6 +50,7 @@ from harness.models.matrices import Matrix
 from harness.models.memory import decomposition_bytes
 from harness.models.settings import ModelSettings
 from harness.models.targets import Target, TargetSettings, choose_matrices, expand_targets
+from harness.models.treatment import Sources
 from harness.settings.compose import config_folder
 from harness.settings.validation import validated
 from harness.spectral.decomposition import Decomposition
@@ -269,7 +272,8 @@ class Model:
 
     @contextmanager
     def ablated(
-        self, what: str | Sequence[str], region: Region, blocks: Sequence[int] | None = None, edit: str = "weight"
+        self, what: str | Sequence[str], region: Region, blocks: Sequence[int] | None = None, edit: str = "weight",
+        treatment: TreatmentSettings | None = None,
     ) -> Iterator[RealisedAblation]:
         """Remove a region from some matrices for the time of the context; afterwards every byte is as before.
 
@@ -278,6 +282,8 @@ class Model:
         blocks: the numbers of the blocks; None means all.
         edit: "weight" rounds the edited weights to the model's dtype; "branch" leaves the weights as they are and
             removes the part from the outputs in float32.
+        treatment: what is done with the region instead of a removal, and in which metric, as `region.*` of the command
+            line. Its calibration is the `task` of a result of `sh.task`.
         Yields what was removed: energy_removed (the share of the squared Frobenius norm), realised_removal (1 if all of
         the part is gone after rounding), n_removed, and more. Raises InputError for matrices that the model does not
         have.
@@ -289,14 +295,28 @@ class Model:
         """
         if edit not in ("weight", "branch"):
             raise InputError(f"edit: {edit!r} is wrong; use weight or branch")
-        ablation = Ablation(self._target(what, blocks), region)
+        wanted = treatment or TreatmentSettings()
+        text = None if wanted.calibration is None else wanted.prepared(self._context())
+        ablation = Ablation(self._target(what, blocks), region, wanted.treatment(text))
         self._decompose.expect(ablation.target.matrices)
-        with ablated(self.loaded, ablation, self._decompose, edit) as realised:
+        with ExitStack() as stack:
+            with evaluating(self.module):  # for the pass over the calibration text
+                edited = ablated(self.loaded, ablation, self._sources(text), edit)
+                realised = stack.enter_context(edited)
             self._edits += 1
             try:
                 yield realised
             finally:
                 self._edits -= 1
+
+    def _sources(self, text: CalibrationText | None) -> Sources:
+        """Return the sources of an edit. The inputs are measured anew for each, because the weights may have changed.
+        """
+        if text is None:
+            return Sources(self._decompose)
+        calibrated = Calibration(self.loaded, text)
+        budget = decomposition_bytes(None, self.loaded.device)
+        return Sources(self._decompose, DecompositionCache(self.loaded, budget, calibrated=calibrated), calibrated)
 
     def _identified(self) -> LoadedModel:
         """Return the loaded model with the identity of its present weights, which may no longer be its checkpoint's."""
@@ -324,11 +344,15 @@ class Model:
         if loaded.description.config is None:
             raise InputError("a module without a transformers config can be decomposed and edited, but not scored")
         check_kinds({named.name: named.task}, loaded.description.config, family.kind)
+        return prepare_task(named.name, named.task, self._context())
+
+    def _context(self) -> TaskContext:
+        loaded = self.loaded
         generation = generation_values(getattr(loaded.model, "generation_config", None))
-        context = TaskContext(
-            loaded.tokenizer, loaded.description.config, loaded.context_length, family.kind, generation
+        return TaskContext(
+            loaded.tokenizer, loaded.description.config, loaded.context_length, loaded.description.family.kind,
+            generation,
         )
-        return prepare_task(named.name, named.task, context)
 
     def score(self, asked: NamedTask | PreparedTask | str, batch_tokens: int = 8192) -> Score:
         """Measure a task under the module's present weights, edited or not.
@@ -353,7 +377,7 @@ class Model:
 def run(
     model: Model, targets: Literal["matrix", "type", "block", "all"] | TargetSettings = "matrix", *,
     regions: Sequence[Region], tasks: Sequence[NamedTask | str], output: str | Path | None = None,
-    runtime: RuntimeSettings | None = None, progress: bool = True,
+    runtime: RuntimeSettings | None = None, treatment: TreatmentSettings | None = None, progress: bool = True,
 ) -> Run:
     """Run what is missing of a study, which measures each region of each target on every task.
 
@@ -362,7 +386,8 @@ def run(
     targets: "matrix" (each matrix alone), "type", "block" or "all", or TargetSettings with layer types and blocks.
     output: the folder of the tables, by default results/<model>-<id>. The id depends on everything that the numbers
         depend on, so that the same call again measures nothing.
-    runtime: as `runtime.*` of the command line. progress: whether a progress bar is shown.
+    runtime: as `runtime.*` of the command line. treatment: as in `Model.ablated`, for every region.
+    progress: whether a progress bar is shown.
     Raises InputError for wrong settings, and inside of `ablated`.
 
     >>> study = sh.run(model, sh.TargetSettings("type", ["mlp"]), regions=[sh.regions.small(0.5)], tasks=[ioi])
@@ -375,12 +400,15 @@ def run(
     target = TargetSettings(targets) if isinstance(targets, str) else targets
     settings = StudySettings(
         model=model.settings, target=validated(TargetSettings, dataclasses.asdict(target), "target"),
+        region=RegionSettings(treatment=treatment or TreatmentSettings()),
         tasks={one.name: one.task for one in named}, runtime=runtime or RuntimeSettings(),
         output=None if output is None else str(output),
     )
     loaded = model._identified()
     ready = {one.name: model.prepare(one) for one in named}
-    prepared = Prepared(loaded.description, loaded.matrices, loaded.tokenizer, ready)
+    text = settings.region.treatment.prepared(model._context())
+    refuse_common_text(text, ready)
+    prepared = Prepared(loaded.description, loaded.matrices, loaded.tokenizer, ready, text)
     chosen = expand_targets(settings.target, loaded.matrices)
     study = build(settings, prepared, chosen, list(dict.fromkeys([*regions, NO_REGION])))
     options = RunOptions(progress, to_stderr if progress else _silent, tidy=True, session=loaded)

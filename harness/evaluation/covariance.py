@@ -20,30 +20,9 @@ from torch import Tensor
 from harness.evaluation.requests import Request
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
+from harness.spectral.activations import InputCovariance
 
 _PIECE_ELEMENTS = 1 << 20  # activations that are converted to float64 at once: 8 MiB
-
-
-@dataclass(frozen=True)
-class InputCovariance:
-    """The statistics of the activations that enter one matrix [out, in].
-
-    mean: float64 [in]. covariance: float64 [in, in], the sum over the tokens divided by their number n_tokens.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    n_tokens: int
-
-    def directions(self) -> Tensor:
-        """Return the eigenvectors of the covariance as columns, by descending eigenvalue: float64 [in, m].
-
-        Eigenvectors are left out if their eigenvalue is rounding noise, which is at most in eps times the largest
-        eigenvalue. With fewer tokens than inputs there are such directions, and they are arbitrary.
-        """
-        values, vectors = torch.linalg.eigh(self.covariance)
-        noise_level = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
-        return vectors[:, int((values <= noise_level).sum()) :].flip(1)
 
 
 class _Sums:
@@ -76,6 +55,53 @@ class _Sums:
         assert self.shift is not None
         offset = self.first / self.n
         return InputCovariance(self.shift + offset, self.second.div_(self.n).addr_(offset, offset, alpha=-1), self.n)
+
+
+class _RoutedInputs:
+    """The inputs of the experts of a mixture, which are stacked in 3-D parameters of one module.
+
+    Such a module of transformers gets the hidden states [n, width] and for each of them the numbers of its experts
+    [n, k]. It has the parameters gate_up_proj [experts, 2 m, width] and down_proj [experts, width, m]: the input of
+    down_proj is act_fn(gate) * up, which is computed here again.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self._by_owner: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            self._by_owner.setdefault(matrix.parameter.rpartition(".")[0], []).append(matrix)
+        self._sums: dict[tuple[str, int, bool], _Sums] = {}
+
+    def hooks(self, state: dict[str, Any]) -> Iterator[tuple[str, Callable]]:
+        """Yield the name of each module of experts with its hook. state["counted"]: the tokens that count."""
+        for owner in self._by_owner:
+            yield owner, self._hook(owner, state)
+
+    def results(self) -> dict[str, InputCovariance]:
+        """Return the covariance of each expert's matrices by name."""
+        done = {key: sums.result() for key, sums in self._sums.items() if sums.n}
+        keys = {m.name: (owner, m.expert or 0, _is_down(m)) for owner, all_of in self._by_owner.items() for m in all_of}
+        return {name: done[key] for name, key in keys.items() if key in done}
+
+    def _hook(self, owner: str, state: dict[str, Any]) -> Callable:
+        wanted = {(matrix.expert or 0, _is_down(matrix)) for matrix in self._by_owner[owner]}
+
+        def before(module: Any, args: tuple, kwargs: dict) -> None:
+            named = dict(zip(("hidden_states", "top_k_index"), args)) | kwargs
+            hidden, chosen = named["hidden_states"], named["top_k_index"]
+            counted = state["counted"].reshape(-1).to(hidden.device)
+            hidden, chosen = hidden.reshape(len(counted), -1), chosen.reshape(len(counted), -1)
+            for expert, down in sorted(wanted):
+                rows = hidden[counted & (chosen == expert).any(1)]
+                if down and len(rows):
+                    gate, up = torch.nn.functional.linear(rows, module.gate_up_proj[expert]).chunk(2, dim=-1)
+                    rows = module.act_fn(gate) * up
+                self._sums.setdefault((owner, expert, down), _Sums()).add(rows)
+
+        return before
+
+
+def _is_down(matrix: Matrix) -> bool:
+    return matrix.layer_type == "down_proj"
 
 
 class _StopForward(Exception):
@@ -112,17 +138,19 @@ class CovarianceStream:
         self.block = 0  # the block that the next call runs
 
     @torch.inference_mode()
-    def next_block(self, matrices: Sequence[Matrix]) -> dict[str, InputCovariance]:
+    def next_block(self, matrices: Sequence[Matrix], experts: bool = False) -> dict[str, InputCovariance]:
         """Run block `self.block`, and return the covariances at the inputs of some of its matrices by their names.
 
-        Matrices with the same input share one object. Matrices whose input no hook can see are left out. These are
-        experts, whose module itself picks the tokens that it routes to each, and tables that are looked up.
+        Matrices with the same input share one object. Tables that are looked up are left out. experts: whether the
+        experts of a mixture are included, of which each gets the covariance of the tokens that are routed to it. An
+        expert to which no token is routed is left out.
         """
         # The matrices of a fused parameter have one module and therefore one hook.
         owners: dict[str, list[str]] = {}
         for matrix in matrices:
             if matrix.expert is None:
                 owners.setdefault(matrix.parameter.rpartition(".")[0], []).append(matrix.name)
+        of_experts = _RoutedInputs([matrix for matrix in matrices if matrix.expert is not None] if experts else [])
         sums: dict[str, _Sums] = {}
         shared: dict[str, str] = {}  # module -> an earlier module that has the same input
         state: dict[str, Any] = {}
@@ -144,12 +172,15 @@ class CovarianceStream:
             for owner in owners:
                 module = self._loaded.model.get_submodule(owner)
                 hooks.callback(module.register_forward_pre_hook(hook(owner), with_kwargs=True).remove)
+            for owner, gather in of_experts.hooks(state):
+                module = self._loaded.model.get_submodule(owner)
+                hooks.callback(module.register_forward_pre_hook(gather, with_kwargs=True).remove)
             for i, batch in enumerate(self._batches):
                 state.update(seen=[], counted=batch.counted)
                 self._stream[i] = self._run_block(batch, self._stream[i])
         self.block += 1
         results = {owner: total.result() for owner, total in sums.items() if total.n}
-        return {
+        return of_experts.results() | {
             name: results[shared.get(owner, owner)]
             for owner, names in owners.items() for name in names if shared.get(owner, owner) in results
         }

@@ -3,6 +3,8 @@
     y = z - U_r (U_r^T z) + bias        if the output is the smaller side of W, with z = W x
     y = z - (W V_r) (V_r^T x) + bias    if the input is the smaller side of W
 
+and in general y = z + (s - 1) U_r (U_r^T D x) + bias, for an operand D other than W or a scale s other than 0.
+
 The product z is computed again in float32, and y is rounded once, to the model's dtype. The output of the module itself
 cannot be used, because it is already rounded: the second rounding would undo a subtraction of less than half a unit in
 the last place. This was measured on a square Gaussian bfloat16 matrix without its smallest 1 % of singular values, by
@@ -23,16 +25,17 @@ from torch import Tensor, nn
 
 from harness.errors import InputError
 from harness.models.matrices import Matrix
-from harness.spectral.ablation import low_rank_factors
+from harness.spectral.ablation import REMOVE, Operation, low_rank_factors, others
 from harness.spectral.decomposition import Decomposition
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The removal of singular values from one matrix, as two factors in float32.
+    """The removal or scaling of singular values of one matrix, as two factors in float32.
 
     keeps: whether the factors hold the part that is kept, because it has fewer singular values than the removed part.
         Their product then gives the output; otherwise it is subtracted.
+    scale: the factor of the part that is removed, which is 0 if it is really removed.
     first: float32 [out, n].
     second: float32 [n, in]. None if `first` holds singular vectors of the output side: the product with x is then
         first^T z.
@@ -40,37 +43,44 @@ class Branch:
 
     matrix: Matrix
     keeps: bool
+    scale: float
     first: Tensor
     second: Tensor | None
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return W' x without the bias, float32 [..., out], for x float32 [..., in] and weight W [out, in]."""
-        if self.second is not None and self.keeps:
+        if self.second is not None and self.keeps and self.scale == 0:
             return (x @ self.second.T) @ self.first.T
         z = F.linear(x, weight.to(x.dtype))
-        part = (z @ self.first if self.second is None else x @ self.second.T) @ self.first.T
-        return part if self.keeps else z - part
+        return self._edited(z, (z @ self.first if self.second is None else x @ self.second.T) @ self.first.T)
 
     def effective(self, weight: Tensor) -> Tensor:
         """Return the matrix W' by which `output` multiplies, float32 [out, in], computed from the same factors."""
         weight = weight.to(self.first.dtype)
-        part = self.first @ (self.first.T @ weight if self.second is None else self.second)
-        return part if self.keeps else weight - part
+        return self._edited(weight, self.first @ (self.first.T @ weight if self.second is None else self.second))
+
+    def _edited(self, whole: Tensor, part: Tensor) -> Tensor:
+        """Return what becomes of the matrix, or of its output, whose part the factors give."""
+        if self.scale == 0:
+            return part if self.keeps else whole - part
+        return self.scale * whole + (1 - self.scale) * part if self.keeps else whole + (self.scale - 1) * part
 
 
-def branch(matrix: Matrix, weight: Tensor, decomposition: Decomposition, indices: Tensor) -> Branch:
+def branch(
+    matrix: Matrix, weight: Tensor, decomposition: Decomposition, indices: Tensor, operation: Operation = REMOVE
+) -> Branch:
     """Return the branch that removes the singular values at `indices` (int64 [n]) from weight [out, in].
 
-    Its factors are on the weight's device. Raises ValueError as `low_rank_factors` does.
+    operation: what is done with them instead of a removal. The factors are on the weight's device. Raises ValueError as
+    `low_rank_factors` does.
     """
-    keeps = 2 * len(indices) > min(matrix.shape)
+    own = operation.operand is None
+    keeps = own and 2 * len(indices) > min(matrix.shape)
     if keeps:
-        others = torch.ones(min(matrix.shape), dtype=torch.bool)
-        others[indices.cpu()] = False
-        indices = others.nonzero().flatten()
-    first, second = low_rank_factors(weight, decomposition, indices)
-    left = decomposition.side == "left"
-    return Branch(matrix, keeps, first.float(), None if left else second.float())
+        indices = others(indices, min(matrix.shape))
+    first, second = low_rank_factors(operation.of(weight), decomposition, indices)
+    by_output = own and decomposition.side == "left"
+    return Branch(matrix, keeps, operation.scale, first.float(), None if by_output else second.float())
 
 
 def check_branchable(model: nn.Module, matrices: Iterable[Matrix]) -> None:

@@ -24,6 +24,8 @@ from torch import Tensor
 from harness.files import replacing, user_cache
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
+from harness.models.treatment import Calibrated
+from harness.spectral.activations import METRIC_VERSION, decompose_in_metric
 from harness.spectral.decomposition import DECOMPOSITION_VERSION, Decomposition, decompose, decompose_many
 
 LOG = logging.getLogger(__name__)
@@ -175,12 +177,16 @@ class DecompositionCache:
 
     watched: the weights may change between two calls, as those of a module that the caller trains. Each call then
     hashes the bytes of the matrix, and decomposes it again if they have changed.
+
+    calibrated: the inputs of the matrices, in whose metric they are decomposed; None: in that of the weights.
     """
 
     def __init__(
-        self, loaded: LoadedModel, budget_bytes: int, disk: DiskCache | None = None, watched: bool = False
+        self, loaded: LoadedModel, budget_bytes: int, disk: DiskCache | None = None, watched: bool = False,
+        calibrated: Calibrated | None = None,
     ) -> None:
         self._loaded, self._budget, self._bytes, self._disk = loaded, budget_bytes, 0, disk
+        self._calibrated = calibrated
         self._kept: OrderedDict[str, Decomposition] = OrderedDict()
         self._expected: frozenset[str] = frozenset()
         self._keys: dict[str, str] | None = {} if watched else None
@@ -210,33 +216,45 @@ class DecompositionCache:
 
     def _forget_changed(self, matrix: Matrix, keys: dict[str, str]) -> None:
         for one in (matrix, *self._siblings(matrix)):
-            key = content_key(one.read(self._loaded.model))
+            key = self._key(one, one.read(self._loaded.model))
             if keys.get(one.name) != key and one.name in self._kept:
                 self._bytes -= size_of(self._kept.pop(one.name))
             keys[one.name] = key
 
     def _fetch(self, matrix: Matrix) -> None:
         weight = matrix.read(self._loaded.model)
-        key = content_key(weight) if self._disk else ""
+        key = self._key(matrix, weight) if self._disk else ""
         if self._disk and (found := read_cached(self._disk, key, weight.device)):
             self._keep(matrix, found)
             return
         # The experts of one parameter are small, and they are always targets together: one batched call is faster.
         group = [matrix, *self._siblings(matrix)]
         weights = [weight, *(other.read(self._loaded.model) for other in group[1:])]
-        results = decompose_many(torch.stack(weights)) if len(group) > 1 else [decompose(weight)]
+        if self._calibrated is not None:
+            results = [decompose_in_metric(weight, self._calibrated.factor(matrix))]
+        else:
+            results = decompose_many(torch.stack(weights)) if len(group) > 1 else [decompose(weight)]
         for member, own, result in zip(group, weights, results):
             if self._disk:
-                self._written += store(self._disk, key if member is matrix else content_key(own), result)
+                self._written += store(self._disk, key if member is matrix else self._key(member, own), result)
             self._keep(member, result)
         # Listing the folder after every file would be slow for thousands of experts.
         if self._disk and self._written > self._disk.budget_bytes / 64:
             make_room(self._disk)
             self._written = 0
 
+    def _key(self, matrix: Matrix, weight: Tensor) -> str:
+        """Return a hash of everything on which the decomposition of a matrix depends."""
+        key = content_key(weight)
+        if self._calibrated is None:
+            return key
+        from xxhash import xxh3_128
+
+        return xxh3_128(f"{METRIC_VERSION} {key} {self._calibrated.key(matrix)}".encode()).hexdigest()
+
     def _siblings(self, matrix: Matrix) -> Iterable[Matrix]:
         """Return the experts that follow this one in its parameter and are not yet decomposed, up to one batch."""
-        if matrix.expert is None:
+        if matrix.expert is None or self._calibrated is not None:
             return []
         out, width = matrix.shape
         small = min(out, width)

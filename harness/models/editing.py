@@ -6,25 +6,35 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+
+from torch import Tensor
 
 from harness.models.branches import Branch, branch, branched
 from harness.models.loading import LoadedModel
-from harness.models.matrices import Matrix
 from harness.models.targets import Target
-from harness.spectral.ablation import Removal, edit, removal
+from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, label_of, operation_of, spectrum_of
+from harness.spectral.ablation import Removal, edit, others, removal
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region, fraction_interval, select
-
-Decompose = Callable[[Matrix], Decomposition]
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """The removal of one region from every matrix of one target."""
+    """The removal of one region from every matrix of one target, or another treatment of it."""
 
     target: Target
     region: Region
+    treatment: Treatment = REMOVE
+
+    @property
+    def label(self) -> str:
+        """The label of the region with its treatment, such as "decile 10 (0.9-1.0), activations"."""
+        return label_of(self.region, self.treatment)
+
+    def positions(self, decomposition: Decomposition) -> Tensor:
+        """Return the positions of the values that are removed or scaled: int64 [n] on the CPU, in ascending order."""
+        picked = select(self.region, decomposition.sigma, decomposition.shape)
+        return others(picked, len(decomposition.sigma)) if self.treatment.keep else picked
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,10 @@ class RealisedAblation:
 
     n_removed, n_values: sums over the matrices. fraction_start, fraction_stop: the interval of the rank, from the
         smallest start to the largest stop; None if the positions in some matrix are not one non-empty interval.
-    energy_removed: the removed share of the squared Frobenius norm of all matrices together.
+    energy_removed: the removed share of the squared Frobenius norm of all matrices together. norm_removed: the
+        Frobenius norm of the change of all matrices together.
+    output_energy_removed, output_norm_removed: the removed share of the mean squared outputs of all matrices together
+        over the calibration text, and the root of the mean squared change of them; None without such a text.
     sigma_max_removed, sigma_min_removed: the largest and the smallest over all matrices; None if nothing was removed.
     realised_removal: as in `Removal`, for the removed parts of all matrices together.
     svd_method: the methods that were used, joined by "+". svd_reconstruction_error, svd_orthogonality_error: the
@@ -45,6 +58,9 @@ class RealisedAblation:
     fraction_start: float | None
     fraction_stop: float | None
     energy_removed: float
+    norm_removed: float
+    output_energy_removed: float | None
+    output_norm_removed: float | None
     sigma_max_removed: float | None
     sigma_min_removed: float | None
     realised_removal: float | None
@@ -61,19 +77,20 @@ class _Edited:
     decomposition: Decomposition
     interval: tuple[float, float] | tuple[None, None]
 
-    @cached_property
-    def energy(self) -> float:
-        return float(self.decomposition.sigma.square().sum())
-
-
 def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
-    total_energy = sum(one.energy for one in edited)
-    removed_energy = sum(one.removal.energy_removed * one.energy for one in edited)
-    touched = [one.removal for one in edited if one.removal.n_removed]
+    removals = [one.removal for one in edited]
+    total_energy = sum(one.energy for one in removals)
+    removed_energy = sum(one.energy_removed * one.energy for one in removals)
+    touched = [one for one in removals if one.n_removed]
     left = sum(
-        one.removal.energy_removed * one.energy * (1 - one.removal.realised_removal) ** 2
-        for one in edited if one.removal.n_removed and one.removal.realised_removal is not None
+        one.energy_removed * one.energy * (1 - one.realised_removal) ** 2
+        for one in touched if one.realised_removal is not None
     )
+    of_outputs = [(one.output_energy_removed, one.output_energy, one.output_norm_removed) for one in removals
+                  if one.output_energy is not None]
+    output_energy = sum(energy or 0.0 for _, energy, _ in of_outputs)
+    output_removed = sum((share or 0.0) * (energy or 0.0) for share, energy, _ in of_outputs)
+    known = len(of_outputs) == len(removals) > 0
     starts = [start for start, _ in (one.interval for one in edited) if start is not None]
     stops = [stop for _, stop in (one.interval for one in edited) if stop is not None]
     whole = len(starts) == len(edited)
@@ -83,6 +100,9 @@ def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
         fraction_start=min(starts) if whole else None,
         fraction_stop=max(stops) if whole else None,
         energy_removed=removed_energy / total_energy if total_energy else 0.0,
+        norm_removed=math.hypot(*(one.norm_removed for one in removals)),
+        output_energy_removed=(output_removed / output_energy if output_energy else 0.0) if known else None,
+        output_norm_removed=math.hypot(*(norm or 0.0 for _, _, norm in of_outputs)) if known else None,
         sigma_max_removed=_extreme(max, [removal.sigma_max_removed for removal in touched]),
         sigma_min_removed=_extreme(min, [removal.sigma_min_removed for removal in touched]),
         realised_removal=1 - math.sqrt(left / removed_energy) if removed_energy else None,
@@ -99,32 +119,37 @@ def _extreme(which: Callable[[list[float]], float], values: list[float | None]) 
 
 @contextmanager
 def ablated(
-    loaded: LoadedModel, ablation: Ablation, decompose: Decompose, edit_mode: str = "weight"
+    loaded: LoadedModel, ablation: Ablation, sources: Sources | Decompose, edit_mode: str = "weight"
 ) -> Iterator[RealisedAblation]:
     """Apply one ablation to the model for the time of the context; afterwards every byte of it is as before.
 
-    Yields what was really removed. decompose: a function from a matrix to its decomposition, which the caller caches.
+    Yields what was really removed. sources: where spectra come from, which the caller caches. A function from a matrix
+        to the decomposition of its weights is enough for a treatment that needs no calibration text.
     edit_mode: "weight" writes the edited matrices, rounded to the model's dtype; "branch" leaves the weights as they
         are and subtracts the removed part from the outputs in float32 (see branches.py).
     """
+    sources = sources if isinstance(sources, Sources) else Sources(sources)
     by_name = {matrix.name: matrix for matrix in loaded.matrices}
+    matrices = [by_name[name] for name in ablation.target.matrices]
+    sources.prepare(matrices)
     edited: list[_Edited] = []
     branches: list[Branch] = []
     with ExitStack() as undo:
-        for name in ablation.target.matrices:
-            matrix = by_name[name]
-            decomposition = decompose(matrix)
-            indices = select(ablation.region, decomposition.sigma, matrix.shape)
+        for matrix in matrices:
+            decomposition = spectrum_of(matrix, ablation.treatment, sources)
+            operation = operation_of(matrix, ablation.treatment, sources)
+            indices = ablation.positions(decomposition)
             original = matrix.read(loaded.model)
             if edit_mode == "weight":
-                weight, removed = edit(original, decomposition, indices)
+                weight, removed = edit(original, decomposition, indices, operation)
                 undo.callback(matrix.write, loaded.model, original)
                 matrix.write(loaded.model, weight)
-            elif len(indices):
-                branches.append(branch(matrix, original, decomposition, indices))
-                removed = removal(branches[-1].effective(original), decomposition, indices)
             else:
-                removed = removal(original, decomposition, indices)
+                after = original
+                if len(indices):
+                    branches.append(branch(matrix, original, decomposition, indices, operation))
+                    after = branches[-1].effective(original)
+                removed = removal(after, original, decomposition, indices, operation)
             edited.append(_Edited(removed, decomposition, fraction_interval(indices, min(matrix.shape))))
         if branches:
             undo.enter_context(branched(loaded.model, branches))

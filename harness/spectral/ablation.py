@@ -1,11 +1,15 @@
-"""Remove singular values from a matrix, and measure what was really removed.
+"""Remove singular values from a matrix, or scale them, and measure what was really removed.
 
-The removal is W - U_r (U_r^T W) with the removed singular vectors U_r. It is computed in float64 and rounded once.
+Every edit is W' = W + (s - 1) U_r (U_r^T D). U_r holds the left singular vectors at the region's positions of some
+spectrum, D is the operand, and s the scale: 0 removes the part, 2 doubles it. The operand is W itself unless another
+is given. The edit is computed in float64 and rounded once.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,17 +17,55 @@ from torch import Tensor
 from harness.spectral.decomposition import Decomposition
 
 
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """What is done with the part of a matrix that a region picks: by default it is removed.
+
+    scale: s in W + (s - 1) U_r (U_r^T D).
+    values: what the spectrum's singular values are: "own", those of the operand D itself; "output", those of D C^(1/2),
+        in the metric of the activations; "other", those of another matrix.
+    operand: D [out, in] of any dtype; None for W. If it is given, the spectrum must have `side` "left", unless it is
+        that of the operand.
+    inputs: float64 F [in, q], where F F^T is the second moment or the covariance of the matrix's inputs; None if it is
+        not known. It tells what the part contributes to the outputs.
+    """
+
+    scale: float = 0.0
+    values: Literal["own", "output", "other"] = "own"
+    operand: Tensor | None = None
+    inputs: Tensor | None = None
+
+    @property
+    def removes_own_values(self) -> bool:
+        """Whether singular values of W itself are removed, so that their squares say what there was."""
+        return self.scale == 0 and self.values == "own" and self.operand is None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return the operand for this weight, in float64 on its device."""
+        operand = weight if self.operand is None else self.operand
+        return operand.detach().to(weight.device, torch.float64)
+
+
+REMOVE = Operation()
+
+
 @dataclass(frozen=True)
 class Removal:
     """What one edit took away from a matrix.
 
-    n_removed, n_values: the number of removed singular values, and of all singular values of the matrix.
-    energy_removed: the removed share of the squared Frobenius norm, which is the sum of the removed sigma^2 over the
-        sum of all sigma^2; 0 for a zero matrix.
+    n_removed, n_values: the number of removed singular values, and of all singular values of the matrix. If the scale
+        is not 0, "removed" means here and below the values that the edit scales.
+    energy_removed: the removed share |U_r^T D|^2 / |D|^2 of the squared Frobenius norm of the operand, which for the
+        spectrum of W is the sum of the removed sigma^2 over the sum of all sigma^2; 0 for a zero matrix.
+    energy: |D|^2, the squared Frobenius norm of the operand.
+    norm_removed: |W - W'|, the Frobenius norm of the change before rounding.
+    output_energy_removed, output_energy, output_norm_removed: the same three for the outputs, with D C^(1/2) in place
+        of D: means of squares over the calibration text. None if the inputs are not known.
     sigma_max_removed, sigma_min_removed: the largest and the smallest removed singular value; None if none was removed.
     realised_removal: 1 - |U_r^T W'|_F / |U_r^T W|_F, where W' is the new weight after rounding to its dtype and U_r
         holds the removed vectors. It is 1 if the removed part is gone, and 0 if rounding has put as much back as was
-        taken. None if there was nothing to take: no indices, or only singular values of zero.
+        taken. None if there was nothing to take: no indices, or only singular values of zero. For another operand or
+        scale it is 1 - |U_r^T (W' - E)|_F / |U_r^T (W - E)|_F, where E is the edited weight before rounding.
     """
 
     n_removed: int
@@ -32,51 +74,95 @@ class Removal:
     sigma_max_removed: float | None
     sigma_min_removed: float | None
     realised_removal: float | None
+    energy: float
+    norm_removed: float
+    output_energy_removed: float | None = None
+    output_energy: float | None = None
+    output_norm_removed: float | None = None
 
 
-def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> Tensor:
+def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor, operation: Operation = REMOVE) -> Tensor:
     """Return weight [out, in] without the singular values at `indices` (int64 [n]), as float64 [out, in].
 
-    decomposition: that of this weight. The result is on the weight's device. Without indices it is exactly the weight;
-    with all indices it is exactly zero. Raises ValueError if the weight has another shape than its decomposition, and
-    if an index is out of range or appears twice.
+    decomposition: that of this weight, or of the operation's operand, or another spectrum of the same shape. The result
+    is on the weight's device. Without indices it is exactly the weight; if all values of the weight's own spectrum are
+    removed it is exactly zero. Raises ValueError if the weight has another shape than its decomposition, and if an
+    index is out of range or appears twice.
     """
     _check(weight, decomposition, indices)
-    matrix = weight.detach().to(torch.float64)
+    matrix, scale = weight.detach().to(torch.float64), operation.scale
     n_values = len(decomposition.sigma)
     if len(indices) == 0:
         return matrix.clone()
+    if operation.operand is not None:
+        return matrix + (scale - 1) * _project(operation.of(weight), decomposition, indices)
     if len(indices) == n_values:
-        return torch.zeros_like(matrix)
+        return torch.zeros_like(matrix) if scale == 0 else scale * matrix
     if 2 * len(indices) <= n_values:
-        return matrix - _project(matrix, decomposition, indices)
-    return _project(matrix, decomposition, _others(indices, n_values))
+        part = _project(matrix, decomposition, indices)
+        return matrix - part if scale == 0 else matrix + (scale - 1) * part
+    rest = _project(matrix, decomposition, others(indices, n_values))
+    return rest if scale == 0 else scale * matrix + (1 - scale) * rest
 
 
-def edit(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> tuple[Tensor, Removal]:
+def edit(
+    weight: Tensor, decomposition: Decomposition, indices: Tensor, operation: Operation = REMOVE
+) -> tuple[Tensor, Removal]:
     """Return the ablated weight [out, in], rounded once to the dtype of `weight`, and what was really removed.
 
     Arguments and errors are those of `ablate`.
     """
-    edited = ablate(weight, decomposition, indices).to(weight.dtype)
-    return edited, removal(edited, decomposition, indices)
+    exact = ablate(weight, decomposition, indices, operation)
+    edited = exact.to(weight.dtype)
+    return edited, removal(edited, weight, decomposition, indices, operation, exact)
 
 
-def removal(after: Tensor, decomposition: Decomposition, indices: Tensor) -> Removal:
-    """Describe what an edit took away from the decomposed weight.
+def removal(
+    after: Tensor, weight: Tensor, decomposition: Decomposition, indices: Tensor, operation: Operation = REMOVE,
+    exact: Tensor | None = None,
+) -> Removal:
+    """Describe what an edit took away from a weight.
 
-    after: the weight after the edit, [out, in], of any dtype. indices: int64 [n], the removed singular values.
+    after: the weight after the edit, [out, in], of any dtype. weight: the weight before it. indices: int64 [n], the
+    removed singular values. exact: what `ablate` returns for these arguments, if the caller has it.
     """
     sigma = decomposition.sigma
     removed = sigma[indices.to(sigma.device)]
-    total = float((sigma**2).sum())
+    energy_removed = float((removed**2).sum())
+    energy = float((sigma**2).sum())
+    output_removed = output_energy = 0.0
+    known = operation.values == "output" or operation.inputs is not None
+    if operation.values == "output":
+        output_removed, output_energy = energy_removed, energy
+    if operation.values != "own":
+        operand = operation.of(weight)
+        energy_removed = float(_coordinates(operand, decomposition, indices).square().sum())
+        energy = float(operand.square().sum())
+    if operation.inputs is not None and operation.values != "output":
+        operand, inputs = operation.of(weight), operation.inputs
+        if decomposition.side == "left":
+            outputs = _coordinates(operand, decomposition, indices) @ inputs
+        else:  # the columns of D V_r are orthogonal, and their norms are the values
+            outputs = removed[:, None].to(inputs) * (_vectors(decomposition, indices, inputs).T @ inputs)
+        output_removed, output_energy = float(outputs.square().sum()), float((operand @ inputs).square().sum())
+    strength = abs(1 - operation.scale)
+    if operation.removes_own_values:
+        realised = realised_removal(after, decomposition, indices)
+    else:
+        exact = ablate(weight, decomposition, indices, operation) if exact is None else exact
+        realised = _realised(after.to(torch.float64) - exact, weight.to(torch.float64) - exact, decomposition, indices)
     return Removal(
         n_removed=len(indices),
         n_values=len(sigma),
-        energy_removed=float((removed**2).sum()) / total if total else 0.0,
+        energy_removed=energy_removed / energy if energy else 0.0,
         sigma_max_removed=float(removed.max()) if len(indices) else None,
         sigma_min_removed=float(removed.min()) if len(indices) else None,
-        realised_removal=realised_removal(after, decomposition, indices),
+        realised_removal=realised,
+        energy=energy,
+        norm_removed=strength * math.sqrt(energy_removed),
+        output_energy_removed=(output_removed / output_energy if output_energy else 0.0) if known else None,
+        output_energy=output_energy if known else None,
+        output_norm_removed=strength * math.sqrt(output_removed) if known else None,
     )
 
 
@@ -91,6 +177,15 @@ def realised_removal(after: Tensor, decomposition: Decomposition, indices: Tenso
     there = float(torch.linalg.vector_norm(decomposition.sigma[indices.to(decomposition.sigma.device)]))
     left = float(torch.linalg.vector_norm(_coordinates(after.to(torch.float64), decomposition, indices)))
     return 1 - left / there if there else None
+
+
+def _realised(left: Tensor, taken: Tensor, decomposition: Decomposition, indices: Tensor) -> float | None:
+    """Return 1 - |U_r^T left| / |U_r^T taken|, or None if there was nothing to take."""
+    if len(indices) == 0:
+        return None
+    there = float(torch.linalg.vector_norm(_coordinates(taken, decomposition, indices)))
+    remains = float(torch.linalg.vector_norm(_coordinates(left, decomposition, indices)))
+    return 1 - remains / there if there else None
 
 
 def low_rank_factors(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +210,8 @@ def _check(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> Non
         raise ValueError("indices name a singular value twice")
 
 
-def _others(indices: Tensor, n_values: int) -> Tensor:
+def others(indices: Tensor, n_values: int) -> Tensor:
+    """Return the positions 0..n_values - 1 that are not in `indices` (int64 [n]), in ascending order, on the CPU."""
     kept = torch.ones(n_values, dtype=torch.bool)
     kept[indices.cpu()] = False
     return kept.nonzero().flatten()

@@ -40,7 +40,7 @@ class Decomposition:
 
     sigma: float64 [r], in descending order, never negative.
     vectors: float64 [r, r] with orthonormal columns: the left singular vectors if `side` is "left" (out <= in), else
-        the right ones.
+        the right ones. In the metric of the inputs (activations.py) they are float64 [out, r], always the left ones.
     shape: (out, in).
     method: the method that was used, a name in METHODS. For "auto" it is the method that was chosen.
     reconstruction_error: the largest |cosine| between two of the vectors of the longer side, W^T u / sigma, that the

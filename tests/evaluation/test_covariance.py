@@ -124,3 +124,31 @@ def test_directions_are_eigenvectors_without_rounding_noise():
     assert directions.shape == (20, 8)  # nine centred tokens span eight directions
     values = torch.linalg.eigvalsh(covariance).flip(0)[:8]
     assert torch.allclose(covariance @ directions, directions * values, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
+def test_experts_have_the_covariance_of_the_tokens_that_are_routed_to_them(model_type):
+    model = tiny_model(model_type).float()
+    loaded, asked = loaded_from(model), requests()
+    path = "model.layers.0.mlp.experts"
+    experts, caught = model.get_submodule(path), []
+    handle = experts.register_forward_pre_hook(lambda module, args: caught.append(args[:2]))
+    with torch.no_grad():
+        for request in asked:
+            model(input_ids=torch.from_numpy(request.tokens)[None])
+    handle.remove()
+    scored = [torch.from_numpy(request.positions) for request in asked]
+    hidden, chosen = (torch.cat([call[i][at] for call, at in zip(caught, scored)]) for i in (0, 1))
+    found = CovarianceStream(loaded, asked, batch_tokens=40).next_block(
+        [m for m in loaded.matrices if m.block == 0], experts=True
+    )
+    for expert in range(3):
+        rows = hidden[(chosen == expert).any(1)].double()
+        gate, up = (rows @ experts.gate_up_proj[expert].double().T).chunk(2, dim=-1)
+        product = torch.nn.functional.silu(gate) * up
+        for name, expected in (("gate_proj", rows), ("up_proj", rows), ("down_proj", product)):
+            one = found[f"0.{name}.e{expert}"]
+            assert one.n_tokens == len(rows)
+            numpys = np.cov(expected.detach().numpy().T, bias=True)
+            assert np.allclose(one.covariance, numpys, rtol=0, atol=2e-5 * numpys.max())
+            assert np.allclose(one.mean, expected.detach().mean(0), rtol=0, atol=2e-5 * numpys.max() ** 0.5)

@@ -19,6 +19,7 @@ from harness.measurements.ablation.settings import StudySettings
 from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
 from harness.models.targets import BASELINE, UNEDITED, Target, control_target
+from harness.models.treatment import REMOVE, Treatment
 from harness.spectral.regions import Region, select
 
 NUMBERS_VERSION = 2  # must be raised when a change of the code changes the numbers of cells
@@ -54,24 +55,26 @@ class Cell:
 
 
 def expand_ablations(
-    targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]]
+    targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]],
+    treatment: Treatment = REMOVE,
 ) -> list[Ablation]:
     """Return all ablations of a study: the baseline, the controls that remove nothing, then those of each target.
 
-    shapes: matrix -> (out, in). Raises InputError if a region is empty for one of the matrices.
+    shapes: matrix -> (out, in). treatment: what is done with every region. Raises InputError if a region is empty for
+    one of the matrices, or if it is kept and holds all values.
     """
-    _check_not_empty(targets, regions, shapes)
+    _check_not_empty(targets, regions, shapes, treatment.keep)
     ablations = [Ablation(BASELINE, NO_REGION)]
     if NO_REGION in regions:
         # One control over all edited matrices is enough: it decomposes them, removes nothing and casts them back.
-        ablations.append(Ablation(control_target(targets), NO_REGION))
+        ablations.append(Ablation(control_target(targets), NO_REGION, treatment.removing_nothing()))
     if OTHER_ORDER in regions:
         ablations.append(Ablation(UNEDITED, OTHER_ORDER))
     regions = [region for region in regions if region not in (NO_REGION, OTHER_ORDER)]
     for target in targets:
         distinct = {shapes[name] for name in target.matrices}
         own = _without_equivalent_controls(regions, *distinct) if len(distinct) == 1 else regions
-        ablations += [Ablation(target, region) for region in own]
+        ablations += [Ablation(target, region, treatment) for region in own]
     return ablations
 
 
@@ -93,14 +96,20 @@ def _without_equivalent_controls(regions: Sequence[Region], shape: tuple[int, in
 
 
 def _check_not_empty(
-    targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]]
+    targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]], keep: bool
 ) -> None:
     example = {shapes[name]: name for target in reversed(targets) for name in reversed(target.matrices)}
     for region in regions:
         if region in (NO_REGION, OTHER_ORDER) or not region.rank_only:
             continue
         for shape, name in example.items():
-            if len(select(region, None, shape)) == 0:
+            picked = len(select(region, None, shape))
+            if keep and picked == min(shape) and region.by != "control":
+                raise InputError(
+                    f"region.keep: {region.label} is all of matrix {name}, so that nothing is removed; keep a smaller"
+                    " region, or leave that matrix out of the target"
+                )
+            if picked == 0:
                 rank = min(shape)
                 right = f"use at least {1 / rank:.4g} of them"
                 if region.by == "index":
@@ -117,9 +126,10 @@ _REGION_KEY = {"start": None, "stop": None, "seed": None, "reference": None, "es
                "tracy_widom": False}  # fmt: skip
 
 
-def region_key(region: Region) -> dict[str, Any]:
-    """Return everything of a region that a number depends on."""
-    return {key: value for key, value in _whole_key(region).items() if value is not None}
+def region_key(region: Region, treatment: Treatment = REMOVE) -> dict[str, Any]:
+    """Return everything of a region and its treatment that a number depends on. The default treatment adds nothing."""
+    found = {key: value for key, value in _whole_key(region).items() if value is not None}
+    return {**found, "treatment": treatment.key()} if treatment.key() else found
 
 
 def _whole_key(region: Any) -> dict[str, Any]:
@@ -188,11 +198,11 @@ def cell_ids(settings: dict[str, Any], ablations: Iterable[Ablation], tasks: Ite
     settings: as `numeric_settings` returns. tasks: the digests of the tasks.
     """
     first, tasks = canonical(settings), [canonical(task) for task in tasks]
-    regions: dict[Region, str] = {}
+    regions: dict[tuple[Region, Treatment], str] = {}
     for ablation in ablations:
-        target, region = ablation.target, ablation.region
+        target, region = ablation.target, (ablation.region, ablation.treatment)
         if region not in regions:
-            regions[region] = canonical(region_key(region))
+            regions[region] = canonical(region_key(*region))
         what = f"{canonical(sorted(target.matrices))},{'null' if target.kind == 'baseline' else regions[region]}"
         for task in tasks:
             yield digest(f"[{first},{what},{task}]")

@@ -15,6 +15,7 @@ from harness.measurements.ablation.cells import Cell, has_noise_floor
 from harness.measurements.ablation.region_settings import OTHER_ORDER
 from harness.models.cost import ModelCost, model_cost
 from harness.models.families import skeleton
+from harness.spectral.activations import metric_flops
 from harness.spectral.decomposition import decomposition_flops
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class CostTable:
     reuse: whether cells resume at the frontier.
     fed: task -> the number of tokens in one pass, padding included.
     other: task -> the cost of a pass in other batches, which a study in low precision makes for its noise floor.
+    calibration: the cost of the pass over the calibration text with its second moments, which every shard makes unless
+        it finds them on disk. calibration_bytes: the size of these second moments.
     """
 
     passes: dict[str, tuple[float, ...]]
@@ -53,6 +56,8 @@ class CostTable:
     reuse: bool
     fed: dict[str, int] = field(default_factory=dict)
     other: dict[str, float] = field(default_factory=dict)
+    calibration: float = 0.0
+    calibration_bytes: int = 0
 
     def cell(self, cell: Cell) -> float:
         """Return the cost of scoring one cell."""
@@ -110,8 +115,33 @@ def costs_of(study: Study) -> CostTable:
                 other[name] = _from_each_block(again, cost, n_encoder)[0]
             fed[name] = sum(batch.input_ids.numel() for batch in packed.batches)
     advance = {name: tuple(of_task[0] - value for value in of_task) for name, of_task in passes.items()}
-    decompositions = {m.name: decomposition_flops(*m.shape) for m in study.matrices}
-    return CostTable(passes, advance, decompositions, runtime.reuse, fed, other)
+    in_metric = study.settings.region.treatment.metric == "activations"
+    flops = metric_flops if in_metric else decomposition_flops
+    decompositions = {m.name: flops(*m.shape) for m in study.matrices}
+    calibration, size = _calibration(study, cost)
+    return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size)
+
+
+def _calibration(study: Study, cost: ModelCost) -> tuple[float, int]:
+    """Return the cost of the pass over the calibration text in floating-point operations, and the bytes on disk.
+
+    Matrices of one block with equally many inputs are taken to have the same input, apart from experts.
+    """
+    text = study.prepared.calibration
+    names = {name for cell in study.units for name in cell.ablation.target.matrices}
+    edited = [matrix for matrix in study.matrices if matrix.name in names]
+    if text is None or not edited:
+        return 0.0, 0
+    inputs = {(m.block, m.expert, m.shape[1], m.layer_type in ("o_proj", "down_proj")) for m in edited}
+    last = max(matrix.block for matrix in edited)
+    one_pass = sum(len(one.tokens) * sum(cost.block[: last + 1]) + len(one.tokens) ** 2 / 2 * cost.pair * (last + 1)
+                   for one in text.requests)
+    shared = study.description.config.get_text_config()
+    n_experts = getattr(shared, "num_experts", None) or getattr(shared, "num_local_experts", None) or 1
+    routed = (getattr(shared, "num_experts_per_tok", None) or n_experts) / n_experts
+    moments = sum(2.0 * text.n_tokens * (1.0 if expert is None else routed) * width**2
+                  for _, expert, width, _ in inputs)
+    return one_pass + moments, sum(8 * width**2 for _, _, width, _ in inputs)
 
 
 @dataclass(frozen=True)
@@ -136,6 +166,9 @@ class ShardOfCells:
     tasks: frozenset[str] = frozenset()
     matrices: set[str] = field(default_factory=set)
     frontier: int = 0
+
+    def __post_init__(self) -> None:
+        self.total += self.costs.calibration
 
     def load(self, units: Sequence[Cell]) -> CellLoad:
         """Return what these cells need. The passes of baselines are left out, because every shard makes them anyway."""

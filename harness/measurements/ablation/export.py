@@ -14,22 +14,23 @@ from torch import Tensor
 from harness import __version__
 from harness.engine.manifest import MANIFEST, read_manifest
 from harness.errors import InputError, SettingError
+from harness.evaluation.calibration import CalibrationText
+from harness.evaluation.requests import TaskContext
 from harness.files import new_folder
 from harness.measurements.ablation.cells import cell_id, numeric_settings
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
+from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import frozen_cells, frozen_digests
-from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.description import ModelDescription
-from harness.models.editing import Ablation, Decompose, RealisedAblation, ablated
+from harness.models.editing import Ablation, RealisedAblation, ablated
 from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
-from harness.models.loading import LoadedModel, describe_model, load, require_head
-from harness.models.memory import decomposition_bytes
+from harness.models.loading import LoadedModel, describe_model, load, load_tokenizer, require_head
 from harness.models.targets import expand_targets
+from harness.models.treatment import Sources, spectrum_of
 from harness.settings.validation import validated
-from harness.spectral.ablation import low_rank_factors
-from harness.spectral.regions import select
+from harness.spectral.ablation import low_rank_factors, others
 from harness.tasks.registry import wants_classifier
 
 ABOUT = "ablation.json"
@@ -48,7 +49,7 @@ class Exported:
         size = sum(path.stat().st_size for path in self.folder.iterdir())
         factors = f", {self.n_factored} as low-rank factors" if self.n_factored else ""
         return (
-            f"{self.ablation.target.label}: {self.ablation.region.label} ({self.realised.n_removed} of"
+            f"{self.ablation.target.label}: {self.ablation.label} ({self.realised.n_removed} of"
             f" {self.realised.n_values} singular values, {len(self.ablation.target.matrices)} matrices{factors})"
             f" in {self.folder}, {size / 1e6:.1f} MB"
         )
@@ -61,8 +62,10 @@ def export(settings: StudySettings, factored: bool = False) -> Exported:
     Raises InputError if the settings mean several ablations, or the folder is not empty.
     """
     description = describe_model(settings.model)
-    ablation = the_ablation(settings, description)
-    return _export(settings, description, ablation, _free_folder(settings.output), factored)
+    text = _calibration(settings, description)
+    ablation = the_ablation(settings, description, text)
+    model = _Source(settings, description, text)
+    return _export(model, ablation, _free_folder(settings.output), factored)
 
 
 def export_cell(study: str | Path, cell: str, output: str | None, factored: bool = False) -> Exported:
@@ -95,17 +98,24 @@ def export_cell(study: str | Path, cell: str, output: str | None, factored: bool
             f"model.name: {settings.model.name!r} (or this harness) is no longer what {study} was frozen for;"
             " restore it"
         )
-    return _export(settings, description, chosen.ablation, folder, factored)
+    model = _Source(settings, description, _calibration(settings, description))
+    return _export(model, chosen.ablation, folder, factored)
 
 
-def the_ablation(settings: StudySettings, description: ModelDescription) -> Ablation:
-    """Return the one ablation that the settings mean, apart from controls. Raises InputError if there are several."""
+def the_ablation(
+    settings: StudySettings, description: ModelDescription, text: CalibrationText | None = None
+) -> Ablation:
+    """Return the one ablation that the settings mean, apart from controls. Raises InputError if there are several.
+
+    text: the calibration text of the settings, prepared for the model.
+    """
     bare = skeleton(description.config, description.family)
     targets = expand_targets(settings.target, matrices_of(bare, description.family))
     regions = [region for region in settings.region.regions() if region.by != "control"]
-    ablations = [Ablation(target, region) for target in targets for region in regions]
+    treatment = settings.region.treatment.treatment(text)
+    ablations = [Ablation(target, region, treatment) for target in targets for region in regions]
     if len(ablations) != 1:
-        labels = [f"{one.target.label}: {one.region.label}" for one in ablations]
+        labels = [f"{one.target.label}: {one.label}" for one in ablations]
         listed = ", ".join(labels[:6]) + (f", ... {labels[-1]}" if len(labels) > 6 else "")
         raise InputError(
             f"export: one ablation can be saved, and these settings mean {len(labels)} ({listed});"
@@ -123,9 +133,26 @@ def _free_folder(output: str | None) -> Path:
     return folder
 
 
-def _export(
-    settings: StudySettings, description: ModelDescription, ablation: Ablation, folder: Path, factored: bool
-) -> Exported:
+@dataclass(frozen=True)
+class _Source:
+    """The model that is exported: its settings and description, and the calibration text or None."""
+
+    settings: StudySettings
+    description: ModelDescription
+    text: CalibrationText | None
+
+
+def _calibration(settings: StudySettings, description: ModelDescription) -> CalibrationText | None:
+    """Return the calibration text of the settings, prepared for the model; None if there is none."""
+    if settings.region.treatment.calibration is None:
+        return None
+    tokenizer = load_tokenizer(settings.model, description)
+    context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind)
+    return settings.region.treatment.prepared(context)
+
+
+def _export(model: _Source, ablation: Ablation, folder: Path, factored: bool) -> Exported:
+    settings, description = model.settings, model.description
     runtime = settings.runtime
     if runtime.edit == "branch" and description.dtype != "float32":
         raise InputError(
@@ -135,19 +162,18 @@ def _export(
     loaded = load(settings.model, description)
     require_head(loaded)
     _make_savable(loaded.model)
-    disk = disk_cache(runtime.cache_gib, runtime.cache_dir)
-    decompose = DecompositionCache(loaded, decomposition_bytes(runtime.decomposition_gib, loaded.device), disk)
-    factors = _kept_factors(loaded, ablation, decompose) if factored else {}
+    sources = sources_of(loaded, runtime, model.text)
+    factors = _kept_factors(loaded, ablation, sources) if factored else {}
     try:
         with new_folder(folder) as work:
-            with ablated(loaded, ablation, decompose) as realised:
+            with ablated(loaded, ablation, sources) as realised:
                 if factored:
                     write_factored(work, loaded.model, description.family.kind, factors)
                 else:
                     loaded.model.save_pretrained(work)
             if loaded.tokenizer is not None:
                 loaded.tokenizer.save_pretrained(work)
-            about = _about(settings, description, ablation, realised)
+            about = _about(model, ablation, realised)
             (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
             mode = (work / ABOUT).stat().st_mode
             for path in filter(Path.is_file, work.rglob("*")):
@@ -157,20 +183,22 @@ def _export(
     return Exported(folder, ablation, realised, len(factors))
 
 
-def _kept_factors(loaded: LoadedModel, ablation: Ablation, decompose: Decompose) -> dict[str, tuple[Tensor, Tensor]]:
+def _kept_factors(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the low-rank factors of the kept part of each matrix of the target that is smaller in this form.
 
-    The factors are float32 [out, n] and [n, in] for n kept values. Raises InputError if no matrix is smaller.
+    The factors are float32 [out, n] and [n, in] for n kept values. Raises InputError if no matrix is smaller, or if the
+    values are scaled and not removed.
     """
+    if ablation.treatment.scale != 0:
+        raise InputError("--factored: region.scale leaves a matrix at its full rank; export without --factored")
+    sources.prepare([matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices])
     factors = {}
     rank = kept_most = 0
     for matrix in loaded.matrices:
         if matrix.name not in ablation.target.matrices:
             continue
-        decomposition = decompose(matrix)
-        kept = torch.ones(min(matrix.shape), dtype=torch.bool)
-        kept[select(ablation.region, decomposition.sigma, matrix.shape).cpu()] = False
-        indices = kept.nonzero().flatten()
+        decomposition = spectrum_of(matrix, ablation.treatment, sources)
+        indices = others(ablation.positions(decomposition), min(matrix.shape))
         weight = matrix.read(loaded.model)
         if factors_are_smaller(matrix, len(indices), weight.dtype):
             left, right = low_rank_factors(weight, decomposition, indices)
@@ -200,9 +228,8 @@ def _make_savable(model: torch.nn.Module) -> None:
         generation.do_sample = True
 
 
-def _about(
-    settings: StudySettings, description: ModelDescription, ablation: Ablation, realised: RealisedAblation
-) -> dict[str, Any]:
+def _about(model: _Source, ablation: Ablation, realised: RealisedAblation) -> dict[str, Any]:
+    settings, description = model.settings, model.description
     return {
         "harness_version": __version__,
         "model": settings.model.label,
@@ -212,6 +239,7 @@ def _about(
         "dtype": description.dtype,
         "target": ablation.target.label,
         "matrices": list(ablation.target.matrices),
-        "region": ablation.region.label,
+        "region": ablation.label,
+        "calibration": None if model.text is None else {**model.text.protocol, "centred": model.text.centred},
         **dataclasses.asdict(realised),
     }

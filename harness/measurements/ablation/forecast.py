@@ -15,10 +15,11 @@ from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.costs import edit_flops
 from harness.measurements.ablation.summary import bos_note
 from harness.measurements.ablation.units import Study
+from harness.models.editing import Ablation
 from harness.models.loading import TORCH_DTYPES, pick_device
 from harness.spectral.ablation import edit
 from harness.spectral.decomposition import decompose, decomposition_flops
-from harness.spectral.regions import Region, select
+from harness.spectral.regions import select
 
 # Rates are measured on matrices of at most this rank, so that planning takes only about a second.
 LARGEST_MEASURED = 512
@@ -38,7 +39,7 @@ class Forecast:
     """Floating-point operations and memory of a study.
 
     resumed: scoring from the frontier on, the moves of the frontier included. plain: scoring in which every cell runs
-        every block.
+        every block. calibration: the pass over the calibration text and the second moments of its activations.
     decompositions: those of all edited matrices, each once. edits: those of all ablations.
     n_matrices: how many matrices are edited. stream_bytes: memory of the stream of all tasks at one boundary.
     vector_bytes: memory of the singular vectors of all edited matrices.
@@ -51,10 +52,12 @@ class Forecast:
     n_matrices: int
     stream_bytes: int
     vector_bytes: int
+    calibration: float = 0.0
 
     def seconds(self, rates: Rates) -> float:
         """Return the least time, as if all scoring consisted of large matrix products."""
-        return self.resumed / rates.product + self.decompositions / rates.decomposition + self.edits / rates.edit
+        products = (self.resumed + self.calibration) / rates.product
+        return products + self.decompositions / rates.decomposition + self.edits / rates.edit
 
 
 def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
@@ -68,7 +71,7 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
     for ablation, members in group_by_ablation(study.units if cells is None else cells):
         first = ablation.target.first_block if reuse else 0
         touched.update(ablation.target.matrices)
-        edits += sum(edit_flops(*shapes[name], _n_removed(ablation.region, shapes[name]))
+        edits += sum(edit_flops(*shapes[name], _n_removed(ablation, shapes[name]))
                      for name in ablation.target.matrices)
         if first > frontier:
             resumed += sum(costs.advance[name][first] - costs.advance[name][frontier] for name in scored)
@@ -82,12 +85,16 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
     return Forecast(
         resumed, plain, sum(costs.decompositions[name] for name in touched), edits, len(touched),
         sum(costs.fed.values()) * width * itemsize, sum(8 * min(shapes[name]) ** 2 for name in touched),
+        costs.calibration if touched else 0.0,
     )
 
 
-def _n_removed(region: Region, shape: tuple[int, int]) -> int:
-    """Return how many values a region removes. If that depends on the singular values, half of the rank is assumed."""
-    return len(select(region, None, shape)) if region.rank_only else min(shape) // 2
+def _n_removed(ablation: Ablation, shape: tuple[int, int]) -> int:
+    """Return how many values an ablation removes. If that depends on singular values, half of the rank is assumed."""
+    if not ablation.region.rank_only:
+        return min(shape) // 2
+    picked = len(select(ablation.region, None, shape))
+    return min(shape) - picked if ablation.treatment.keep else picked
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> Rates:
@@ -127,7 +134,7 @@ def describe_study(study: Study) -> str:
     description, settings = study.description, study.settings
     cost = forecast(study)
     targets = dict.fromkeys(cell.ablation.target.label for cell in study.units if not cell.is_baseline)
-    regions = dict.fromkeys(cell.ablation.region.label for cell in study.units if not cell.is_baseline)
+    regions = dict.fromkeys(cell.ablation.label for cell in study.units if not cell.is_baseline)
     lines = [
         f"study {study.id}  folder {study.folder}",
         f"model {settings.model.label} ({description.config.model_type}, {description.dtype},"
@@ -143,6 +150,13 @@ def describe_study(study: Study) -> str:
         lines.append(f"task {name}: {len(task.example_ids)} examples, {len(task.requests)} requests, {tokens} tokens")
         if note := bos_note(name, task.protocol):
             lines.append(f"task {name}: {note}")
+    if (text := study.prepared.calibration) is not None:
+        lines.append(
+            f"calibration: {len(text.requests)} sequences, {text.n_tokens} tokens,"
+            f" {'covariance' if text.centred else 'second moment'} of the inputs, {cost.calibration:.3g} floating-point"
+            f" operations in one pass, {_size(study.costs.calibration_bytes)} on disk; nothing if an earlier run has"
+            " left it there (runtime.cache_dir)"
+        )
     of_task = Counter(cell.task for cell in study.units)
     lines.append(f"cells {len(study.units)}: " + ", ".join(f"{name} {count}" for name, count in of_task.items()))
     saved = 1 - cost.resumed / cost.plain if cost.plain else 0.0

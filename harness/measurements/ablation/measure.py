@@ -25,13 +25,13 @@ from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.outcomes import Failed, Outcome, SampledPart, Scored
 from harness.measurements.ablation.rows import RowMaker
 from harness.measurements.ablation.scorers import SMALLER, Scorers
+from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import Study
 from harness.models.attention import other_attention
-from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.editing import Ablation, RealisedAblation, ablated
 from harness.models.identity import module_identity, parameters_digest
 from harness.models.loading import MEMORY, LoadedModel, load, require_head
-from harness.models.memory import decomposition_bytes, is_out_of_memory, release_memory
+from harness.models.memory import is_out_of_memory, release_memory
 from harness.spectral.regions import OtherOrder
 
 
@@ -95,8 +95,9 @@ def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[M
     as_loaded = parameters_digest(loaded.model)
     run = CellRun(study, context, {cell.task for cell in cells})
     yield from run.baselines({cell.id for cell in cells if cell.is_baseline})
+    run.calibrate({name for cell in cells for name in cell.ablation.target.matrices})
     for ablation, members in group_by_ablation([cell for cell in cells if not cell.is_baseline]):
-        context.describe(f"{ablation.target.label}: {ablation.region.label}")
+        context.describe(f"{ablation.target.label}: {ablation.label}")
         run.scorers.advance(ablation.target.first_block)
         yield from run.ablation(ablation, members)
     context.division.agree("verifying the weights", lambda: _verify(loaded, as_loaded))
@@ -127,10 +128,8 @@ class CellRun:
             batch_tokens = self.runtime.scoring().batch_tokens
             self.sampler = Sampler(scored, self.runtime.adaptive, batch_tokens, study.settings.seed)
         self.scorers = Scorers(self.loaded, self.tasks, self.sampler, self.runtime, self.division)
-        disk = disk_cache(self.runtime.cache_gib, self.runtime.cache_dir)
         stream = min(self.scorers.stream_bytes(), self.runtime.stream_gib * 2**30)
-        budget = decomposition_bytes(self.runtime.decomposition_gib, self.loaded.device, stream)
-        self.decompose = DecompositionCache(self.loaded, budget, disk)
+        self.sources = sources_of(self.loaded, self.runtime, study.prepared.calibration, stream)
         self.rows = RowMaker(study, self.loaded)
         self.baseline_of: dict[str, dict[str, ExampleScores]] = {}
         self.batches_of: dict[str, list[AnyBatch]] = {}  # those in which the baseline was measured
@@ -146,6 +145,22 @@ class CellRun:
                 self.baseline_of[name] = dict(outcome.metrics)
             if cell.id in wanted:
                 yield self.rows.measured(cell, outcome, None, None, time.perf_counter() - started)
+
+    def calibrate(self, matrices: set[str]) -> None:
+        """Measure the inputs of all matrices that will be edited in one pass over the calibration text, if any.
+
+        If that fails, every cell that needs it becomes an error row.
+        """
+        if self.sources.calibrated is None or not matrices:
+            return
+        self.describe("calibration")
+        try:
+            self.sources.prepare([matrix for matrix in self.loaded.matrices if matrix.name in matrices])
+        except InputError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                release_memory()
 
     def ablation(self, ablation: Ablation, cells: Sequence[Cell]) -> Iterator[Measured]:
         """Measure the cells of one ablation under one edit.
@@ -171,8 +186,8 @@ class CellRun:
 
     def _edit(self, undo: ExitStack, ablation: Ablation) -> RealisedAblation | None:
         """Apply an ablation. If memory runs out, try again without kept decompositions, and then without a stream."""
-        self.decompose.expect(ablation.target.matrices)
-        for give_up in (self.decompose.shrink, self.scorers.leave_device, None):
+        self.sources.expect(ablation.target.matrices)
+        for give_up in (self.sources.shrink, self.scorers.leave_device, None):
             try:
                 return self.division.agree("editing", lambda: undo.enter_context(self._edited(ablation)))
             except Exception as error:
@@ -187,7 +202,7 @@ class CellRun:
     def _edited(self, ablation: Ablation) -> AbstractContextManager[RealisedAblation | None]:
         if not ablation.target.matrices:
             return nullcontext()
-        return ablated(self.loaded, ablation, self.decompose, self.runtime.edit)
+        return ablated(self.loaded, ablation, self.sources, self.runtime.edit)
 
     def _measured(self, cell: Cell, realised: RealisedAblation | None) -> Measured:
         started, baseline = time.perf_counter(), self.baseline_of.get(cell.task)

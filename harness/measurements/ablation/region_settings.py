@@ -1,4 +1,4 @@
-"""The settings of the regions of a study: a rule with its own settings, and the controls."""
+"""The settings of the regions of a study: a rule with its own settings, the treatment, and the controls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from harness.errors import SettingError, wrong
-from harness.settings.validation import chosen, plain
+from harness.measurements.ablation.treatment_settings import TreatmentSettings
+from harness.settings.validation import chosen, plain, validated
 from harness.spectral.regions import CONTROLS, RULES, Nothing, OtherOrder, Region, RegionRule
 from harness.spectral.regions.fraction import FractionRule
 
@@ -17,7 +18,7 @@ OTHER_ORDER = OtherOrder()
 
 @dataclass
 class RegionSettings:
-    """The singular values that are removed.
+    """The singular values that are removed, and what is done with them instead of a removal.
 
     by: the name of the rule in RULES. rule: its settings. A config has them in one group, such as
         {by: decile, deciles: [1, 10], controls: [none]}.
@@ -28,11 +29,15 @@ class RegionSettings:
     rule: RegionRule = field(default_factory=FractionRule)
     controls: list[str] = field(default_factory=lambda: ["none"])
     random_seeds: list[int] = field(default_factory=lambda: [0])
+    treatment: TreatmentSettings = field(default_factory=TreatmentSettings)
 
     def __post_init__(self) -> None:
         for control in self.controls:
             if not isinstance(control, str) or control not in CONTROLS:
                 raise wrong("controls", control, f"use one of {', '.join(CONTROLS)}")
+        if self.by == "mp" and self.treatment.metric == "activations":
+            right = "the law of Marchenko and Pastur is not that of W C^(1/2), whose entries are not independent"
+            raise wrong("metric", self.treatment.metric, right)
         if "lower_bulk" in self.controls and self.by != "mp":
             raise wrong("controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
         if self._draws() and not self.random_seeds:
@@ -47,10 +52,12 @@ class RegionSettings:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings in the form of a config."""
-        return {"by": self.by, **plain(self.rule), "controls": self.controls, "random_seeds": self.random_seeds}
+        rule, treatment = plain(self.rule), self.treatment.plain()
+        return {"by": self.by, **rule, **treatment, "controls": self.controls, "random_seeds": self.random_seeds}
 
     def unread(self) -> Iterator[SettingError]:
-        """Yield an error if there are seeds that no control reads."""
+        """Yield an error if there are seeds that no control reads, and those of the treatment."""
+        yield from self.treatment.unread()
         if self.random_seeds != [0] and not self._draws():
             right = ("only the controls random and energy_matched read it; region.controls is"
                      f" [{', '.join(self.controls)}]")
@@ -75,10 +82,28 @@ def read_region(values: Any) -> RegionSettings:
         raise wrong("", values, "it must be a group of keys with values, for example {by: decile}")
     given = {key: value for key, value in {"by": "fraction", **values}.items() if value is not None}
     lists = {key: given.pop(key) for key in ("controls", "random_seeds") if key in given}
+    treatment = validated(TreatmentSettings, _of_treatment(given))
     if isinstance(given.get("by"), str) and given["by"] in RULES:
         given = _without_other_rules(given)
     rule = chosen(RULES, "by", given)
-    return RegionSettings(given["by"], rule, **{key: _list(key, value) for key, value in lists.items()})
+    return RegionSettings(
+        given["by"], rule, treatment=treatment, **{key: _list(key, value) for key, value in lists.items()}
+    )
+
+
+def _of_treatment(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the keys of the treatment out of `given` and return them.
+
+    `keep` is true or false for the treatment, and a list for the rule of LASER. Raises SettingError if that rule is
+    given true.
+    """
+    if given["by"] == "laser" and given.get("keep") is True:
+        right = "for region=laser it lists the ranks that are kept; use region=fraction with region.keep=true"
+        raise wrong("keep", True, right)
+    own = {one.name for one in fields(TreatmentSettings)}
+    if isinstance(given.get("keep"), list):
+        own.remove("keep")
+    return {key: given.pop(key) for key in list(given) if key in own}
 
 
 def _without_other_rules(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +132,8 @@ def region_keys() -> dict[str, Any]:
     """Return every key that a config of a region may have, with the value that means "not given"."""
     default = RegionSettings()
     keys = {"by": default.by, "controls": default.controls, "random_seeds": default.random_seeds}
-    return {**{key: None for _, rule in RULES.items() for key in _defaults(rule)}, **keys}
+    kinds = [TreatmentSettings, *(rule for _, rule in RULES.items())]
+    return {**{key: None for kind in kinds for key in _defaults(kind)}, **keys}
 
 
 def _defaults(rule: Any) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class RowMaker:
             "rank": int(os.environ.get("RANK", 0)),
             "device": device,
         }
+        text = study.prepared.calibration
+        self.calibration = text and json.dumps(
+            {**text.protocol, "centred": text.centred, "n_tokens": text.n_tokens}, sort_keys=True, default=str
+        )
         self.block_of = {matrix.name: matrix.block for matrix in loaded.matrices}
         self.type_of = {matrix.name: matrix.layer_type for matrix in loaded.matrices}
 
@@ -77,7 +81,7 @@ class RowMaker:
         return Measured(cell, {"metrics": rows}, {**described, "metric": "all"})
 
     def _describe(self, cell: Cell, realised: RealisedAblation | None) -> dict[str, Any]:
-        target, region = cell.ablation.target, cell.ablation.region
+        target, region, treatment = cell.ablation.target, cell.ablation.region, cell.ablation.treatment
         blocks = sorted({self.block_of[name] for name in target.matrices})
         types = list(dict.fromkeys(self.type_of[name] for name in target.matrices))
         return {
@@ -92,10 +96,14 @@ class RowMaker:
             "blocks": _ranges(blocks) or None,
             "layer_types": ",".join(types) or None,
             "n_matrices": len(target.matrices),
-            "region": "none" if cell.is_baseline else region.label,
+            "region": "none" if cell.is_baseline else cell.ablation.label,
             "region_by": None if cell.is_baseline else region.by,
             "region_kind": None if cell.is_baseline else region.kind,
             "region_seed": getattr(region, "seed", None),
+            **({} if cell.is_baseline or cell.in_other_order else {
+                "region_metric": treatment.metric, "region_keep": treatment.keep, "region_scale": treatment.scale,
+                "calibration": treatment.calibration and self.calibration,
+            }),
             **(dataclasses.asdict(realised) if realised else {}),
         }
 

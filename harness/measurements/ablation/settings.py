@@ -35,6 +35,9 @@ class StudySettings:
     def __post_init__(self) -> None:
         if self.runtime.compile and self.model.device_map is not None:
             raise wrong("runtime.compile", True, "it needs the whole model on one device; leave model.device_map unset")
+        if self.runtime.compile and self.region.treatment.calibration is not None:
+            right = "the inputs of the matrices are seen by hooks, which compiled blocks leave out"
+            raise wrong("runtime.compile", True, right)
 
 
 Settings = StudySettings

@@ -52,14 +52,27 @@ METRICS = (
     Column("fraction_start", "float64", "Start of the removed interval as a share of the rank, 0 = the largest value."),
     Column("fraction_stop", "float64", "End of this half-open interval. Both are null if it is not one interval."),
     Column("region_seed", "int64", "Seed of a random region."),
+    Column("region_metric", "string", "Spectrum of the region: `weight`, that of W; `activations`, that of W C^(1/2)."),
+    Column("region_keep", "bool", "Whether the region is kept, and all other singular values are removed or scaled."),
+    Column("region_scale", "float64", "Factor of the removed values; 0 if they are really removed."),
+    Column("calibration", "string", "JSON: the text over which the inputs of the matrices were measured."),
     Column("n_removed", "int64", "Number of removed singular values, summed over the matrices."),
     Column("n_values", "int64", "Number of all singular values, summed over the matrices."),
     Column("energy_removed", "float64", "Removed share of the squared Frobenius norm of all matrices together."),
-    Column("sigma_max_removed", "float64", "Largest removed singular value."),
-    Column("sigma_min_removed", "float64", "Smallest removed singular value."),
+    Column("norm_removed", "float64", "Frobenius norm of the change of all matrices together, before rounding."),
+    Column(
+        "output_energy_removed", "float64",
+        "Removed share of the mean squared outputs of all matrices together over the calibration text.",
+    ),
+    Column(
+        "output_norm_removed", "float64",
+        "Root of the mean squared change of these outputs: the norm of (W - W') C^(1/2).",
+    ),
+    Column("sigma_max_removed", "float64", "Largest removed singular value, in the metric of the region."),
+    Column("sigma_min_removed", "float64", "Smallest removed singular value, in the metric of the region."),
     Column(
         "realised_removal", "float64",
-        "1 - |U_r^T W'| / |U_r^T W|, W' being the matrix in effect after rounding: 1 if all of the part is gone.",
+        "1 - |U_r^T W'| / |U_r^T W|, W' being the matrix in effect after rounding: 1 if the whole edit is in effect.",
     ),
     Column("edit", "string", "`weight`: edited weights, rounded; `branch`: outputs computed without the part."),
     Column("svd_method", "string", "Method of the decomposition: `gram`, `deflated`, `gesdd`, `gesvd`; several are joined by `+`."),
@@ -89,7 +102,7 @@ EXAMPLES = (
 )
 
 TABLES = TableSet(
-    "ablation", 2,
+    "ablation", 3,
     (Table("metrics", "one row per cell and metric", METRICS),
      Table("examples", "one row per cell, metric and example", EXAMPLES)),
     key="cell_id", label=("target", "region", "task"),

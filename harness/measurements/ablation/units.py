@@ -14,6 +14,7 @@ from harness.engine.manifest import MANIFEST, reading
 from harness.engine.plan import Plan, ShardCost, folder_of, run_id
 from harness.engine.ranks import Ranks
 from harness.errors import InputError
+from harness.evaluation.calibration import CalibrationText
 from harness.evaluation.requests import PreparedTask, TaskContext
 from harness.measurements.ablation.cells import (
     Cell,
@@ -29,6 +30,7 @@ from harness.measurements.ablation.cells import (
 from harness.measurements.ablation.costs import CostTable, ShardOfCells, costs_of
 from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.ablation.settings import StudySettings
+from harness.measurements.ablation.treatment_settings import KEY, refuse_common_text
 from harness.models.branches import check_branchable
 from harness.models.description import ModelDescription, generation_values
 from harness.models.editing import Ablation
@@ -36,18 +38,23 @@ from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
 from harness.models.targets import BASELINE, UNEDITED, Target, expand_targets
+from harness.models.treatment import Treatment
 from harness.spectral.regions import Region, from_plain, to_plain
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known of a model without its weights, and the tasks prepared for it by name."""
+    """What is known of a model without its weights, and the tasks prepared for it by name.
+
+    calibration: the text over which the inputs of the matrices are measured, or None.
+    """
 
     description: ModelDescription
     matrices: tuple[Matrix, ...]
     tokenizer: Any
     tasks: dict[str, PreparedTask]
+    calibration: CalibrationText | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class Study(Plan):
     def frozen(self) -> dict[str, Any]:
         """Return the tasks, and for each cell the indices of its target, its region and its task."""
         targets = list(dict.fromkeys(cell.ablation.target for cell in self.units))
-        regions = list(dict.fromkeys(cell.ablation.region for cell in self.units))
+        regions = list(dict.fromkeys((cell.ablation.region, cell.ablation.treatment) for cell in self.units))
         target_index = {target: i for i, target in enumerate(targets)}
         region_index = {region: i for i, region in enumerate(regions)}
         task_index = {name: i for i, name in enumerate(self.tasks)}
@@ -90,9 +97,12 @@ class Study(Plan):
             "tasks": {name: {"digest": self.digests[name], "protocol": dict(task.protocol)}
                       for name, task in self.tasks.items()},
             "targets": [dataclasses.asdict(target) for target in targets],
-            "regions": [to_plain(region) for region in regions],
+            # A region that is removed, and no more, is written as ever.
+            "regions": [to_plain(region) | ({"treatment": treatment.key()} if treatment.key() else {})
+                        for region, treatment in regions],
             "cells": [
-                [target_index[c.ablation.target], region_index[c.ablation.region], task_index[c.task]]
+                [target_index[c.ablation.target], region_index[c.ablation.region, c.ablation.treatment],
+                 task_index[c.task]]
                 for c in self.units
             ],
         }
@@ -191,6 +201,10 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) 
                 f"tasks.{name}: its {changed} changed since {folder} was frozen; restore what it was or choose another"
                 " output"
             )
+    frozen = {cell.ablation.treatment.calibration for cell in cells} - {None}
+    if frozen - {None if prepared.calibration is None else prepared.calibration.digest()}:
+        raise InputError(f"{KEY}: its text changed since {folder} was frozen; restore what it was or choose another"
+                         " output")
     first = cells[0]
     if cell_id(numeric_settings(settings, prepared.description), first.ablation, digests[first.task]) != first.id:
         raise InputError(
@@ -227,13 +241,13 @@ def frozen_digests(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def _frozen_cells(manifest: Mapping[str, Any]) -> tuple[Cell, ...]:
     targets = [Target(**{**one, "matrices": tuple(one["matrices"])}) for one in manifest["targets"]]
-    regions = [from_plain(one) for one in manifest["regions"]]
+    regions = [(from_plain(one), Treatment(**one.get("treatment", {}))) for one in manifest["regions"]]
     tasks = list(manifest["tasks"])
     ablations: dict[tuple[int, int], Ablation] = {}
     cells = []
     for (unit_id, _), (target, region, task) in zip(manifest["units"], manifest["cells"], strict=True):
         if (target, region) not in ablations:
-            ablations[target, region] = Ablation(targets[target], regions[region])
+            ablations[target, region] = Ablation(targets[target], *regions[region])
         cells.append(Cell(unit_id, ablations[target, region], tasks[task]))
     return tuple(cells)
 
@@ -248,7 +262,10 @@ def prepare(settings: StudySettings) -> Prepared:
     context = TaskContext(
         tokenizer, description.config, description.context_length, description.family.kind, generation
     )
-    return Prepared(description, matrices, tokenizer, prepare_tasks(settings.tasks, context))
+    tasks = prepare_tasks(settings.tasks, context)
+    text = settings.region.treatment.prepared(context)
+    refuse_common_text(text, tasks)
+    return Prepared(description, matrices, tokenizer, tasks, text)
 
 
 def build(
@@ -263,7 +280,8 @@ def build(
     shapes = {matrix.name: matrix.shape for matrix in prepared.matrices}
     if has_noise_floor(prepared.description):
         regions = list(dict.fromkeys([*regions, OTHER_ORDER]))
-    ablations = expand_ablations(targets, regions, shapes)
+    treatment = settings.region.treatment.treatment(prepared.calibration)
+    ablations = expand_ablations(targets, regions, shapes, treatment)
     digests = distinct_digests(prepared.tasks)
     ids = cell_ids(numeric_settings(settings, prepared.description), ablations, digests.values())
     cells = tuple(Cell(next(ids), ablation, name) for ablation in ablations for name in digests)

@@ -18,14 +18,14 @@ import numpy as np
 from harness.evaluation.requests import ExampleScores, ScoredTask, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.statistics import estimate, paired
+from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.tables import read_examples
 from harness.measurements.ablation.units import Study
 from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.units import REPORT, SELECTION
-from harness.models.decompositions import DecompositionCache, disk_cache
-from harness.models.editing import Ablation, Decompose, ablated
+from harness.models.editing import Ablation, ablated
 from harness.models.loading import LoadedModel, load
-from harness.models.memory import decomposition_bytes
+from harness.models.treatment import Sources
 
 
 def compose_greedily(selection: Study, report: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -36,13 +36,14 @@ def compose_greedily(selection: Study, report: Study, metrics: Sequence[str]) ->
     """
     runtime = selection.settings.runtime
     loaded = load(selection.settings.model, selection.description, selection.prepared.tokenizer, progress=False)
-    disk = disk_cache(runtime.cache_gib, runtime.cache_dir)
-    decompose = DecompositionCache(loaded, decomposition_bytes(runtime.decomposition_gib, loaded.device), disk)
-    decompose.expect(name for cell in selection.units for name in cell.ablation.target.matrices)
+    sources = sources_of(loaded, runtime, selection.prepared.calibration)
+    edited = {name for cell in selection.units for name in cell.ablation.target.matrices}
+    sources.expect(edited)
+    sources.prepare([matrix for matrix in loaded.matrices if matrix.name in edited])  # before any edit stays applied
     rows: list[dict[str, Any]] = []
     for name, task in scored_tasks(selection.tasks).items():
         parts = {SELECTION: task, REPORT: scored_tasks(report.tasks)[name]}
-        composition = TaskComposition(selection, parts, loaded, decompose)
+        composition = TaskComposition(selection, parts, loaded, sources)
         for metric in metrics:
             if metric in composition.baselines[SELECTION]:
                 rows += composition.steps(metric)
@@ -56,9 +57,9 @@ class TaskComposition:
     """
 
     def __init__(
-        self, selection: Study, parts: Mapping[str, ScoredTask], loaded: LoadedModel, decompose: Decompose
+        self, selection: Study, parts: Mapping[str, ScoredTask], loaded: LoadedModel, sources: Sources
     ) -> None:
-        self.selection, self.parts, self.loaded, self.decompose = selection, parts, loaded, decompose
+        self.selection, self.parts, self.loaded, self.sources = selection, parts, loaded, sources
         # Edits of several blocks stay applied, so a pass may not resume from a stream of the unedited model.
         options = dataclasses.replace(selection.settings.runtime.scoring(), reuse=False)
         self.scorers = {part: Scorer(loaded, {task.name: task}, options) for part, task in parts.items()}
@@ -81,7 +82,7 @@ class TaskComposition:
         with ExitStack() as kept:
             for block in sorted(candidates, reverse=True):
                 candidate = candidates[block]
-                undo = ablated(self.loaded, candidate, self.decompose, self.selection.settings.runtime.edit)
+                undo = ablated(self.loaded, candidate, self.sources, self.selection.settings.runtime.edit)
                 undo.__enter__()
                 accepted = False
                 try:
@@ -94,7 +95,7 @@ class TaskComposition:
                     kept.push(undo)
                     current, n_kept = now, n_kept + 1
                 rows.append({
-                    **common, "step": str(block), "target": candidate.target.label, "region": candidate.region.label,
+                    **common, "step": str(block), "target": candidate.target.label, "region": candidate.label,
                     "accepted": accepted, **_compared(now, baseline),
                 })
             whole = _compared(self.scores(REPORT)[metric], self.baselines[REPORT][metric])

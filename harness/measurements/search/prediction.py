@@ -16,15 +16,15 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.gradients import SingularGradients, singular_gradients
 from harness.evaluation.requests import PreparedTask
+from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import Study
 from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.verdict import grid_rows
-from harness.models.decompositions import DecompositionCache, disk_cache
-from harness.models.editing import Ablation, Decompose
+from harness.models.editing import Ablation
 from harness.models.loading import LoadedModel, load
 from harness.models.matrices import Matrix
-from harness.models.memory import decomposition_bytes
-from harness.spectral.regions import select
+from harness.models.treatment import Decompose, spectrum_of
+from harness.spectral.decomposition import Decomposition
 
 if TYPE_CHECKING:
     import pandas
@@ -43,20 +43,25 @@ def predict(grid: Study, examples: Study, metrics: Sequence[str]) -> list[dict[s
     ablations = grid_ablations(grid)
     touched = {name for ablation in ablations for name in ablation.target.matrices}
     matrices = [matrix for matrix in loaded.matrices if matrix.name in touched]
-    shapes = {matrix.name: matrix.shape for matrix in matrices}
-    disk = disk_cache(runtime.cache_gib, runtime.cache_dir)
-    decompose = DecompositionCache(loaded, decomposition_bytes(runtime.decomposition_gib, loaded.device), disk)
-    decompose.expect(touched)
-    sigmas = {matrix.name: decompose(matrix).sigma for matrix in matrices}
+    by_name = {matrix.name: matrix for matrix in matrices}
+    sources = sources_of(loaded, runtime, grid.prepared.calibration)
+    sources.expect(touched)
+    sources.prepare(matrices)
+    treatment = ablations[0].treatment  # a study has one for all its regions
+
+    def decompose(matrix: Matrix) -> Decomposition:
+        return spectrum_of(matrix, treatment, sources)
+
     rows = []
     for name, task in examples.tasks.items():
         for metric, found in _smooth(loaded, task, metrics, matrices, decompose).items():
             better = 1 if blank_measure(task)[metric].higher_is_better else -1
             for ablation in ablations:
-                removed = {m: select(ablation.region, sigmas[m], shapes[m]) for m in ablation.target.matrices}
-                delta = math.fsum(found.predicted_delta(m, indices) for m, indices in removed.items())
+                removed = {m: ablation.positions(decompose(by_name[m])) for m in ablation.target.matrices}
+                whole = math.fsum(found.predicted_delta(m, indices) for m, indices in removed.items())
+                delta = whole if treatment.scale == 0 else (1 - treatment.scale) * whole
                 rows.append({
-                    "task": name, "metric": metric, "target": ablation.target.label, "region": ablation.region.label,
+                    "task": name, "metric": metric, "target": ablation.target.label, "region": ablation.label,
                     "n_removed": sum(map(len, removed.values())), "n_examples": len(task.example_ids),
                     "predicted_delta": delta,
                     "predicted_improvement": better * delta,

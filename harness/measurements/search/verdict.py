@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def controls_of(winner: Winner, seeds: Sequence[int]) -> dict[str, list[Ablation
     Besides those that draw from all values there are those that do not draw what the cell itself removes. They are left
     out if the other values are fewer, or hold less energy, than what the cell removes.
     """
-    target, region = winner.ablation.target, winner.ablation.region
+    region = winner.ablation.region
     fewer = 2 * winner.row["n_removed"] <= winner.row["n_values"]
     lighter = winner.row["energy_removed"] <= 0.5
     made: dict[str, list[Any]] = {"random": [Random(region, seed) for seed in seeds]}
@@ -110,7 +111,8 @@ def controls_of(winner: Winner, seeds: Sequence[int]) -> dict[str, list[Ablation
     made["energy_matched"] = [EnergyMatched(region, seed) for seed in seeds]
     if lighter:
         made["energy_matched_disjoint"] = [EnergyMatched(region, seed, disjoint=True) for seed in seeds]
-    return {name: [Ablation(target, control) for control in controls] for name, controls in made.items()}
+    return {name: [dataclasses.replace(winner.ablation, region=control) for control in controls]
+            for name, controls in made.items()}
 
 
 def verdict_rows(
@@ -220,7 +222,7 @@ def _selected(winner: Winner) -> dict[str, Any]:
     """Return the columns of `verdict` that come from the selection part."""
     return {
         "task": winner.task, "metric": winner.metric, "higher_is_better": bool(winner.row["higher_is_better"]),
-        "target": winner.ablation.target.label, "region": winner.ablation.region.label,
+        "target": winner.ablation.target.label, "region": winner.ablation.label,
         "energy_removed": winner.row["energy_removed"], "n_tried": winner.n_tried,
         "selection_n": winner.row["n"], "selection_baseline": winner.row["baseline"],
         "selection_value": winner.row["value"], "selection_delta": winner.row["delta"],

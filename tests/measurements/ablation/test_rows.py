@@ -34,7 +34,8 @@ def scores(*values, transform="identity"):
 def maker():
     task = ScoredTask("text", {"window": 8}, [], [f"e{i}" for i in range(4)], lambda scores: {})
     description = SimpleNamespace(identity={"digest": "d"}, config=SimpleNamespace(model_type="llama"), dtype="float32")
-    study = SimpleNamespace(id="study", settings=StudySettings(), description=description, tasks={"text": task})
+    study = SimpleNamespace(id="study", settings=StudySettings(), description=description, tasks={"text": task},
+                            prepared=SimpleNamespace(calibration=None))
     matrices = [SimpleNamespace(name=name, block=int(name[0]), layer_type=name[2:]) for name in TARGET.matrices]
     return RowMaker(study, SimpleNamespace(blocks=[None] * 4, matrices=matrices, device=torch.device("cpu")))
 

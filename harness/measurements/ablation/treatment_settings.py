@@ -1,0 +1,97 @@
+"""The settings of what is done with a region: its metric, whether it is kept, by what it is scaled, the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from harness.errors import InputError, SettingError, wrong
+from harness.evaluation.calibration import MOST_COMMON, CalibrationText
+from harness.evaluation.requests import DirectTask, PreparedTask, TaskContext
+from harness.models.treatment import Treatment
+from harness.settings.constraints import ReadBy
+from harness.settings.validation import plain
+from harness.tasks.registry import prepare_task, task_of
+from harness.tasks.settings import Task
+
+KEY = "region.calibration"
+KINDS = ("text", "recall")  # the kinds of tasks whose tokens can be a calibration text
+
+
+def _calibration_of(values: Any) -> Task | None:
+    if values is None:
+        return None
+    if isinstance(values, Mapping) and values.get("kind") is None:
+        right = "choose one with calibration=text and region.calibration.data_files=..., or calibration=wikitext"
+        raise SettingError("", f"no kind; {right}")
+    task = task_of(values, "calibration")
+    if task.kind not in KINDS:
+        raise wrong("kind", task.kind, f"a calibration text is of kind {' or '.join(KINDS)}")
+    return task
+
+
+@dataclass
+class TreatmentSettings:
+    """What is done with the region of each matrix. By default its singular values are removed.
+
+    metric: in which the spectrum is taken: of the weights, W, or of the activations, W C^(1/2).
+    keep: keep the region, and remove (or scale) everything else.
+    scale: by what the part is multiplied; 0 removes it, 2 doubles it.
+    centred: C is the covariance of the matrix's inputs, and not their second moment.
+    calibration: the text over which the inputs are measured, as the settings of a task of kind text (or recall). With
+        metric=weight it may be given, too: every row then says what the part contributes to the outputs.
+    """
+
+    metric: Literal["weight", "activations"] = "weight"
+    keep: bool = False
+    scale: float = 0.0
+    centred: bool = False
+    calibration: Annotated[Task | None, ReadBy(_calibration_of)] = None
+
+    def __post_init__(self) -> None:
+        if self.scale == 1:
+            raise wrong("scale", self.scale, "a scale of 1 changes nothing; 0 removes the region")
+        if self.calibration is None and self.metric == "activations":
+            right = "it needs a text: calibration=wikitext, or calibration=text region.calibration.data_files=..."
+            raise wrong("metric", self.metric, right)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings that are not the default, in the form of a config."""
+        return {one.name: plain(getattr(self, one.name)) for one in fields(self)
+                if getattr(self, one.name) != one.default}
+
+    def unread(self) -> Iterator[SettingError]:
+        """Yield an error if `centred` is set and nothing reads it."""
+        if self.centred and self.calibration is None:
+            yield wrong("centred", True, "only a calibration text is centred; choose one with calibration=...")
+
+    def prepared(self, context: TaskContext) -> CalibrationText | None:
+        """Return the calibration text prepared for one model; None without one. Raises InputError as a task does."""
+        if self.calibration is None:
+            return None
+        if context.kind == "seq2seq":
+            raise InputError(f"{KEY}: the inputs of an encoder-decoder's matrices cannot be measured; leave it out")
+        try:
+            task = prepare_task("calibration", self.calibration, context)
+        except InputError as error:
+            raise InputError(str(error).replace("tasks.calibration", KEY)) from error
+        assert not isinstance(task, DirectTask)  # no task of these kinds measures the model itself
+        return CalibrationText(task.requests, task.protocol.get("window") is not None, self.centred, task.protocol)
+
+    def treatment(self, text: CalibrationText | None) -> Treatment:
+        """Return the treatment of the regions of a study. text: the prepared calibration text."""
+        return Treatment(self.metric, self.keep, self.scale, self.centred, None if text is None else text.digest())
+
+
+def refuse_common_text(text: CalibrationText | None, tasks: Mapping[str, PreparedTask]) -> None:
+    """Raise InputError if a task asks about the calibration text itself, whole or in part."""
+    if text is None:
+        return
+    for name, task in tasks.items():
+        share = text.share_in(task)
+        if share > MOST_COMMON:
+            raise InputError(
+                f"{KEY}: it and tasks.{name} have {share:.0%} of one of the two texts in common, and a metric must not"
+                " be measured on the text that it is judged by; take another text, such as the train split"
+            )

@@ -1,0 +1,173 @@
+"""What an ablation does with the part of a matrix that its region picks, and where the part comes from.
+
+Every edit is W' = W + (s - 1) U_r (U_r^T D), see harness/spectral/ablation.py. Three choices make it:
+
+- the spectrum, whose positions the region picks and whose left vectors are U (`spectrum_of`);
+- the operand D, of which the part is taken (`operation_of`);
+- what becomes of the part: the scale s, and whether the region or its complement is meant (`Treatment`).
+
+To add a source of the spectrum or an operand, such as the change W - W_reference: give `Treatment` a field whose
+default is the present behaviour, name it in `words`, let `spectrum_of` return the other decomposition and
+`operation_of` the other operand, and give `Sources` what the two need. Nothing else of an edit has to know. The
+spectrum of another matrix than the operand must have left vectors (`side` "left", `Operation.values` "other").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from harness.models.matrices import Matrix
+from harness.spectral.ablation import Operation
+from harness.spectral.activations import InputCovariance
+from harness.spectral.decomposition import Decomposition
+from harness.spectral.regions import Region
+
+Decompose = Callable[[Matrix], Decomposition]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done with the region of every matrix of an ablation. By default its singular values are removed.
+
+    metric: "weight": the spectrum of W; "activations": that of W C^(1/2), where C is the second moment of the inputs
+        over the calibration text, or their covariance if `centred`.
+    keep: whether the region is kept, and all other values of the spectrum are meant instead.
+    scale: the factor of the part; 0 removes it.
+    calibration: the digest of the calibration text (see `harness.evaluation.calibration`), or None.
+    """
+
+    metric: str = "weight"
+    keep: bool = False
+    scale: float = 0.0
+    centred: bool = False
+    calibration: str | None = None
+
+    def key(self) -> dict[str, Any]:
+        """Return what a number depends on, for the ids of cells: every field that is not the default."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+                if getattr(self, field.name) != field.default}
+
+    @property
+    def words(self) -> str:
+        """What labels say behind the name of a region, such as ", activations, kept"; nothing by default."""
+        said = [
+            *(["activations"] if self.metric == "activations" else []), *(["centred"] if self.centred else []),
+            *(["kept"] if self.keep else []), *([f"scaled by {self.scale:g}"] if self.scale else []),
+        ]
+        return "".join(f", {word}" for word in said)
+
+    def removing_nothing(self) -> Treatment:
+        """Return the treatment for a control that removes nothing: the same spectrum, of which no value is touched."""
+        return dataclasses.replace(self, keep=False, scale=0.0)
+
+
+REMOVE = Treatment()
+
+
+def label_of(region: Region, treatment: Treatment) -> str:
+    """Return the label of a region under a treatment. In the label of a control it stands behind the region's name."""
+    reference = getattr(region, "reference", None)
+    if reference is None:
+        return region.label if region.by == "control" else region.label + treatment.words
+    return region.label.replace(f"({reference.label})", f"({reference.label}{treatment.words})")
+
+
+class Calibrated(Protocol):
+    """The inputs of a model's matrices over a calibration text."""
+
+    def prepare(self, matrices: Sequence[Matrix]) -> None:
+        """Measure the inputs of these matrices if that is not yet done. The model must hold its unedited weights."""
+        ...
+
+    def inputs(self, matrix: Matrix) -> InputCovariance:
+        """Return the statistics of the inputs of one matrix."""
+        ...
+
+    def key(self, matrix: Matrix) -> str:
+        """Return a hash of everything on which the metric of one matrix depends."""
+        ...
+
+    def factor(self, matrix: Matrix) -> Tensor:
+        """Return F with F F^T = C for the inputs of one matrix, as `InputCovariance.factor` does."""
+        ...
+
+
+@runtime_checkable
+class Shrinking(Protocol):
+    """Something that keeps results in memory."""
+
+    def shrink(self) -> None:
+        """Give up everything that is kept, and keep less from now on."""
+        ...
+
+
+@runtime_checkable
+class Cache(Shrinking, Protocol):
+    """A function from a matrix to its decomposition that keeps decompositions in memory."""
+
+    def expect(self, matrices: Iterable[str]) -> None:
+        """Say which matrices, by name, will be asked for one after the other and then again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where edits take spectra and operands from.
+
+    weights: a function from a matrix to the decomposition of its weights. activations: the same in the metric of the
+    activations. calibrated: the inputs of the matrices. The last two are None without a calibration text.
+    """
+
+    weights: Decompose
+    activations: Decompose | None = None
+    calibrated: Calibrated | None = None
+
+    def prepare(self, matrices: Sequence[Matrix]) -> None:
+        """Prepare what can only be measured while all weights are unedited."""
+        if self.calibrated is not None:
+            self.calibrated.prepare(matrices)
+
+    def expect(self, matrices: Iterable[str]) -> None:
+        """Tell the caches which matrices will be asked for one after the other and then again."""
+        names = frozenset(matrices)
+        for cache in (self.weights, self.activations):
+            if isinstance(cache, Cache):
+                cache.expect(names)
+
+    def shrink(self) -> None:
+        """Let the caches give up everything that they keep, and keep less from now on, because memory ran out."""
+        for cache in (self.weights, self.activations, self.calibrated):
+            if isinstance(cache, Shrinking):
+                cache.shrink()
+
+    def require_calibrated(self) -> Calibrated:
+        """Return the inputs of the matrices. Raises ValueError without a calibration text."""
+        if self.calibrated is None:
+            raise ValueError("this treatment needs a calibration text")
+        return self.calibrated
+
+
+def spectrum_of(matrix: Matrix, treatment: Treatment, sources: Sources) -> Decomposition:
+    """Return the spectrum of whose positions the region picks some. Raises ValueError without its source."""
+    if treatment.metric == "weight":
+        return sources.weights(matrix)
+    sources.require_calibrated()
+    assert sources.activations is not None  # it is there where the inputs are
+    return sources.activations(matrix)
+
+
+def operation_of(matrix: Matrix, treatment: Treatment, sources: Sources) -> Operation:
+    """Return what is done with the part that the region picks from one matrix.
+
+    The operand is the weight itself. With a calibration text the operation tells what the part contributes to the
+    outputs. Raises ValueError without its source.
+    """
+    if treatment.metric == "activations":
+        return Operation(treatment.scale, "output")
+    inputs = None if treatment.calibration is None else sources.require_calibrated().factor(matrix)
+    return Operation(treatment.scale, inputs=inputs)
