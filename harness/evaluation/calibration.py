@@ -116,7 +116,8 @@ class Calibration:
         self._files: dict[str, IO[bytes]] = {}  # matrix -> the open file of its block
         self._problem: Exception | None = None
         self._current: tuple[IO[bytes], _Group] | None = None
-        self._factors: OrderedDict[str, Tensor] = OrderedDict()
+        self._factors: OrderedDict[tuple[str, bool], Tensor] = OrderedDict()
+        self._means: dict[str, Tensor] = {}
 
     def prepare(self, matrices: Sequence[Matrix]) -> None:
         """Measure the inputs of these matrices if that is not yet done. The model must hold its unedited weights.
@@ -159,14 +160,24 @@ class Calibration:
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def factor(self, matrix: Matrix) -> Tensor:
-        """Return F with F F^T = C for the inputs of one matrix, as `InputCovariance.factor` does."""
-        if matrix.name not in self._factors:
-            self._factors[matrix.name] = self.inputs(matrix).factor(self.text.centred)
+    def mean(self, matrix: Matrix) -> Tensor:
+        """Return the mean of the inputs of one matrix, float64 [in]."""
+        if matrix.name not in self._means:
+            self._means[matrix.name] = self.inputs(matrix).mean
+        return self._means[matrix.name]
+
+    def factor(self, matrix: Matrix, centred: bool | None = None) -> Tensor:
+        """Return F with F F^T = C for the inputs of one matrix, as `InputCovariance.factor` does.
+
+        centred: whether C is the covariance; None: as the text says.
+        """
+        which = (matrix.name, self.text.centred if centred is None else centred)
+        if which not in self._factors:
+            self._factors[which] = self.inputs(matrix).factor(which[1])
             while len(self._factors) > 1 and sum(one.nbytes for one in self._factors.values()) > self._budget:
                 self._factors.popitem(last=False)
-        self._factors.move_to_end(matrix.name)
-        return self._factors[matrix.name]
+        self._factors.move_to_end(which)
+        return self._factors[which]
 
     def shrink(self) -> None:
         """Give up the factors that are kept, and keep half as much from now on; try a pass that failed again."""

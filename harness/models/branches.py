@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from harness.errors import InputError
 from harness.models.matrices import Matrix
-from harness.spectral.ablation import REMOVE, Operation, low_rank_factors, others
+from harness.spectral.ablation import REMOVE, Operation, bias_of, low_rank_factors, others
 from harness.spectral.decomposition import Decomposition
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The removal or scaling of singular values of one matrix, as two factors in float32.
+    """The removal or scaling of singular values of one matrix, as two factors and perhaps a bias in float32.
 
     keeps: whether the factors hold the part that is kept, because it has fewer singular values than the removed part.
         Their product then gives the output; otherwise it is subtracted.
@@ -39,6 +39,7 @@ class Branch:
     first: float32 [out, n].
     second: float32 [n, in]. None if `first` holds singular vectors of the output side: the product with x is then
         first^T z.
+    bias: float32 [out], added to the output if the part is replaced by its mean; else None.
     """
 
     matrix: Matrix
@@ -46,9 +47,17 @@ class Branch:
     scale: float
     first: Tensor
     second: Tensor | None
+    bias: Tensor | None = None
 
     def output(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return W' x without the bias, float32 [..., out], for x float32 [..., in] and weight W [out, in]."""
+        """Return W' x without the bias of the module, float32 [..., out].
+
+        x: float32 [..., in]. weight: W [out, in].
+        """
+        y = self._product(x, weight)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.second is not None and self.keeps and self.scale == 0:
             return (x @ self.second.T) @ self.first.T
         z = F.linear(x, weight.to(x.dtype))
@@ -75,26 +84,72 @@ def branch(
     `low_rank_factors` does.
     """
     own = operation.operand is None
+    bias = bias_of(weight, decomposition, indices, operation).float() if operation.to_mean else None
     keeps = own and 2 * len(indices) > min(matrix.shape)
     if keeps:
         indices = others(indices, min(matrix.shape))
     first, second = low_rank_factors(operation.of(weight), decomposition, indices)
     by_output = own and decomposition.side == "left"
-    return Branch(matrix, keeps, operation.scale, first.float(), None if by_output else second.float())
+    return Branch(matrix, keeps, operation.scale, first.float(), None if by_output else second.float(), bias)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to the outputs of one matrix. values: float32 [out]."""
+
+    matrix: Matrix
+    values: Tensor
+
+
+@contextmanager
+def biased(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
+    """Add these biases to the outputs of the modules for the time of the context; no parameter of the model changes.
+
+    The sum is computed in float32 and rounded to the model's dtype.
+    """
+    of_module: dict[nn.Module, list[Bias]] = {}
+    for one in biases:
+        of_module.setdefault(owner_of(model, one.matrix), []).append(one)
+
+    def adding(group: Sequence[Bias]) -> Callable[[Any, tuple, Tensor], Tensor]:
+        def add(module: Any, args: tuple, output: Tensor) -> Tensor:
+            result = output.clone()
+            for one in group:
+                part = slice_of(one.matrix, result)
+                own = part.shape[-2:] if one.matrix.layout.heads else part.shape[-1:]
+                part.copy_(part.float() + one.values.to(part.device).reshape(own))
+            return result
+
+        return add
+
+    with ExitStack() as stack:
+        for module, group in of_module.items():
+            stack.callback(module.register_forward_hook(adding(group)).remove)
+        yield
+
+
+def check_linear(model: nn.Module, matrices: Iterable[Matrix], key: str, instead: str) -> None:
+    """Raise an InputError that names the first matrix whose module is not a plain linear layer.
+
+    The model may be on the meta device. key: the setting that cannot edit it. instead: the setting to use.
+    """
+    for matrix in matrices:
+        if matrix.expert is not None or not _is_linear(owner_of(model, matrix)):
+            what = "an expert of a fused 3-D parameter" if matrix.expert is not None else "not a plain linear layer"
+            raise InputError(
+                f"{key} cannot edit {matrix.name}, which is {what}; use {instead}, or leave it out of"
+                " target.layer_types"
+            )
 
 
 def check_branchable(model: nn.Module, matrices: Iterable[Matrix]) -> None:
-    """Raise an InputError that names the first matrix whose module is not a plain linear layer.
+    """Raise an InputError as `check_linear` if runtime.edit=branch cannot edit one of these matrices."""
+    check_linear(model, matrices, "runtime.edit: branch", "runtime.edit=weight")
 
-    The model may be on the meta device.
-    """
-    for matrix in matrices:
-        if matrix.expert is not None or not _is_linear(_owner(model, matrix)):
-            what = "an expert of a fused 3-D parameter" if matrix.expert is not None else "not a plain linear layer"
-            raise InputError(
-                f"runtime.edit: branch cannot edit {matrix.name}, which is {what};"
-                " use runtime.edit=weight, or leave it out of target.layer_types"
-            )
+
+def check_biasable(model: nn.Module, matrices: Iterable[Matrix]) -> None:
+    """Raise an InputError as `check_linear` if the part of one of these matrices cannot be replaced by a bias."""
+    check_linear(model, matrices, "region.replace: mean", "region.replace=zero")
 
 
 @contextmanager
@@ -102,7 +157,7 @@ def branched(model: nn.Module, branches: Sequence[Branch]) -> Iterator[None]:
     """Put these removals into the forward pass of the model for the time of the context; its weights do not change."""
     of_module: dict[nn.Module, list[Branch]] = {}
     for one in branches:
-        of_module.setdefault(_owner(model, one.matrix), []).append(one)
+        of_module.setdefault(owner_of(model, one.matrix), []).append(one)
     with ExitStack() as stack:
         for module, group in of_module.items():
             handle = module.register_forward_hook(_hook(model, group))
@@ -110,7 +165,8 @@ def branched(model: nn.Module, branches: Sequence[Branch]) -> Iterator[None]:
         yield
 
 
-def _owner(model: nn.Module, matrix: Matrix) -> nn.Module:
+def owner_of(model: nn.Module, matrix: Matrix) -> nn.Module:
+    """Return the module whose parameter holds the matrix."""
     return model.get_submodule(matrix.parameter.rpartition(".")[0])
 
 
@@ -127,15 +183,15 @@ def _hook(model: nn.Module, group: Sequence[Branch]) -> Callable[[Any, tuple, Te
         x = args[0].to(output.device, torch.float32)
         result = output.clone()
         for one, weight in zip(group, weights):
-            part = _slice(one.matrix, result)
+            part = slice_of(one.matrix, result)
             y = one.output(x, weight).reshape(part.shape)
-            part.copy_(y if module.bias is None else y + _slice(one.matrix, module.bias))
+            part.copy_(y if module.bias is None else y + slice_of(one.matrix, module.bias))
         return result
 
     return replace
 
 
-def _slice(matrix: Matrix, output: Tensor) -> Tensor:
+def slice_of(matrix: Matrix, output: Tensor) -> Tensor:
     """Return a view of the outputs of this matrix among the outputs [..., all] of its module, which may be fused.
 
     Its shape is [..., out], or [..., heads, out / heads] if the module interleaves heads.

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.models.branches import Branch, branch, branched
+from harness.models.branches import Bias, Branch, biased, branch, branched, check_biasable
 from harness.models.loading import LoadedModel
 from harness.models.targets import Target
 from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, label_of, operation_of, spectrum_of
-from harness.spectral.ablation import Removal, edit, others, removal
+from harness.spectral.ablation import Removal, bias_of, edit, others, removal
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region, fraction_interval, select
 
@@ -47,6 +47,8 @@ class RealisedAblation:
         Frobenius norm of the change of all matrices together.
     output_energy_removed, output_norm_removed: the removed share of the mean squared outputs of all matrices together
         over the calibration text, and the root of the mean squared change of them; None without such a text.
+    output_constant_share: which share of the mean squared outputs of the removed parts is that of their mean, from 0 to
+        1 (a bias); None without such a text, and if the parts have no outputs.
     sigma_max_removed, sigma_min_removed: the largest and the smallest over all matrices; None if nothing was removed.
     realised_removal: as in `Removal`, for the removed parts of all matrices together.
     svd_method: the methods that were used, joined by "+". svd_reconstruction_error, svd_orthogonality_error: the
@@ -61,6 +63,7 @@ class RealisedAblation:
     norm_removed: float
     output_energy_removed: float | None
     output_norm_removed: float | None
+    output_constant_share: float | None
     sigma_max_removed: float | None
     sigma_min_removed: float | None
     realised_removal: float | None
@@ -90,6 +93,7 @@ def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
                   if one.output_energy is not None]
     output_energy = sum(energy or 0.0 for _, energy, _ in of_outputs)
     output_removed = sum((share or 0.0) * (energy or 0.0) for share, energy, _ in of_outputs)
+    part_energy = sum(one.output_part_energy or 0.0 for one in removals)
     known = len(of_outputs) == len(removals) > 0
     starts = [start for start, _ in (one.interval for one in edited) if start is not None]
     stops = [stop for _, stop in (one.interval for one in edited) if stop is not None]
@@ -102,6 +106,9 @@ def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
         energy_removed=removed_energy / total_energy if total_energy else 0.0,
         norm_removed=math.hypot(*(one.norm_removed for one in removals)),
         output_energy_removed=(output_removed / output_energy if output_energy else 0.0) if known else None,
+        output_constant_share=(
+            sum(one.output_constant_energy or 0.0 for one in removals) / part_energy if known and part_energy else None
+        ),
         output_norm_removed=math.hypot(*(norm or 0.0 for _, _, norm in of_outputs)) if known else None,
         sigma_max_removed=_extreme(max, [removal.sigma_max_removed for removal in touched]),
         sigma_min_removed=_extreme(min, [removal.sigma_min_removed for removal in touched]),
@@ -115,6 +122,20 @@ def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
 def _extreme(which: Callable[[list[float]], float], values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return which(known) if known else None
+
+
+def biases_of(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> list[Bias]:
+    """Return the biases that replace the parts of an ablation by their means. The model must hold unedited weights."""
+    sources.prepare([matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices])
+    found = []
+    for matrix in loaded.matrices:
+        if matrix.name in ablation.target.matrices:
+            decomposition = spectrum_of(matrix, ablation.treatment, sources)
+            operation = operation_of(matrix, ablation.treatment, sources)
+            indices = ablation.positions(decomposition)
+            values = bias_of(matrix.read(loaded.model), decomposition, indices, operation)
+            found.append(Bias(matrix, values.float()))
+    return found
 
 
 @contextmanager
@@ -134,6 +155,9 @@ def ablated(
     sources.prepare(matrices)
     edited: list[_Edited] = []
     branches: list[Branch] = []
+    biases: list[Bias] = []
+    if ablation.treatment.replace == "mean":
+        check_biasable(loaded.model, matrices)
     with ExitStack() as undo:
         for matrix in matrices:
             decomposition = spectrum_of(matrix, ablation.treatment, sources)
@@ -144,6 +168,8 @@ def ablated(
                 weight, removed = edit(original, decomposition, indices, operation)
                 undo.callback(matrix.write, loaded.model, original)
                 matrix.write(loaded.model, weight)
+                if operation.to_mean:
+                    biases.append(Bias(matrix, bias_of(original, decomposition, indices, operation).float()))
             else:
                 after = original
                 if len(indices):
@@ -151,6 +177,8 @@ def ablated(
                     after = branches[-1].effective(original)
                 removed = removal(after, original, decomposition, indices, operation)
             edited.append(_Edited(removed, decomposition, fraction_interval(indices, min(matrix.shape))))
+        if biases:
+            undo.enter_context(biased(loaded.model, biases))
         if branches:
             undo.enter_context(branched(loaded.model, branches))
         yield _combine(edited)

@@ -38,12 +38,14 @@ class Treatment:
         over the calibration text, or their covariance if `centred`.
     keep: whether the region is kept, and all other values of the spectrum are meant instead.
     scale: the factor of the part; 0 removes it.
+    replace: "zero", or "mean": the part is replaced by its mean over the calibration text, which is a bias.
     calibration: the digest of the calibration text (see `harness.evaluation.calibration`), or None.
     """
 
     metric: str = "weight"
     keep: bool = False
     scale: float = 0.0
+    replace: str = "zero"
     centred: bool = False
     calibration: str | None = None
 
@@ -58,12 +60,13 @@ class Treatment:
         said = [
             *(["activations"] if self.metric == "activations" else []), *(["centred"] if self.centred else []),
             *(["kept"] if self.keep else []), *([f"scaled by {self.scale:g}"] if self.scale else []),
+            *(["mean"] if self.replace == "mean" else []),
         ]
         return "".join(f", {word}" for word in said)
 
     def removing_nothing(self) -> Treatment:
         """Return the treatment for a control that removes nothing: the same spectrum, of which no value is touched."""
-        return dataclasses.replace(self, keep=False, scale=0.0)
+        return dataclasses.replace(self, keep=False, scale=0.0, replace="zero")
 
 
 REMOVE = Treatment()
@@ -92,8 +95,15 @@ class Calibrated(Protocol):
         """Return a hash of everything on which the metric of one matrix depends."""
         ...
 
-    def factor(self, matrix: Matrix) -> Tensor:
-        """Return F with F F^T = C for the inputs of one matrix, as `InputCovariance.factor` does."""
+    def factor(self, matrix: Matrix, centred: bool | None = None) -> Tensor:
+        """Return F with F F^T = C for the inputs of one matrix, as `InputCovariance.factor` does.
+
+        centred: whether C is the covariance; None: as the calibration says.
+        """
+        ...
+
+    def mean(self, matrix: Matrix) -> Tensor:
+        """Return the mean of the inputs of one matrix, float64 [in]."""
         ...
 
 
@@ -167,7 +177,13 @@ def operation_of(matrix: Matrix, treatment: Treatment, sources: Sources) -> Oper
     The operand is the weight itself. With a calibration text the operation tells what the part contributes to the
     outputs. Raises ValueError without its source.
     """
-    if treatment.metric == "activations":
-        return Operation(treatment.scale, "output")
-    inputs = None if treatment.calibration is None else sources.require_calibrated().factor(matrix)
-    return Operation(treatment.scale, inputs=inputs)
+    if treatment.calibration is None:
+        return Operation(treatment.scale)
+    calibrated, to_mean = sources.require_calibrated(), treatment.replace == "mean"
+    in_metric = treatment.metric == "activations"
+    return Operation(
+        treatment.scale, "output" if in_metric else "own",
+        # In their own metric the squares of the values are the energies already, but not after a replacement by means.
+        inputs=None if in_metric and not to_mean else calibrated.factor(matrix, True if to_mean else None),
+        centred=treatment.centred, mean=calibrated.mean(matrix), to_mean=to_mean,
+    )

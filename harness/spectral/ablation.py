@@ -2,7 +2,8 @@
 
 Every edit is W' = W + (s - 1) U_r (U_r^T D). U_r holds the left singular vectors at the region's positions of some
 spectrum, D is the operand, and s the scale: 0 removes the part, 2 doubles it. The operand is W itself unless another
-is given. The edit is computed in float64 and rounded once.
+is given. The edit is computed in float64 and rounded once. A part may also be replaced by its mean over some inputs x:
+a bias (1 - s) U_r U_r^T D <x> is then added to the output W' x (`bias_of`).
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ class Operation:
     operand: D [out, in] of any dtype; None for W. If it is given, the spectrum must have `side` "left", unless it is
         that of the operand.
     inputs: float64 F [in, q], where F F^T is the second moment or the covariance of the matrix's inputs; None if it is
-        not known. It tells what the part contributes to the outputs.
+        not known, or if the values are "output". It tells what the part contributes to the outputs.
+    centred: whether F F^T, or C, is the covariance.
+    mean: float64 [in], the mean of the inputs; None if it is not known. to_mean: whether the part is replaced by its
+        mean, so that a bias is added. `inputs` must then be those of the covariance.
     """
 
     scale: float = 0.0
     values: Literal["own", "output", "other"] = "own"
     operand: Tensor | None = None
     inputs: Tensor | None = None
+    centred: bool = False
+    mean: Tensor | None = None
+    to_mean: bool = False
 
     @property
     def removes_own_values(self) -> bool:
@@ -60,7 +67,10 @@ class Removal:
     energy: |D|^2, the squared Frobenius norm of the operand.
     norm_removed: |W - W'|, the Frobenius norm of the change before rounding.
     output_energy_removed, output_energy, output_norm_removed: the same three for the outputs, with D C^(1/2) in place
-        of D: means of squares over the calibration text. None if the inputs are not known.
+        of D: means of squares over the calibration text, or variances if C is the covariance or the part is replaced by
+        its mean. None if the inputs are not known.
+    output_part_energy, output_constant_energy: the mean square of the part's outputs, U_r^T D x, and the square of
+        their mean. None if the mean of the inputs is not known.
     sigma_max_removed, sigma_min_removed: the largest and the smallest removed singular value; None if none was removed.
     realised_removal: 1 - |U_r^T W'|_F / |U_r^T W|_F, where W' is the new weight after rounding to its dtype and U_r
         holds the removed vectors. It is 1 if the removed part is gone, and 0 if rounding has put as much back as was
@@ -79,6 +89,8 @@ class Removal:
     output_energy_removed: float | None = None
     output_energy: float | None = None
     output_norm_removed: float | None = None
+    output_part_energy: float | None = None
+    output_constant_energy: float | None = None
 
 
 def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor, operation: Operation = REMOVE) -> Tensor:
@@ -132,19 +144,23 @@ def removal(
     energy = float((sigma**2).sum())
     output_removed = output_energy = 0.0
     known = operation.values == "output" or operation.inputs is not None
-    if operation.values == "output":
+    if operation.values == "output" and operation.inputs is None:
         output_removed, output_energy = energy_removed, energy
     if operation.values != "own":
         operand = operation.of(weight)
         energy_removed = float(_coordinates(operand, decomposition, indices).square().sum())
         energy = float(operand.square().sum())
-    if operation.inputs is not None and operation.values != "output":
+    if operation.inputs is not None:
         operand, inputs = operation.of(weight), operation.inputs
         if decomposition.side == "left":
             outputs = _coordinates(operand, decomposition, indices) @ inputs
         else:  # the columns of D V_r are orthogonal, and their norms are the values
             outputs = removed[:, None].to(inputs) * (_vectors(decomposition, indices, inputs).T @ inputs)
         output_removed, output_energy = float(outputs.square().sum()), float((operand @ inputs).square().sum())
+    constant = part = None
+    if operation.mean is not None and known:
+        constant = float(_part_of(operation, weight, decomposition, indices).square().sum())
+        part = output_removed + constant if operation.centred or operation.to_mean else output_removed
     strength = abs(1 - operation.scale)
     if operation.removes_own_values:
         realised = realised_removal(after, decomposition, indices)
@@ -163,7 +179,29 @@ def removal(
         output_energy_removed=(output_removed / output_energy if output_energy else 0.0) if known else None,
         output_energy=output_energy if known else None,
         output_norm_removed=strength * math.sqrt(output_removed) if known else None,
+        output_part_energy=part,
+        output_constant_energy=constant,
     )
+
+
+def bias_of(weight: Tensor, decomposition: Decomposition, indices: Tensor, operation: Operation) -> Tensor:
+    """Return the bias that replaces the part at `indices` by its mean, (1 - s) U_r U_r^T D <x>: float64 [out].
+
+    weight: the weight [out, in] before the edit. Raises ValueError if the operation does not know the mean.
+    """
+    if operation.mean is None:
+        raise ValueError("a part can be replaced by its mean only if the mean of the inputs is known")
+    return (1 - operation.scale) * _part_of(operation, weight, decomposition, indices)
+
+
+def _part_of(operation: Operation, weight: Tensor, decomposition: Decomposition, indices: Tensor) -> Tensor:
+    """Return U_r U_r^T D <x>, float64 [out]."""
+    assert operation.mean is not None
+    operand, mean = operation.of(weight), operation.mean.to(weight.device)
+    vectors = _vectors(decomposition, indices, operand)
+    if decomposition.side == "left":
+        return vectors @ (vectors.T @ (operand @ mean))
+    return operand @ (vectors @ (vectors.T @ mean))
 
 
 def realised_removal(after: Tensor, decomposition: Decomposition, indices: Tensor) -> float | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.spectral.ablation import Operation, ablate, edit
+from harness.spectral.ablation import Operation, ablate, bias_of, edit
 from harness.spectral.activations import InputCovariance, decompose_in_metric
 from harness.spectral.decomposition import decompose
 
@@ -156,3 +156,31 @@ def test_an_edit_of_another_operand():
 def test_a_factor_of_another_width_is_refused():
     with pytest.raises(ValueError, match="20 rows, not 12"):
         decompose_in_metric(weight_of((12, 20)), torch.eye(12).double())
+
+
+@pytest.mark.parametrize("metric", ["weight", "activations"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_part_that_is_replaced_by_its_mean(shape, metric):
+    weight, rows = weight_of(shape), activations(300, shape[1])
+    known = statistics(rows)
+    found = decompose(weight) if metric == "weight" else decompose_in_metric(weight, known.factor())
+    values = "own" if metric == "weight" else "output"
+    left = found.vectors.numpy() if found.side == "left" else np.linalg.svd(weight.numpy(), full_matrices=False)[0]
+    indices = torch.tensor([0, 2, 5])
+    picked = left[:, indices.numpy()]
+    for scale in (0.0, 0.5):
+        operation = Operation(scale, values, inputs=known.factor(centred=True), mean=known.mean, to_mean=True)
+        edited, said = edit(weight, found, indices, operation)
+        bias = bias_of(weight, found, indices, operation)
+        outputs = rows @ weight.numpy().T
+        part = outputs @ picked @ picked.T
+        expected = outputs + (scale - 1) * (part - part.mean(0))
+        assert np.allclose(rows @ edited.numpy().T + bias.numpy(), expected, rtol=0, atol=1e-10 * np.abs(outputs).max())
+        varied = np.square(part - part.mean(0)).sum(1).mean()
+        assert said.output_norm_removed == pytest.approx((1 - scale) * varied**0.5, rel=1e-9)
+        assert said.output_constant_energy == pytest.approx(np.square(part.mean(0)).sum(), rel=1e-9)
+        assert said.output_part_energy == pytest.approx(np.square(part).sum(1).mean(), rel=1e-9)
+        variance = np.square(outputs - outputs.mean(0)).sum(1).mean()
+        assert said.output_energy_removed == pytest.approx(varied / variance, rel=1e-9)
+    with pytest.raises(ValueError, match="only if the mean of the inputs is known"):
+        bias_of(weight, found, indices, Operation())

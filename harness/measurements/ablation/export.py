@@ -22,8 +22,9 @@ from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import frozen_cells, frozen_digests
+from harness.models.biases import require_biases, write_biases
 from harness.models.description import ModelDescription
-from harness.models.editing import Ablation, RealisedAblation, ablated
+from harness.models.editing import Ablation, RealisedAblation, ablated, biases_of
 from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import LoadedModel, describe_model, load, load_tokenizer, require_head
@@ -164,9 +165,12 @@ def _export(model: _Source, ablation: Ablation, folder: Path, factored: bool) ->
     _make_savable(loaded.model)
     sources = sources_of(loaded, runtime, model.text)
     factors = _kept_factors(loaded, ablation, sources) if factored else {}
+    biases = biases_of(loaded, ablation, sources) if ablation.treatment.replace == "mean" else []
+    require_biases(loaded.model, biases)
     try:
         with new_folder(folder) as work:
             with ablated(loaded, ablation, sources) as realised:
+                write_biases(loaded.model, biases)
                 if factored:
                     write_factored(work, loaded.model, description.family.kind, factors)
                 else:

@@ -102,6 +102,7 @@ class RowMaker:
             "region_seed": getattr(region, "seed", None),
             **({} if cell.is_baseline or cell.in_other_order else {
                 "region_metric": treatment.metric, "region_keep": treatment.keep, "region_scale": treatment.scale,
+                "region_replace": treatment.replace,
                 "calibration": treatment.calibration and self.calibration,
             }),
             **(dataclasses.asdict(realised) if realised else {}),

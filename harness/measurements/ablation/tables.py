@@ -55,6 +55,7 @@ METRICS = (
     Column("region_metric", "string", "Spectrum of the region: `weight`, that of W; `activations`, that of W C^(1/2)."),
     Column("region_keep", "bool", "Whether the region is kept, and all other singular values are removed or scaled."),
     Column("region_scale", "float64", "Factor of the removed values; 0 if they are really removed."),
+    Column("region_replace", "string", "What the removed part becomes: `zero`, or `mean`: its mean, as a bias."),
     Column("calibration", "string", "JSON: the text over which the inputs of the matrices were measured."),
     Column("n_removed", "int64", "Number of removed singular values, summed over the matrices."),
     Column("n_values", "int64", "Number of all singular values, summed over the matrices."),
@@ -62,11 +63,15 @@ METRICS = (
     Column("norm_removed", "float64", "Frobenius norm of the change of all matrices together, before rounding."),
     Column(
         "output_energy_removed", "float64",
-        "Removed share of the mean squared outputs of all matrices together over the calibration text.",
+        "Removed share of the mean squared outputs over the calibration text; of their variance if `replace` is `mean`.",
     ),
     Column(
         "output_norm_removed", "float64",
         "Root of the mean squared change of these outputs: the norm of (W - W') C^(1/2).",
+    ),
+    Column(
+        "output_constant_share", "float64",
+        "Share of the mean squared outputs of the removed part that is the square of their mean: 1 for a bias.",
     ),
     Column("sigma_max_removed", "float64", "Largest removed singular value, in the metric of the region."),
     Column("sigma_min_removed", "float64", "Smallest removed singular value, in the metric of the region."),

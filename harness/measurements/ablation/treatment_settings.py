@@ -38,6 +38,7 @@ class TreatmentSettings:
     metric: in which the spectrum is taken: of the weights, W, or of the activations, W C^(1/2).
     keep: keep the region, and remove (or scale) everything else.
     scale: by what the part is multiplied; 0 removes it, 2 doubles it.
+    replace: "mean" puts the mean of the part's output over the calibration text in its place, as a bias.
     centred: C is the covariance of the matrix's inputs, and not their second moment.
     calibration: the text over which the inputs are measured, as the settings of a task of kind text (or recall). With
         metric=weight it may be given, too: every row then says what the part contributes to the outputs.
@@ -46,15 +47,17 @@ class TreatmentSettings:
     metric: Literal["weight", "activations"] = "weight"
     keep: bool = False
     scale: float = 0.0
+    replace: Literal["zero", "mean"] = "zero"
     centred: bool = False
     calibration: Annotated[Task | None, ReadBy(_calibration_of)] = None
 
     def __post_init__(self) -> None:
         if self.scale == 1:
             raise wrong("scale", self.scale, "a scale of 1 changes nothing; 0 removes the region")
-        if self.calibration is None and self.metric == "activations":
-            right = "it needs a text: calibration=wikitext, or calibration=text region.calibration.data_files=..."
-            raise wrong("metric", self.metric, right)
+        for key, value, needs in (("metric", self.metric, "activations"), ("replace", self.replace, "mean")):
+            if self.calibration is None and value == needs:
+                right = "it needs a text: calibration=wikitext, or calibration=text region.calibration.data_files=..."
+                raise wrong(key, value, right)
 
     def plain(self) -> dict[str, Any]:
         """Return the settings that are not the default, in the form of a config."""
@@ -81,7 +84,9 @@ class TreatmentSettings:
 
     def treatment(self, text: CalibrationText | None) -> Treatment:
         """Return the treatment of the regions of a study. text: the prepared calibration text."""
-        return Treatment(self.metric, self.keep, self.scale, self.centred, None if text is None else text.digest())
+        return Treatment(
+            self.metric, self.keep, self.scale, self.replace, self.centred, None if text is None else text.digest()
+        )
 
 
 def refuse_common_text(text: CalibrationText | None, tasks: Mapping[str, PreparedTask]) -> None:

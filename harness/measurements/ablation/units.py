@@ -31,7 +31,7 @@ from harness.measurements.ablation.costs import CostTable, ShardOfCells, costs_o
 from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.treatment_settings import KEY, refuse_common_text
-from harness.models.branches import check_branchable
+from harness.models.branches import check_biasable, check_branchable
 from harness.models.description import ModelDescription, generation_values
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
@@ -178,10 +178,12 @@ def plan(settings: StudySettings) -> Study:
     Raises InputError if the model, the data or the settings do not fit each other.
     """
     study = _from_settings(settings, prepare(settings))
-    if settings.runtime.edit == "branch":
+    branch, to_mean = settings.runtime.edit == "branch", settings.region.treatment.replace == "mean"
+    if branch or to_mean:
         touched = {name for cell in study.units for name in cell.ablation.target.matrices}
         bare = skeleton(study.description.config, study.description.family)
-        check_branchable(bare, [matrix for matrix in study.matrices if matrix.name in touched])
+        check = check_branchable if branch else check_biasable
+        check(bare, [matrix for matrix in study.matrices if matrix.name in touched])
     return study
 
 

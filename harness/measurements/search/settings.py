@@ -96,5 +96,8 @@ def check(settings: SearchSettings) -> None:
     if settings.runtime.precision != "exact":
         right = "use exact for a search, because adaptive cells use different examples"
         raise wrong("runtime.precision", settings.runtime.precision, right)
+    if settings.search.choice != "exhaustive" and settings.region.treatment.replace == "mean":
+        right = "a gradient to singular values does not know the biases of region.replace=mean; use exhaustive"
+        raise wrong("search.choice", settings.search.choice, right)
     if settings.search.compose == "greedy" and settings.target.kind not in ("matrix", "block"):
         raise wrong("search.compose", "greedy", "it goes block by block; use target=matrix or target=block")

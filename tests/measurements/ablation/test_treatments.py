@@ -17,6 +17,7 @@ from harness.measurements.ablation.cells import cell_id
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.tables import read_metrics
 from harness.measurements.ablation.units import plan
+from harness.models.branches import owner_of, slice_of
 from harness.models.editing import Ablation, ablated
 from harness.models.loading import loaded_from
 from harness.models.targets import BASELINE, Target
@@ -90,6 +91,7 @@ def test_everything_of_a_treatment_is_in_the_id_and_the_baseline_keeps_its_own(p
         "windows": [*active, "region.calibration.window=15"],
         "text": [*active, f"region.calibration.data_files={place / 'other.txt'}"],
         "kept": [*active, "region.keep=true"], "scaled": [*active, "region.scale=0.5"],
+        "mean": [*active, "region.replace=mean"],
         "plainly kept": overrides(place, "region.keep=true"), "plainly scaled": overrides(place, "region.scale=2"),
     }  # fmt: skip
     found = {name: ids(words) for name, words in variants.items()}
@@ -105,6 +107,9 @@ def test_everything_of_a_treatment_is_in_the_id_and_the_baseline_keeps_its_own(p
     ("more", "said"),
     [
         (["region.metric=activations"], "region.metric: 'activations' is wrong; it needs a text: calibration=wikitext"),
+        (["region.replace=mean"], "region.replace: 'mean' is wrong; it needs a text: calibration=wikitext"),
+        (["calibration=text", "region.calibration.data_files={other}", "region.replace=mean", "model.name={mixtral}"],
+         "region.replace: mean cannot edit 0.up_proj.e0, which is an expert of a fused 3-D parameter; use region.repl"),
         (["region.scale=1"], "region.scale: 1.0 is wrong; a scale of 1 changes nothing"),
         (["region.centred=true"], "region.centred: True is wrong; only a calibration text is centred"),
         (["region.metric=inputs"], "region.metric: 'inputs' is wrong"),
@@ -126,7 +131,8 @@ def test_everything_of_a_treatment_is_in_the_id_and_the_baseline_keeps_its_own(p
 )  # fmt: skip
 def test_wrong_treatments_are_refused_in_one_line(place, capsys, more, said):
     files = {"text": place / "text.txt", "other": place / "other.txt"}
-    more = [word.replace("{text}", str(files["text"])).replace("{other}", str(files["other"])) for word in more]
+    files["mixtral"] = place / "mixtral"
+    more = [word.format(**files) if "=" in word and "kind" not in word else word for word in more]
     rules = [word for word in more if word.startswith("region=")]
     words = [word for word in overrides(place) if not rules or not word.startswith(("region=", "region.deciles="))]
     assert main(["plan", *words, *more]) == 2
@@ -255,6 +261,7 @@ def test_kept_and_removed_parts_make_up_the_matrix_and_both_ways_agree(place, ed
             with model.ablated(name, region, edit=edit, treatment=dataclasses.replace(treatment, scale=-2.0)):
                 assert torch.allclose(owner(x), whole - 3 * (whole - parts[0]), rtol=0, atol=2e-5)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.module.named_parameters())
+    assert not any(owner._forward_hooks for owner in model.module.modules())
     assert not model.module.training and torch.isfinite(model.module(tokens).logits).all()
 
 
@@ -302,3 +309,77 @@ def test_export_of_a_treatment_is_the_model_that_was_measured(place, study, caps
     assert main(["export", "--factored", *words[:-1], "region.keep=false", "region.scale=0.5",
                  f"output={place / 'scaled'}"]) == 2
     assert "region.scale leaves a matrix at its full rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_parts_replaced_by_their_means_in_both_ways(place, model_type):
+    """Over the calibration text itself the mean of every output is as before, and its part is constant."""
+    model = sh.wrap(tiny_model(model_type), sh.load(str(place / "model")).tokenizer)
+    text = sh.task("text", data_files=str(place / "calibration.txt"), window=16, limit=4)
+    requests = model.prepare(text).requests
+    treatment = sh.TreatmentSettings(replace="mean", calibration=text.task)
+    names = ["0.q_proj", "0.v_proj", "0.up_proj", "0.down_proj"]
+    matrices = {matrix.name: matrix for matrix in model.loaded.matrices}
+    before = {name: tensor.clone() for name, tensor in model.module.named_parameters()}
+
+    @torch.no_grad()
+    def outputs(name):
+        """The outputs of one matrix for the inputs that it has in the unedited model."""
+        module = owner_of(model.module, matrices[name])
+        x = inputs[module]
+        return slice_of(matrices[name], module(x)).reshape(len(x), -1).double()
+
+    inputs, found = {}, {}
+    for name in names:
+        module = owner_of(model.module, matrices[name])
+        rows = []
+        handle = module.register_forward_pre_hook(lambda module, args: rows.append(args[0][0]))
+        with torch.no_grad():
+            for request in requests:
+                model.module(input_ids=torch.from_numpy(request.tokens)[None])
+        handle.remove()
+        inputs[module] = torch.cat(rows)
+        found[name] = outputs(name)
+    for edit in ("weight", "branch"):
+        for name in names:
+            with model.ablated(name, sh.regions.large(0.3), edit=edit, treatment=treatment) as said:
+                now = outputs(name)
+            change = now - found[name]
+            scale = float(found[name].square().mean()) ** 0.5
+            assert torch.allclose(change.mean(0), torch.zeros_like(change[0]), rtol=0, atol=2e-5 * scale), name
+            assert float(change.square().sum(1).mean()) ** 0.5 == pytest.approx(said.output_norm_removed, rel=1e-4)
+            assert 0 < said.output_constant_share < 1
+            with model.ablated(name, sh.regions.large(1.0), edit=edit, treatment=treatment) as said:
+                constant = outputs(name)
+            assert torch.allclose(constant, found[name].mean(0).expand_as(constant), rtol=0, atol=2e-5 * scale)
+            assert said.output_energy_removed == pytest.approx(1, abs=1e-6)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.module.named_parameters())
+    assert not any(module._forward_hooks for module in model.module.modules())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
+def test_means_are_exported_as_biases(place, tmp_path, model_type):
+    save_checkpoint(tmp_path / "model", model_type)
+    words = [*calibrated(place), f"model.name={tmp_path / 'model'}", "region.deciles=[1]", "region.replace=mean",
+             "region.metric=activations", "target=all", "target.layer_types=[q_proj,up_proj]"]
+    rows = rows_of(run_settings(compose_settings("ablation", [*words, f"output={tmp_path / 'study'}"])))
+    assert main(["export", *words, f"output={tmp_path / 'exported'}"]) == 0
+    task = sh.task("text", data_files=str(place / "text.txt"), window=16, limit=6)
+    found = sh.load(str(tmp_path / "exported")).score(task).metrics.set_index("metric").value["nll"]
+    label = "decile 1 (0.0-0.1), activations, mean"
+    row = rows.xs(label, level="region").iloc[0]
+    assert float(found) == pytest.approx(row.value, abs=2e-6) and abs(row.delta) > 1e-4
+    assert row.region_replace == "mean"
+    if model_type == "llama":
+        module = sh.load(str(tmp_path / "exported")).module.model.layers[1].mlp
+        assert module.up_proj.bias.abs().sum() > 0 and module.down_proj.bias.abs().sum() == 0
+
+
+def test_a_model_without_biases_is_not_exported_with_means(place, tmp_path, capsys):
+    save_checkpoint(tmp_path / "model", "mistral")
+    words = [*calibrated(place), f"model.name={tmp_path / 'model'}", "region.deciles=[1]", "region.replace=mean",
+             "target=all", "target.layer_types=[o_proj]", f"output={tmp_path / 'exported'}"]
+    assert main(["export", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "region.replace: mean becomes a bias, and 0.o_proj of a mistral model" in error
+    assert not (tmp_path / "exported").exists()
