@@ -92,14 +92,14 @@ def measure(assets: Path, name: str) -> str:
             cells[mode] = next(cell for cell in study.units if not cell.is_baseline)
         ablation, ratios = cells["exact"].ablation, []
         for run in runs.values():
-            run.advance(ablation.target.first_block)
+            run.scorers.advance(ablation.target.first_block)
         with ablated(runs["exact"].loaded, ablation, runs["exact"].decompose):
             for number in range(repeats + 1):
                 order = list(MODES) if number % 2 else list(MODES)[::-1]
                 taken = {mode: seconds(runs[mode], cells[mode]) for mode in order}
                 if number:  # the first pass moves the stream to the frontier
                     ratios.append((taken["adaptive"] / taken["exact"], taken["exact"]))
-    (_, passes, tokens), (groups, own, padded) = (layout(run.scorer) for run in runs.values())
+    (_, passes, tokens), (groups, own, padded) = (layout(run.scorers.of(next(iter(run.tasks)))) for run in runs.values())
     low, middle, high = statistics.quantiles((ratio for ratio, _ in ratios), n=4)
     return (f"| {name}, batch of {batch_tokens} | {groups} | {own} / {passes} | {padded / tokens:.3f} |"
             f" {middle:.3f} ({low:.3f} to {high:.3f}) | {statistics.median(exact for _, exact in ratios):.2f} |")

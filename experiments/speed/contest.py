@@ -125,6 +125,22 @@ class Clock:
         return timed
 
 
+class Directly:
+    """Takes the place of the engine's Writer, and writes in the thread whose parts are timed."""
+
+    def __init__(self, write: Callable[[Any], None]) -> None:
+        self.put = write
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Directly:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
 @contextmanager
 def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None]) -> Iterator[None]:
     """The runner with its parts timed; `after_ablation` runs with the clock of the harness stopped."""
@@ -155,7 +171,7 @@ def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None
         with clock.part("other", contestant="harness"):
             yield from ablation(self, what, cells)
         with clock.part("other", "", "nobody"):
-            after_ablation(what, self.scorer)
+            after_ablation(what, self.scorers.of(next(iter(self.tasks))))
 
     with ExitStack() as stack:
         for owner, name, replacement in (
@@ -166,6 +182,7 @@ def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None
             (scoring, "read", clock.wrap("head", scoring.read)),
             (measure.RowMaker, "measured", _method(clock, "I/O", measure.RowMaker.measured)),
             (engine_run, "_write", clock.wrap("I/O", engine_run._write)),
+            (engine_run, "Writer", Directly),
             (measure, "ablated", ablated_timed),
             (measure.CellRun, "__init__", start_timed),
             (measure.CellRun, "outcome", outcome_timed),

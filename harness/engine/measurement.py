@@ -23,7 +23,8 @@ def _ignore(text: str) -> None:
 class Measured:
     """The result of measuring one unit.
 
-    rows: table name -> the unit's rows (tables/writer.py). Rows of the primary table have `status` and, where that is
+    rows: table name -> the unit's rows (tables/writer.py). They are read in another thread while the next unit is
+    measured, so a mapping may also make them only then. Rows of the primary table have `status` and, where that is
     "error", `error`. described: the columns of the primary table that are known of the unit whatever happens; they make
     an error row where the rows cannot be written. Columns that are left out are null. The engine fills in those that
     say where and when.

@@ -17,6 +17,7 @@ from harness.engine.measurement import Context, Measured, Measurement, SpoiledRu
 from harness.engine.plan import Plan
 from harness.engine.ranks import Ranks, join
 from harness.engine.shards import split
+from harness.engine.writing import Writer
 from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.files import describe_os_error, told_in_one_line
@@ -205,39 +206,53 @@ def measure_units(measurement: Measurement, plan: Plan, units: Sequence[Any], co
     """
     from tqdm import tqdm
 
-    where, division, written = provenance(), context.division, []
-    with tqdm(total=len(units), unit="unit", disable=not context.progress, smoothing=0.1) as bar:
+    division, written = context.division, []
+    blank = _blank_rows(measurement, provenance())
+    # of a division only the first process writes
+    write = partial(_write, measurement, plan, blank) if division.rank == 0 else _ignore
+    with tqdm(total=len(units), unit="unit", disable=not context.progress, smoothing=0.1) as bar, Writer(write) as rows:
 
         def describe(text: str) -> None:
             bar.set_description(text[:48].ljust(48))
 
         try:
             for measured in measurement.measure.measure(plan, units, replace(context, describe=describe)):
-                division.agree("writing", partial(_write, measurement, plan, measured, where, division))
+                division.agree("writing", partial(rows.put, measured))
                 written.append(measured.unit.id)
                 bar.update()
+            division.agree("written", rows.close)
         except SpoiledRun as error:
+            division.agree("written", rows.close)
             own = written if division.rank == 0 else []
             division.agree("withdrawing", partial(withdraw, plan.folder, measurement.tables, own, plan.id, str(error)))
 
 
+def _ignore(measured: Measured) -> None:
+    pass
+
+
+def _blank_rows(measurement: Measurement, where: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a row of each table in which only the columns that say where and when are filled in."""
+    return {
+        table.name: {**table.blank(), **{key: value for key, value in where.items() if key in table.names()}}
+        for table in measurement.tables.tables
+    }
+
+
 def _write(
-    measurement: Measurement, plan: Plan, measured: Measured, where: Mapping[str, Any], division: Division
+    measurement: Measurement, plan: Plan, blank: Mapping[str, Mapping[str, Any]], measured: Measured
 ) -> None:
-    """Write the rows of a unit. Where they are refused, one error row says why. Raises InputError where the folder
-    cannot be written."""
-    if division.rank != 0:
-        return
+    """Write the rows of a unit. Where they are refused, one error row says why. blank: as `_blank_rows` returns. Raises
+    InputError where the folder cannot be written."""
     tables, unit_id = measurement.tables, measured.unit.id
     try:
-        rows = {name: _completed(measurement, name, of_table, where) for name, of_table in measured.rows.items()}
+        rows = {name: _completed(blank[name], of_table) for name, of_table in measured.rows.items()}
         try:
             write_unit(plan.folder, tables, unit_id, rows, plan.id)
         except ValueError as error:
             row = error_row(measured.described, error)
             primary = tables.primary.name
-            failed = {primary: _completed(measurement, primary, [row], where)}
-            write_unit(plan.folder, tables, unit_id, failed, plan.id)
+            write_unit(plan.folder, tables, unit_id, {primary: _completed(blank[primary], [row])}, plan.id)
     except OSError as error:
         raise InputError(
             f"cannot write rows: {describe_os_error(error, plan.folder)}; what is done is kept: run the same command"
@@ -245,9 +260,7 @@ def _write(
         ) from error
 
 
-def _completed(measurement: Measurement, name: str, rows: Any, where: Mapping[str, Any]) -> Any:
-    table = measurement.tables[name]
-    blank = {**table.blank(), **{key: value for key, value in where.items() if key in table.names()}}
+def _completed(blank: Mapping[str, Any], rows: Any) -> Any:
     if isinstance(rows, Mapping):
         return {**blank, **rows}
     return [{**blank, **row} for row in rows]

@@ -52,6 +52,10 @@ class Table:
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the columns, in order."""
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         return tuple(column.name for column in self.columns)
 
     def blank(self) -> dict[str, None]:

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class RowMaker:
         self.calibration = text and json.dumps(
             {**text.protocol, "centred": text.centred, "n_tokens": text.n_tokens}, sort_keys=True, default=str
         )
+        self._values: dict[str, dict[str, float]] = {}
         self.block_of = {matrix.name: matrix.block for matrix in loaded.matrices}
         self.type_of = {matrix.name: matrix.layer_type for matrix in loaded.matrices}
 
@@ -69,16 +71,20 @@ class RowMaker:
         described = {**self._describe(cell, realised), "seconds": seconds}
         if outcome.used:
             described["settings"] = json.dumps({**json.loads(described["settings"]), **outcome.used}, sort_keys=True)
-        failed = outcome.error if isinstance(outcome, Failed) else None
-        if not isinstance(outcome, Failed):
-            try:
-                return Measured(cell, self._rows(cell, outcome, baseline, described), {**described, "metric": "all"})
-            except Exception as error:
-                failed = error
-        assert failed is not None
-        row = error_row(described, failed)
-        rows = [{**row, "metric": name} for name in (baseline or ["all"])]
-        return Measured(cell, {"metrics": rows}, {**described, "metric": "all"})
+        if isinstance(outcome, Failed):
+            # made now, because the traceback keeps the tensors of the failed pass
+            rows: Mapping[str, Any] = _failed(described, outcome.error, baseline)
+        else:
+            rows = _RowsLater(partial(self._rows_or_error, cell, outcome, baseline, described))
+        return Measured(cell, rows, {**described, "metric": "all"})
+
+    def _rows_or_error(
+        self, cell: Cell, outcome: Any, baseline: Baseline | None, described: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            return self._rows(cell, outcome, baseline, described)
+        except Exception as error:
+            return _failed(described, error, baseline)
 
     def _describe(self, cell: Cell, realised: RealisedAblation | None) -> dict[str, Any]:
         target, region, treatment = cell.ablation.target, cell.ablation.region, cell.ablation.treatment
@@ -112,7 +118,8 @@ class RowMaker:
         self, cell: Cell, outcome: Any, baseline: Baseline | None, described: Mapping[str, Any]
     ) -> dict[str, Any]:
         if isinstance(outcome, Scored):
-            rows = [_row(described, name, scores, baseline) for name, scores in outcome.metrics.items()]
+            unedited = None if baseline is None else self._unedited(cell.task, baseline)
+            rows = [_row(described, name, scores, baseline, unedited) for name, scores in outcome.metrics.items()]
             scores, used = outcome.metrics, None
         else:
             sampled = outcome.sampled
@@ -121,6 +128,12 @@ class RowMaker:
         if not self.keep_examples:
             return {"metrics": rows}
         return {"metrics": rows, "examples": self._examples(described, cell, scores, used)}
+
+    def _unedited(self, task: str, baseline: Baseline) -> dict[str, float]:
+        """Return the values of the metrics of the unedited model, which are computed once for each task."""
+        if task not in self._values:
+            self._values[task] = {name: estimate(scores).value for name, scores in baseline.items()}
+        return self._values[task]
 
     def _examples(
         self, described: Mapping[str, Any], cell: Cell, outcome: Mapping[str, ExampleScores], used: np.ndarray | None
@@ -141,7 +154,37 @@ class RowMaker:
         }
 
 
-def _row(described: Mapping[str, Any], name: str, scores: ExampleScores, baseline: Baseline | None) -> dict[str, Any]:
+class _RowsLater(Mapping[str, Any]):
+    """The rows of a unit, which are made when they are asked for the first time."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _rows(self) -> Mapping[str, Any]:
+        return self._make()
+
+    def __getitem__(self, table: str) -> Any:
+        return self._rows[table]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _failed(described: Mapping[str, Any], error: Exception, baseline: Baseline | None) -> dict[str, Any]:
+    row = error_row(described, error)
+    return {"metrics": [{**row, "metric": name} for name in (baseline or ["all"])]}
+
+
+def _row(
+    described: Mapping[str, Any], name: str, scores: ExampleScores, baseline: Baseline | None,
+    unedited: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Return the row of one metric. unedited: the values of the metrics of the unedited model, if there is a baseline.
+    """
     value = estimate(scores)
     if not math.isfinite(value.value):
         return _not_finite(described, name, value.value)
@@ -149,10 +192,10 @@ def _row(described: Mapping[str, Any], name: str, scores: ExampleScores, baselin
         **described, "metric": name, "status": "ok", "value": value.value, "stderr": value.stderr, "n": value.n,
         "n_clusters": value.n_clusters, "n_available": value.n, "higher_is_better": scores.higher_is_better,
     }
-    unedited = None if baseline is None else estimate(baseline[name]).value
-    if baseline is not None and unedited is not None and math.isfinite(unedited):
+    if baseline is not None and unedited is not None and math.isfinite(unedited[name]):
         delta = paired(scores, baseline[name])
-        row |= {"baseline": unedited, "delta": delta.delta, "delta_stderr": delta.stderr, "p_value": delta.p_value}
+        row |= {"baseline": unedited[name], "delta": delta.delta, "delta_stderr": delta.stderr}
+        row["p_value"] = delta.p_value
     return row
 
 
