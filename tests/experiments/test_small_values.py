@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 from harness.cli import main
-from harness.measurements import find
+from harness.measurements import compose_settings, find
 from harness.measurements.comparison.expected import read_expected
 from tests.checkpoints import save_checkpoint, text_file
 from tests.studies import ROOT
 
-PUBLISHED = ROOT / "experiments" / "small_values" / "published"
+FOLDER = ROOT / "experiments" / "small_values"
+PUBLISHED = FOLDER / "published"
 FILES = sorted(PUBLISHED.glob("*.csv"))
 RULER = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe")
 
@@ -85,11 +90,11 @@ def test_gsm8k_and_humaneval(model, tmp_path) -> None:
     functions.write_text(json.dumps({"prompt": "def f():\n", "test": "def check(f):\n    f()", "entry_point": "f"}))
     output = tmp_path / "study"
     assert main(["run", "--quiet", "experiment=small_values_llama", f"model.name={model}", "model.dtype=float32",
-                 "target.layer_types=[o_proj]", "region.deciles=[10]", "region.controls=[]", f"+tasks.gsm8k.data_files.test={questions}",
-                 "tasks.gsm8k.num_fewshot=0", f"tasks.humaneval.data_files={functions}", "tasks.humaneval.execute=true",
+                 "target.layer_types=[o_proj]", "region.deciles=[10]", "region.controls=[]",
+                 f"+tasks.gsm8k.data_files.test={questions}", "tasks.gsm8k.num_fewshot=0", f"tasks.humaneval.data_files={functions}", "tasks.humaneval.execute=true",
                  "tasks.humaneval.max_new_tokens=2", f"output={output}"]) == 0
     found = compared(output, "gsm8k_humaneval.csv")
-    here = found[found.layer_type.eq("o_proj") & found.region.str.startswith("decile 10") | (found.target == "baseline")]
+    here = found[(found.target == "baseline") | found.layer_type.eq("o_proj") & found.region.str.contains("decile 10")]
     assert (here.status == "measured").all() and len(here) == 4
 
 
@@ -102,3 +107,70 @@ def test_outliers(model, tmp_path) -> None:
     assert (here.status == "measured").all() and len(here) == 34
     for name in ("spectra_bert.csv", "spectra_pythia.csv"):
         assert (compared(output, name).status == "measured").all()
+
+
+# ---------------------------------------------------------------- the experiment's own runs and tables
+
+
+def test_every_run_composes_and_no_calibration_is_a_task(tmp_path) -> None:
+    for name in ("data/tinystories/validation_first_stories.txt", "data/tinystories/tinystories_1000_train.jsonl",
+                 "data/wikitext-2-raw/test.jsonl", "data/wikitext-2-raw/validation.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    sys.modules["run_of_small_values"] = module = type(sys)("run_of_small_values")
+    vars(module).update(runpy.run_path(str(FOLDER / "run.py"), run_name="run_of_small_values"))
+    jobs = module.jobs(tmp_path, tmp_path / "random")
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        words = ["task=[]", *job.settings] if job.command == "run" else [*job.settings]
+        settings = compose_settings("ablation" if job.command == "run" else "spectra",
+                                    ["model=pretrained", "model.name=x", *words])
+        if job.command == "run":
+            treatment = settings.region.treatment
+            assert treatment.metric == ("activations" if "activations" in job.name else "weight")
+            files = {task.data_files for task in settings.tasks.values()}
+            assert files and treatment.calibration.data_files not in files
+    del sys.modules["run_of_small_values"]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import tables as module
+    finally:
+        sys.path.remove(str(FOLDER))
+    yield module
+    del sys.modules["tables"]
+
+
+def test_rank_correlation_is_scipys(tables) -> None:
+    draws = np.random.default_rng(0)
+    for values in (draws.normal(size=(42, 2)), draws.integers(0, 5, (30, 2)).astype(float)):
+        assert tables.rank_correlation(values) == pytest.approx(spearmanr(*values.T).statistic, abs=1e-12)
+    value, low, high = tables.bootstrap(np.repeat(np.arange(20.0)[:, None], 2, 1), tables.rank_correlation)
+    assert value == pytest.approx(1) and low == pytest.approx(1) == high
+    value, low, high = tables.bootstrap(draws.normal(size=(42, 2)), tables.rank_correlation)
+    assert low < value < high and high - low > 0.3
+
+
+def test_an_exception_is_found_where_it_was_put(tables) -> None:
+    """Deciles that harm less and less, but for the last, in scores with much noise that all cells share."""
+    draws = np.random.default_rng(1)
+    shared, damage = draws.normal(size=24) * 5, {7: 0.4, 8: 0.3, 9: 0.1, 10: 0.35}
+
+    class Made:
+        def scores(self, cell_id):
+            noise = np.random.default_rng(int(cell_id)).normal(size=24) * 0.02
+            return tables.ExampleScores(shared + 1 + damage[int(cell_id)] + noise, np.ones(24), clusters=np.arange(24))
+
+        def deciles(self):
+            return pd.DataFrame({"task": "t", "target": "down_proj", "layer_type": "down_proj", "decile": list(damage),
+                                 "delta": list(damage.values()), "cell_id": [str(d) for d in damage]})
+
+    one = tables.exceptions("made", Made()).iloc[0]
+    assert one.exception and one.harms_more_than == "8 9" and one.inversions == 1
+    assert one.difference_10_9 == pytest.approx(0.25, abs=0.03) and one.p_10_9 < 1e-6
+    damage[10] = 0.05
+    one = tables.exceptions("made", Made()).iloc[0]
+    assert not one.exception and one.harms_more_than == "" and one.inversions == 0
