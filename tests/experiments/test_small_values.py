@@ -91,7 +91,8 @@ def test_gsm8k_and_humaneval(model, tmp_path) -> None:
     output = tmp_path / "study"
     assert main(["run", "--quiet", "experiment=small_values_llama", f"model.name={model}", "model.dtype=float32",
                  "target.layer_types=[o_proj]", "region.deciles=[10]", "region.controls=[]",
-                 f"+tasks.gsm8k.data_files.test={questions}", "tasks.gsm8k.num_fewshot=0", f"tasks.humaneval.data_files={functions}", "tasks.humaneval.execute=true",
+                 f"+tasks.gsm8k.data_files.test={questions}", "tasks.gsm8k.num_fewshot=0",
+                 f"tasks.humaneval.data_files={functions}", "tasks.humaneval.execute=true",
                  "tasks.humaneval.max_new_tokens=2", f"output={output}"]) == 0
     found = compared(output, "gsm8k_humaneval.csv")
     here = found[(found.target == "baseline") | found.layer_type.eq("o_proj") & found.region.str.contains("decile 10")]
