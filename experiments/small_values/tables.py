@@ -65,7 +65,7 @@ def deciles(studies: dict[str, Study]) -> pd.DataFrame:
                 "output_norm_removed": row.output_norm_removed, "energy_removed": row.energy_removed,
                 "output_energy_removed": row.output_energy_removed,
                 "delta_per_norm": row.delta / row.norm_removed,
-                "delta_per_output_energy": row.delta / row.output_energy_removed,
+                "delta_per_output_energy": row.delta / row.output_norm_removed**2,
             })  # fmt: skip
     return pd.DataFrame(rows)
 

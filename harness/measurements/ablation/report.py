@@ -54,6 +54,7 @@ CSV_COLUMNS = (
     "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
     "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
     "q_value", "ci_low", "ci_high", "n_available", "precision", "higher_is_better", "n_removed", "energy_removed",
+    "norm_removed", "output_energy_removed", "output_norm_removed", "delta_per_norm", "delta_per_output_energy",
     "realised_removal", "seconds", "noise_floor",
 )  # fmt: skip
 
@@ -197,6 +198,8 @@ def _markdown(
         "The number after `±` is the standard error; that of a delta is paired over the same examples. "
         "p is the two-sided p-value of one cell alone; q is p adjusted for the number of ablations of that task and "
         "metric (Benjamini-Hochberg): of the cells with q below 0.05, about one in twenty or fewer moved by chance. "
+        "`delta / norm` is the delta per removed Frobenius norm; metrics.csv has it, and the delta per removed energy "
+        "of the outputs where a calibration text was set, for every row. "
         "All rows, also those of other metrics, are in [metrics.csv](metrics.csv) and in `../metrics/`.",
         "",
     ]
@@ -244,12 +247,13 @@ def _markdown(
 
 def _markdown_texts(one: MeasuredMetric, cells: pandas.DataFrame) -> list[str]:
     adaptive = is_adaptive(cells)
-    lines = ["| target | region | value | delta | p | q |", "|---|---|--:|--:|--:|--:|"]
+    lines = ["| target | region | value | delta | delta / norm | p | q |", "|---|---|--:|--:|--:|--:|--:|"]
     if adaptive:
         lines = [lines[0] + " n |", lines[1] + "--:|"]
-    for row in rows_of(cells):
+    for row in rows_of(per_removed(cells)):
         value = plus_minus(row.value, row.stderr)
-        delta = _delta(one, row)
+        per_norm = "-" if is_missing(row.delta_per_norm) else f"{row.delta_per_norm:.3g}"
+        delta = f"{_delta(one, row)} | {per_norm}"
         chances = f"{p_text(row.p_value)} | {p_text(row.q_value)}"
         line = f"| {markdown_text(row.target)} | {markdown_text(row.region)} | {value} | {delta} | {chances} |"
         lines.append(f"{line} {_used(row)} |" if adaptive else line)
@@ -270,6 +274,18 @@ def _pivot(one: MeasuredMetric) -> list[str]:
     return [*lines, ""]
 
 
+def per_removed(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Return rows of `metrics` with two more columns, which compare removals of unequal size.
+
+    delta_per_norm: delta / norm_removed. delta_per_output_energy: delta / output_norm_removed^2, which is null where no
+    calibration text was set. Both are null where nothing was removed.
+    """
+    norm = rows["norm_removed"].astype(float).where(lambda values: values > 0)
+    energy = rows["output_norm_removed"].astype(float).pow(2).where(lambda values: values > 0)
+    delta = rows["delta"].astype(float)
+    return rows.assign(delta_per_norm=delta / norm, delta_per_output_energy=delta / energy)
+
+
 def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Path) -> None:
     import pandas
     import pyarrow as pa
@@ -277,7 +293,7 @@ def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Pat
 
     q_values = [one.cells["q_value"] for one in found]
     floors = [pandas.Series(one.noise_floor, one.cells.index, float) for one in found]
-    metrics = metrics.assign(
+    metrics = per_removed(metrics).assign(
         q_value=pandas.concat(q_values) if q_values else math.nan,
         noise_floor=pandas.concat(floors) if floors else math.nan,
     )

@@ -142,6 +142,16 @@ def test_a_report_of_deciles_says_which_is_the_largest(tmp_path):
     assert said not in run_report(tmp_path / "other")[0].read_text()
 
 
+def test_deltas_per_removed_norm_and_output_energy(tmp_path):
+    write_cell(tmp_path, "a", [metric_row("a", delta=0.6, norm_removed=3.0, output_norm_removed=2.0)])
+    write_cell(tmp_path, "b", [metric_row("b", target="1.q_proj", block=1, delta=0.6, norm_removed=0.0)])
+    path = run_report(tmp_path)[0]
+    rows = pd.read_csv(path.parent / "metrics.csv").set_index("cell_id")
+    assert rows.delta_per_norm["a"] == pytest.approx(0.2) and rows.delta_per_output_energy["a"] == pytest.approx(0.15)
+    assert rows.loc["b", ["delta_per_norm", "delta_per_output_energy"]].isna().all()
+    assert "| delta / norm |" in path.read_text() and "| 0.2 |" in path.read_text()
+
+
 def test_limit_of_figures_is_said(tmp_path):
     rows = [r for t in range(10) for r in study_rows(targets("type", 1), deciles()[:2], task=f"task{t}")]
     write_rows(tmp_path, rows)
