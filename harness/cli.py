@@ -57,6 +57,13 @@ COMMANDS = {
         "harness search model=gpt2 target=mlp_matrix region=laser task=blimp tasks.blimp.data_files=blimp"
         " search.compose=greedy",
     )),
+    "tune": Command("fine-tune a model from several seeds, with a region removed before or after, or not at all",
+                    from_settings.measure, from_settings.add_measuring, "tuning", (
+        "harness tune model.name=path/to/encoder task=sst2 tasks.sst2.data_files=validation.jsonl"
+        " tune.data_files=train.jsonl",
+        "harness tune tune=lora model.name=path/to/model task=label_words region.deciles=[1,10]"
+        " tasks.label_words.data_files=validation.jsonl tune.data_files=train.jsonl",
+    )),
     "plan": Command("print what a run would measure, without loading weights", from_settings.plan,
                     from_settings.add_plan, "ablation", (
         "harness plan model=gpt2 target=type region=decile task=wikitext",

@@ -83,7 +83,8 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_no_group_of_settings_is_left_out():
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == {
-        "model", "reference", "target", "region", "task", "runtime", "cluster", "experiment"
+        "model", "reference", "target", "region", "task", "runtime", "cluster", "experiment", "tune",
+        "calibration",
     }  # fmt: skip
 
 
@@ -450,7 +451,7 @@ def test_examples_of_the_help_compose(command, tmp_path, capsys, monkeypatch):
         main([command, "--help"])
     shown = capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
-    for name in ("my.txt", "ioi.jsonl", "blimp"):
+    for name in ("my.txt", "ioi.jsonl", "blimp", "train.jsonl", "validation.jsonl"):
         Path(name).touch()
     assert COMMANDS[command].examples
     for line in COMMANDS[command].examples:

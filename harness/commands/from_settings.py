@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from harness.engine.measurement import Measurement
 
 # The commands that do not have the name of their measurement.
-COMMAND_OF = {"ablation": "run"}
+COMMAND_OF = {"ablation": "run", "tuning": "tune"}
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:

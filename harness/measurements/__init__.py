@@ -15,9 +15,10 @@ from harness.tables.schema import tables_markdown
 ABLATION = Measurement("ablation", "harness.measurements.ablation")
 SPECTRA = Measurement("spectra", "harness.measurements.spectra")
 SEARCH = Measurement("search", "harness.measurements.search")
+TUNING = Measurement("tuning", "harness.measurements.tuning")
 
 MEASUREMENTS: Registry[Measurement] = Registry(
-    "harness.measurements", "a kind of measurement", {one.name: one for one in (ABLATION, SPECTRA, SEARCH)}
+    "harness.measurements", "a kind of measurement", {one.name: one for one in (ABLATION, SPECTRA, SEARCH, TUNING)}
 )
 
 
@@ -73,7 +74,7 @@ def tables_page() -> str:
     """Return the page docs/tables.md, with every column of every table of the harness's own measurements."""
     from harness.measurements.comparison.tables import TABLES as COMPARISON
 
-    described = [*(one.tables for one in (ABLATION, SPECTRA, SEARCH)), COMPARISON]
+    described = [*(one.tables for one in (ABLATION, SPECTRA, SEARCH, TUNING)), COMPARISON]
     chapters = [tables_markdown(tables) for tables in described]
     introduction = [
         "# Tables",

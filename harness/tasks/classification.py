@@ -15,6 +15,7 @@ from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column, cluster_numbers
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
+from harness.tasks.labelled import LabelledText
 from harness.tasks.settings import RowsTask
 
 
@@ -42,23 +43,9 @@ class ClassificationTask(RowsTask):
         Raises InputError if the model has fewer than two classes, a label is none of them, or a metric cannot be
         computed, and as `DataSource.rows` does.
         """
-        tokenization.require_tokenizer(name, context.tokenizer)
-        key = f"tasks.{name}"
-        classes = context.model_config.num_labels
-        if classes < 2:
-            raise InputError(
-                f"{key}: the model has {classes} output, a regression; kind classification needs two classes"
-            )
-        for label, number in self.label_map.items():
-            if not 0 <= number < classes:
-                raise InputError(f"{key}.label_map.{label}: the model has no class {number}, only 0 to {classes - 1}")
-        columns = [self.text_column] if self.pair_column is None else [self.text_column, self.pair_column]
-        found = self.rows(key, columns)
-        picked = self.choose(key, found, lambda row: "\n".join(row[column] for column in columns))
-        ids_of = {str(k): int(v) for k, v in (getattr(context.model_config, "label2id", None) or {}).items()}
-        data.refuse_empty(key, picked, [self.text_column])
-        labels = [_label(f"{key} row {n}", row, self, classes, ids_of) for n, row in picked]
-        rows = [row for _, row in picked]
+        key, columns = f"tasks.{name}", self._columns()
+        picked, labels = self._read(name, context)
+        rows, classes = [row for _, row in picked], context.model_config.num_labels
         # With few classes the jackknife leaves out one example at a time, for which clusters do not matter.
         column = self.cluster_column if classes**2 > MOST_GROUPS else None
         clusters = cluster_numbers(key, column, rows)
@@ -99,6 +86,34 @@ class ClassificationTask(RowsTask):
         ids = [str(number) for number, _ in picked]
         task = ScoredTask(name, protocol, requests, ids, measure, whole=bool(metrics))
         return by_column(task, key, self.cluster_column, rows)
+
+    def labelled(self, name: str, context: TaskContext) -> list[LabelledText]:
+        """Return the rows as texts to train a classifier on. Raises InputError as `prepare` does."""
+        picked, labels = self._read(name, context)
+        encoded = (_encode(context, *(row[column] for column in self._columns())) for _, row in picked)
+        return [LabelledText(tokens, segments, label) for (tokens, segments, _), label in zip(encoded, labels)]
+
+    def _columns(self) -> list[str]:
+        return [self.text_column] if self.pair_column is None else [self.text_column, self.pair_column]
+
+    def _read(self, name: str, context: TaskContext) -> tuple[list[tuple[int, dict[str, Any]]], list[int]]:
+        """Return (row number, row) of the examples, and the class of each."""
+        tokenization.require_tokenizer(name, context.tokenizer)
+        key = f"tasks.{name}"
+        classes = context.model_config.num_labels
+        if classes < 2:
+            raise InputError(
+                f"{key}: the model has {classes} output, a regression; kind classification needs two classes"
+            )
+        for label, number in self.label_map.items():
+            if not 0 <= number < classes:
+                raise InputError(f"{key}.label_map.{label}: the model has no class {number}, only 0 to {classes - 1}")
+        columns = self._columns()
+        found = self.rows(key, columns)
+        picked = self.choose(key, found, lambda row: "\n".join(row[column] for column in columns))
+        ids_of = {str(k): int(v) for k, v in (getattr(context.model_config, "label2id", None) or {}).items()}
+        data.refuse_empty(key, picked, [self.text_column])
+        return picked, [_label(f"{key} row {n}", row, self, classes, ids_of) for n, row in picked]
 
 
 def _encode(context: TaskContext, *texts: str) -> tuple[np.ndarray, np.ndarray | None, bool]:

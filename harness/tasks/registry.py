@@ -30,6 +30,7 @@ TASKS: Registry[type[Task]] = Registry("harness.tasks", "a kind of task", {
     "lm_eval": "harness.tasks.lm_eval.task:LmEvalTask",
     "masked": "harness.tasks.masked:MaskedTask",
     "classification": "harness.tasks.classification:ClassificationTask",
+    "label_words": "harness.tasks.label_words:LabelWordsTask",
     "seq2seq": "harness.tasks.seq2seq:Seq2SeqTask",
 })  # fmt: skip
 

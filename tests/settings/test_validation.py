@@ -388,7 +388,7 @@ def needed(group: str, name: str) -> list[str]:
 
 
 YAMLS = [(group, name) for group, names in groups().items() for name in names if group != "experiment"]
-OF_STUDIES = [pair for pair in YAMLS if pair[0] != "reference"]
+OF_STUDIES = [pair for pair in YAMLS if pair[0] not in ("reference", "tune")]
 
 
 @pytest.mark.parametrize("group, name", OF_STUDIES)
@@ -408,6 +408,14 @@ def test_every_yaml_of_a_search_is_read_back(group, name):
 @pytest.mark.parametrize("group, name", [pair for pair in YAMLS if pair[0] in ("model", "reference", "cluster")])
 def test_every_yaml_of_spectra_is_read_back(group, name):
     assert_round_trip(compose_settings("spectra", [f"{group}={name}", *needed(group, name), "task=wikitext"]))
+
+
+@pytest.mark.parametrize("name", groups()["tune"])
+def test_every_yaml_of_a_tuning_is_read_back(name, tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    settings = compose_settings("tuning", [f"tune={name}", "model.name=some/thing", "task=sst2",
+                                           f"tune.data_files={tmp_path / 'train.jsonl'}"])
+    assert_round_trip(settings)
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])

@@ -39,6 +39,7 @@ ROWS = {
     "agreement": [{"sentence_good": "the cat ran", "sentence_bad": "the cat run"}],
     "masked": [{"text": "the cat sat on the mat"}],
     "classification": [{"sentence": "the cat sat", "label": 1}],
+    "label_words": [{"sentence": "the cat sat", "label": 1}],
     "seq2seq": [{"source": "the cat sat", "target": "a dog ran"}],
     "arc_easy": [
         {"question": "Anna went to the", "choices": {"text": ["park", "ball"], "label": ["A", "B"]}, "answerKey": "A"}
@@ -124,6 +125,9 @@ def metrics_of(kind: str, files: dict[str, str]) -> list[list[str]]:
         return [emitted(kind, *encoder("bert"), data_files=files[kind])]
     if kind == "classification":
         return [emitted(kind, *encoder("bert", classifier=True), data_files=files[kind])]
+    if kind == "label_words":  # signs, because they are one token of the tiny tokenizer
+        of_kind = {"template": "{sentence}:", "words": {"0": "(", "1": ")"}, "data_files": files[kind]}
+        return [emitted(kind, *tiny(), **of_kind)]
     if kind == "seq2seq":
         return [emitted(kind, *encoder("t5"), data_files=files[kind])]
     if kind in ("recall", "recall_probes"):
