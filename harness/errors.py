@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
 TYPE_CHECKING = False  # as in harness/__init__.py
@@ -59,5 +58,7 @@ def complain(error: Exception) -> None:
     """Print an error to stderr as the one line that a user sees."""
     line = f"harness: {printable(' '.join(str(error).split()))[:LONGEST_LINE]}"
     # A name may hold bytes that are not UTF-8, which no stream of text takes.
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    try:
         print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody reads it any more

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 
 from harness.commands.outcome import exit_status, ignore
 from harness.errors import InputError, printable
-from harness.files import told_in_one_line
 
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ def measure(arguments: argparse.Namespace) -> int:
 def _measure(measurement: Measurement, settings: Any, arguments: argparse.Namespace) -> int:
     from harness.engine.ranks import is_main_process
     from harness.engine.run import RunOptions, run, to_stderr
+    from harness.files import told_in_one_line
 
     _require_device(settings)
     quiet = arguments.quiet

@@ -6,13 +6,13 @@ Each is a function from the parsed arguments to the exit status. `add_...` funct
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from harness.commands.outcome import exit_status, ignore
-from harness.files import told_in_one_line
 
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from harness.engine.measurement import Measurement
 
 FOLDER = "folder of a run: results/<model>-<id>, or the value of output=..."
@@ -41,6 +41,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 def compact(arguments: argparse.Namespace) -> int:
     """Merge the small files of a run, and of the runs inside it."""
+    from harness.files import told_in_one_line
     from harness.tables.store import compact
 
     for measurement, folder in _runs_in(arguments.folder):
@@ -59,6 +60,7 @@ def status(arguments: argparse.Namespace) -> int:
     """Print the states of the units of a run, and of the runs inside it."""
     from harness.engine.manifest import read_manifest
     from harness.engine.status import describe_status
+    from harness.files import told_in_one_line
 
     for i, (measurement, folder) in enumerate(_runs_in(arguments.folder)):
         if i:
@@ -71,6 +73,8 @@ def status(arguments: argparse.Namespace) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Report on a run from its tables."""
+    from harness.files import told_in_one_line
+
     (measurement, folder), *_ = _runs_in(arguments.folder)
     with told_in_one_line(folder):
         measurement.report.report(folder)
@@ -79,6 +83,8 @@ def report(arguments: argparse.Namespace) -> int:
 
 def _runs_in(folder: str) -> list[tuple[Measurement, Path]]:
     """Return the run of a folder, then the runs inside it, which a search has. Raises InputError if there is no run."""
+    from pathlib import Path
+
     from harness.engine.manifest import MANIFEST, read_manifest
     from harness.measurements import find
 
