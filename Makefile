@@ -1,6 +1,7 @@
 # make demo   install what a study needs into .venv and run the embedded default
 # make test   install what the tests need besides, and run them all in JOBS processes (3), each file in one of them;
 #             ARGS="-m 'not slow' -x" goes to pytest
+# make install   install what the tests need, and run nothing
 # make lint   ruff, then mypy
 # make clean  remove .venv and caches; results/ stays
 
@@ -12,13 +13,15 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # constraints.txt was written for Python 3.11; another version installs from the ranges in pyproject.toml.
 CONSTRAINTS = $(if $(findstring 3.11,$(shell $(PYTHON) --version)),-c constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean install
 
 demo: $(VENV)/.stamp-run
 	$(VENV)/bin/harness run
 
 test: $(VENV)/.stamp-test
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+install: $(VENV)/.stamp-test
 
 lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .
@@ -34,12 +37,15 @@ $(VENV)/bin/python:
 # -qq keeps pip's errors and drops its warnings about indexes that lack a package.
 # torch is asked for by its pin before anything else: a build for this machine that pip can see (a wheel folder, an
 # index of CPU builds) then satisfies all the others, and the largest download happens once.
+# --no-compile: Python compiles a module when it is first imported, and most of what is installed never is.
+INSTALL = $(PIP) install -qq --no-compile $(CONSTRAINTS) torch
+
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time"
-	$(PIP) install -qq $(CONSTRAINTS) torch
-	$(PIP) install -qq $(CONSTRAINTS) -e '.[plots]'
+	$(INSTALL) -e '.[plots]'
 	@touch $@
 
-$(VENV)/.stamp-test: $(VENV)/.stamp-run
-	$(PIP) install -qq $(CONSTRAINTS) -e '.[all,test]'
-	@touch $@
+$(VENV)/.stamp-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV): a few minutes the first time"
+	$(INSTALL) -e '.[all,test]'
+	@touch $(VENV)/.stamp-run $@

@@ -1,8 +1,7 @@
 """The command line end to end: every YAML of conf/ runs, and bad input is one line, exit 2, nothing half-written."""
 
 import json
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from harness.engine.manifest import MANIFEST
 from harness.measurements import compose_settings
 from harness.measurements.ablation.tables import TABLES, cell_states
 from tests.checkpoints import ioi_file, save_checkpoint, text_file
+from tests.processes import start_harness
 
 CONF = Path(__file__).parents[1] / "conf"
 TINY_RECALL = [
@@ -539,12 +539,11 @@ def test_kill_9_in_mid_study_then_rerun_equals_an_uninterrupted_run(recall, tmp_
     settings = ["region=decile", "target.layer_types=[up_proj,down_proj]", *recall]
     whole = run(tmp_path / "whole", *settings)
     folder = tmp_path / "killed" / "study"
-    command = [sys.executable, "-m", "harness", "run", "--quiet", *settings, f"output={folder}"]
-    process = subprocess.Popen(command)
-    while process.poll() is None and len(cell_states(folder) if folder.exists() else ()) < 6:
-        pass
+    process = start_harness("run", "--quiet", *settings, f"output={folder}", log=tmp_path / "log")
+    while process.exitcode is None and len(cell_states(folder) if folder.exists() else ()) < 6:
+        time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     n_before = len(cell_states(folder))
     assert 6 <= n_before < whole.cell_id.nunique()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "metrics").rglob("*.parquet")}
@@ -587,11 +586,11 @@ def test_run_reports_with_a_table_and_figures(recall, tmp_path, capsys):
     assert list(output.rglob("*.png"))
 
 
-def test_multirun_makes_one_study_per_combination(recall, tmp_path):
-    command = [sys.executable, "-m", "harness", "run", "-m", "--quiet", "model.recall.seed=0,1", "target.kind=all",
-               "region=fraction", *recall, "output=" + str(tmp_path) + "/seed${hydra:job.num}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_multirun_makes_one_study_per_combination(recall, tmp_path, monkeypatch, capsys):
+    words = ["run", "-m", "--quiet", "model.recall.seed=0,1", "target.kind=all", "region=fraction", *recall,
+             "output=" + str(tmp_path) + "/seed${hydra:job.num}"]
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0, capsys.readouterr().err
     ids = {json.loads((tmp_path / f"seed{seed}" / "manifest.json").read_text())["id"] for seed in (0, 1)}
     assert len(ids) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"seed0", "seed1"}

@@ -28,6 +28,7 @@ from harness.models.memory import is_out_of_memory
 from harness.tasks.recall_probes import RecallProbesTask
 from tests.checkpoints import save_checkpoint, text_file
 from tests.engine.test_ranks import TORCHRUN
+from tests.processes import start_harness
 from tests.studies import (
     LONG,
     N_LONG,
@@ -35,7 +36,6 @@ from tests.studies import (
     SMALL,
     assert_same_tables,
     config_of,
-    harness,
     n_rows,
     run_here,
     run_settings,
@@ -51,10 +51,10 @@ CELL = "0.up_proj: decile 5"
 @pytest.mark.fault("SIGKILL of a run")
 def test_killed_run(clean_long, tmp_path):
     folder, log = tmp_path / "study", tmp_path / "log"
-    process = start(*harness("run", "--quiet", *settings(LONG, folder)), log=log)
+    process = start_harness("run", "--quiet", *settings(LONG, folder), log=log)
     stop_half_done(lambda: process.pid, folder, 5, log.read_text)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(60)
+    process.kill()
+    process.join(60)
     assert 5 <= n_rows(folder) < N_LONG
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "metrics").iterdir()}
     run_here(LONG, folder)
@@ -91,9 +91,10 @@ def test_killed_rank(clean_long, tmp_path):
 def test_two_runs_at_once(clean_small, tmp_path):
     folder = tmp_path / "study"
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
-    processes = [start(*harness("run", "--quiet", *settings(SMALL, folder)), log=log) for log in logs]
+    processes = [start_harness("run", "--quiet", *settings(SMALL, folder), log=log) for log in logs]
     for process, log in zip(processes, logs):
-        assert process.wait(400) == 0, log.read_text()[-2000:]
+        process.join(400)
+        assert process.exitcode == 0, log.read_text()[-2000:]
     assert n_rows(folder) == N_SMALL
     assert_same_tables(folder, clean_small)
 

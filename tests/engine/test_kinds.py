@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -17,8 +16,8 @@ from harness.measurements.search.tables import TABLES
 from harness.measurements.spectra.tables import read_spectra
 from harness.tables.store import list_table, read_table
 from tests.checkpoints import ioi_file, save_checkpoint, text_file
-from tests.engine.test_ranks import TORCHRUN
-from tests.studies import assert_same_spectra, assert_same_tables, environment
+from tests.processes import run_ranks
+from tests.studies import assert_same_spectra, assert_same_tables
 
 N_SPECTRA = 2 * 3 * 2  # trained and random weights, blocks, layer types
 STAGES = ["predictions", "selection", "report", "verdict", "comparison", "composition"]
@@ -157,8 +156,8 @@ def report_of(folder: Path, capsys) -> Path:
 def test_two_processes_search_together(search, measured, tmp_path):
     """Every process goes through every stage, and the cells of the studies inside are shared out."""
     folder = tmp_path / "search"
-    command = [*TORCHRUN, "-m", "harness", "search", "--quiet", *search, f"output={folder}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    words = ["search", "--quiet", *search, f"output={folder}"]
+    done = run_ranks(f"from harness.cli import main; raise SystemExit(main({words!r}))", 2, tmp_path / "log")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_search(folder, measured["search"])
     ranks = read_table(folder / "studies" / "selection", ABLATION.tables, "metrics")["rank"]

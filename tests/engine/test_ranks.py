@@ -1,4 +1,7 @@
-"""The ranks of torchrun and of accelerate launch: two of them indeed, the same table as one process, nothing lost."""
+"""The ranks of torchrun and of accelerate launch: two of them indeed, the same table as one process, nothing lost.
+
+What does not need a launcher is forked (tests/processes.py).
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ from harness.engine.run import run_plan
 from harness.errors import InputError
 from harness.measurements import ABLATION
 from harness.measurements.ablation.tables import read_metrics
+from tests.processes import run_ranks
 from tests.studies import (
     MODEL,
     N_SMALL,
@@ -55,8 +59,8 @@ def test_two_ranks_give_the_table_of_one_process(clean_small, tmp_path, launcher
 
 def test_a_rank_that_fails_costs_only_its_own_cells(clean_small, tmp_path):
     """Rank 1 raises at its first cell; rank 0 does its share all the same, the launch fails, a rerun completes."""
-    folder, program = tmp_path / "study", tmp_path / "program.py"
-    program.write_text(f"""
+    folder = tmp_path / "study"
+    program = f"""
 import os
 from pathlib import Path
 from harness.engine import run
@@ -65,8 +69,8 @@ if os.environ["RANK"] == "1":
     def measure_units(*arguments): raise ValueError("rank 1 is broken")
     run.measure_units = measure_units
 run_here({SMALL!r}, Path({str(folder)!r}))
-""")
-    done = subprocess.run([*TORCHRUN, str(program)], env=environment(), capture_output=True, text=True, timeout=400)
+"""
+    done = run_ranks(program, 2, tmp_path / "log")
     assert done.returncode != 0 and "rank 1 is broken" in done.stderr
     manifest = json.loads((folder / "manifest.json").read_text())
     assert 0 < n_rows(folder) < len(manifest["units"])
@@ -78,13 +82,11 @@ run_here({SMALL!r}, Path({str(folder)!r}))
 # One ablation and its baselines on three ranks: fewer cells than ranks, many batches.
 FEW = [*MODEL, "tasks.recall.n_sequences=24", "target.layer_types=[up_proj]", "target.blocks=[1]", "region=decile",
        "region.deciles=[1]", "region.controls=[]", "runtime.threads=1", "runtime.batch_tokens=128"]
-THREE = [*TORCHRUN[:2], "--nproc_per_node=3", *TORCHRUN[3:]]
 
 
 def launched_program(program: str, overrides: list[str], folder: Path) -> subprocess.CompletedProcess:
     """Three ranks that run `program` and then the study."""
-    path = folder.parent / "program.py"
-    path.write_text(f"""
+    whole = f"""
 import os
 from pathlib import Path
 import torch
@@ -100,8 +102,8 @@ try:
     run.run(ABLATION, config_of({overrides!r}, FOLDER), run.RunOptions(progress=False))
 finally:
     (FOLDER.parent / f"batches{{RANK}}").write_text(str(len(calls)))
-""")
-    return subprocess.run([*THREE, str(path)], env=environment(), capture_output=True, text=True, timeout=400)
+"""
+    return run_ranks(whole, 3, folder.parent / "log")
 
 
 COUNT = """

@@ -19,7 +19,7 @@ from harness.measurements.ablation.forecast import forecast
 from harness.measurements.ablation.tables import read_metrics
 from harness.models.loading import load
 from tests.checkpoints import ioi_file, save_checkpoint, text_file
-from tests.engine.test_ranks import TORCHRUN
+from tests.processes import run_ranks
 from tests.studies import MODEL, assert_same_tables, config_of, environment, run_here, run_settings, settings
 
 STUDY = [*MODEL, "tasks.recall.n_sequences=64", "target.layer_types=[up_proj]", "region=decile", "region.deciles=[1]",
@@ -148,8 +148,8 @@ def test_found_once_and_then_fixed(tmp_path, monkeypatch):
 
 def test_two_ranks_take_the_batch_of_the_first(tmp_path):
     folder = tmp_path / "study"
-    command = [*TORCHRUN, "-m", "harness", "run", "--quiet", *settings(FOUND, folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    words = ["run", "--quiet", *settings(FOUND, folder)]
+    done = run_ranks(f"from harness.cli import main; raise SystemExit(main({words!r}))", 2, tmp_path / "log")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_tables(folder, run_here([*STUDY, f"runtime.batch_tokens={batch_of(folder)}"], tmp_path / "clean"))
     assert set(read_metrics(folder)["rank"]) == {0, 1}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import runpy
-import subprocess
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from harness.measurements.spectra.units import checkpoint_settings
 from harness.models.settings import ModelSettings
 from harness.spectral.decomposition import decompose
 from tests.checkpoints import save_checkpoint, text_file
-from tests.engine.test_ranks import TORCHRUN
 from tests.models.test_sources import hub_cache
 from tests.models.tiny import tiny_model
-from tests.studies import ROOT, assert_same_spectra, environment
+from tests.processes import run_ranks
+from tests.studies import ROOT, assert_same_spectra
 
 
 def run(*settings):
@@ -126,11 +125,10 @@ def test_what_is_missing_is_made_up_for(model, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_matrices(model, tmp_path):
-    """torchrun on two processes: each measures a share of its own, the first one writes the report."""
+    """Each measures a share of its own, and the first one writes the report."""
     settings = ["spectra", "model=pretrained", f"model.name={model}", "model.device=cpu", "layer_types=[o_proj]",
                 "init=both", "threads=1"]
-    program = tmp_path / "program.py"
-    program.write_text(f"""
+    program = f"""
 import os, sys
 from harness.cli import main
 from harness.measurements.spectra import measure
@@ -141,10 +139,10 @@ def measured(plan, unit, *rest):
     return real(plan, unit, *rest)
 measure._measure_matrix = measured
 sys.exit(main({[*settings, f"output={tmp_path / 'two'}"]!r}))
-""")
-    done = subprocess.run([*TORCHRUN, str(program)], env=environment(), capture_output=True, text=True, timeout=300)
+"""
+    done = run_ranks(program, 2, tmp_path / "log")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("6 matrices, ") == 1
+    assert done.stderr.count("6 matrices, ") == 1
     assert done.stderr.count(f": 6 units, 0 done, in {tmp_path / 'two'} on 2 processes\n") == 1
     assert (tmp_path / "two" / "report" / "spectra.md").exists()
     shares = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(2)]
