@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -11,8 +12,8 @@ from torch import nn
 @contextmanager
 def plain_experts(block: nn.Module) -> Iterator[None]:
     """Let a block compute its experts one after the other for the time of the context; other blocks change nothing."""
-    configs = {id(config): config for config in (getattr(module, "config", None) for module in block.modules())
-               if getattr(config, "_experts_implementation", None) is not None}
+    found: list[Any] = [getattr(module, "config", None) for module in block.modules()]
+    configs = {id(config): config for config in found if getattr(config, "_experts_implementation", None) is not None}
     before = {key: config._experts_implementation for key, config in configs.items()}
     for config in configs.values():
         config._experts_implementation = "eager"

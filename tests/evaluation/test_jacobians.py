@@ -1,4 +1,4 @@
-"""The three ways to a residual Jacobian agree, for every causal family; the reference is torch.func on the whole model."""
+"""The three ways to a residual Jacobian agree for every causal family; the reference is torch.func on the model."""
 
 from __future__ import annotations
 

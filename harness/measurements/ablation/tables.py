@@ -63,7 +63,8 @@ METRICS = (
     Column("norm_removed", "float64", "Frobenius norm of the change of all matrices together, before rounding."),
     Column(
         "output_energy_removed", "float64",
-        "Removed share of the mean squared outputs over the calibration text; of their variance if `replace` is `mean`.",
+        "Removed share of the mean squared outputs over the calibration text; of their variance if `replace` is"
+        " `mean`.",
     ),
     Column(
         "output_norm_removed", "float64",
@@ -80,7 +81,10 @@ METRICS = (
         "1 - |U_r^T W'| / |U_r^T W|, W' being the matrix in effect after rounding: 1 if the whole edit is in effect.",
     ),
     Column("edit", "string", "`weight`: edited weights, rounded; `branch`: outputs computed without the part."),
-    Column("svd_method", "string", "Method of the decomposition: `gram`, `deflated`, `gesdd`, `gesvd`; several are joined by `+`."),
+    Column(
+        "svd_method", "string",
+        "Method of the decomposition: `gram`, `deflated`, `gesdd`, `gesvd`; several are joined by `+`.",
+    ),
     Column(
         "svd_reconstruction_error", "float64",
         "Largest |cosine| between two implied vectors of the longer side, W^T u / sigma.",

@@ -333,7 +333,7 @@ def test_parts_replaced_by_their_means_in_both_ways(place, model_type):
     for name in names:
         module = owner_of(model.module, matrices[name])
         rows = []
-        handle = module.register_forward_pre_hook(lambda module, args: rows.append(args[0][0]))
+        handle = module.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(args[0][0]))
         with torch.no_grad():
             for request in requests:
                 model.module(input_ids=torch.from_numpy(request.tokens)[None])
