@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from harness.evaluation.reading import Head, Reading, head_of, read, reading_of
 from harness.evaluation.requests import Request, ScoredTask, Scores
 from harness.evaluation.settings import ScoringOptions
 from harness.evaluation.stream import Kept, StreamStore
+from harness.evaluation.waiting import without_waiting
 from harness.evaluation.whole_packing import WholeBatch, pack_whole
 from harness.models.families import Family
 from harness.models.loading import LoadedModel, require_head
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AnyBatch = TypeVar("AnyBatch", Batch, WholeBatch)
-# The answers of one batch: entries, logprob, greedy, and rank or None.
+# The answers of some batches: entries, logprob, greedy, and rank or None.
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 
@@ -72,6 +73,21 @@ def pack_for(
         if pad_id is None:
             batch_tokens, pad_id = 1, 0
     return pack_whole(requests, batch_tokens, pad_id)
+
+
+def _to_host(
+    results: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], needs_rank: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return log-probabilities, greedy and ranks of all batches on the CPU, by one copy.
+
+    All of them are exact in float64: float32 numbers, truth values, and ranks below the size of a vocabulary.
+    """
+    if not results:
+        return np.empty(0), np.empty(0, dtype=bool), np.empty(0, dtype=np.int64) if needs_rank else None
+    columns = [torch.cat([part for part in parts if part is not None]).double() for parts in zip(*results)
+               if parts[0] is not None]
+    logprob, greedy, *rank = torch.stack(columns).cpu().numpy()
+    return logprob, greedy.astype(bool), rank[0].astype(np.int64) if needs_rank else None
 
 
 def _moved(batch: AnyBatch, device: torch.device) -> AnyBatch:
@@ -142,25 +158,21 @@ class Scorer:
         greedy = np.empty(packed.n_entries, dtype=bool)
         rank = np.empty(packed.n_entries, dtype=np.int64) if needs_rank else None
         for answers in self.division.together(f"scoring {task}", lambda: self._answers(task, needs_rank)):
-            for entries, batch_logprob, batch_greedy, batch_rank in answers:
-                logprob[entries] = batch_logprob
-                greedy[entries] = batch_greedy
-                if rank is not None and batch_rank is not None:
-                    rank[entries] = batch_rank
+            entries, own_logprob, own_greedy, own_rank = answers
+            logprob[entries], greedy[entries] = own_logprob, own_greedy
+            if rank is not None and own_rank is not None:
+                rank[entries] = own_rank
         return Scores(logprob, greedy, rank, packed.offsets)
 
-    def _answers(self, task: str, needs_rank: bool) -> list[Answers]:
-        """Return the answers of each batch that this process scores."""
+    def _answers(self, task: str, needs_rank: bool) -> Answers:
+        """Return the answers of the batches that this process scores."""
         if self.lazy:
             self._move(task)
-        # copying a result would wait for its batch: every batch is started before the first copy
-        pending = [
-            (self._readings[task, i].entries, self._score_batch((task, i), needs_rank)) for i in self._own(task)
-        ]
-        return [
-            (entries, logprob.cpu().numpy(), greedy.cpu().numpy(), None if rank is None else rank.cpu().numpy())
-            for entries, (logprob, greedy, rank) in pending
-        ]
+        keys = [(task, i) for i in self._own(task)]
+        entries = [self._readings[key].entries for key in keys]
+        # the host waits once, for the copy of all results: while it waits for a batch, a GPU has no next one to do
+        return (np.concatenate([np.empty(0, dtype=np.int64), *entries]),
+                *_to_host([self._score_batch(key, needs_rank) for key in keys], needs_rank))
 
     def _own(self, task: str) -> range:
         return self.division.own(len(self.packed[task].batches))
@@ -264,7 +276,9 @@ class Scorer:
             inputs["encoder_outputs"] = (kept.encoded,)
         if self.kind != "masked":
             inputs["use_cache"] = False
-        return self.loaded.model(**inputs)
+        plain = isinstance(batch, Batch) and batch.last is None
+        with without_waiting() if plain else nullcontext():
+            return self.loaded.model(**inputs)
 
     @torch.inference_mode()
     def _score_batch(

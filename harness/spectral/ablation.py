@@ -139,41 +139,55 @@ def removal(
     removed singular values. exact: what `ablate` returns for these arguments, if the caller has it.
     """
     sigma = decomposition.sigma
-    removed = sigma[indices.to(sigma.device)]
-    energy_removed = float((removed**2).sum())
-    energy = float((sigma**2).sum())
-    output_removed = output_energy = 0.0
+    removed = sigma[_on(sigma.device, indices)]
+    energy_removed, energy = (removed**2).sum(), (sigma**2).sum()
+    output_removed = output_energy = torch.zeros_like(energy)
     known = operation.values == "output" or operation.inputs is not None
     if operation.values == "output" and operation.inputs is None:
         output_removed, output_energy = energy_removed, energy
     if operation.values != "own":
         operand = operation.of(weight)
-        energy_removed = float(_coordinates(operand, decomposition, indices).square().sum())
-        energy = float(operand.square().sum())
+        energy_removed = _coordinates(operand, decomposition, indices).square().sum()
+        energy = operand.square().sum()
     if operation.inputs is not None:
         operand, inputs = operation.of(weight), operation.inputs
         if decomposition.side == "left":
             outputs = _coordinates(operand, decomposition, indices) @ inputs
         else:  # the columns of D V_r are orthogonal, and their norms are the values
             outputs = removed[:, None].to(inputs) * (_vectors(decomposition, indices, inputs).T @ inputs)
-        output_removed, output_energy = float(outputs.square().sum()), float((operand @ inputs).square().sum())
-    constant = part = None
+        output_removed, output_energy = outputs.square().sum(), (operand @ inputs).square().sum()
+    of_mean = torch.zeros_like(energy)
     if operation.mean is not None and known:
-        constant = float(_part_of(operation, weight, decomposition, indices).square().sum())
-        part = output_removed + constant if operation.centred or operation.to_mean else output_removed
-    strength = abs(1 - operation.scale)
+        of_mean = _part_of(operation, weight, decomposition, indices).square().sum()
     if operation.removes_own_values:
-        realised = realised_removal(after, decomposition, indices)
+        realised = _norms_of_own(after, decomposition, indices)
     else:
         exact = ablate(weight, decomposition, indices, operation) if exact is None else exact
-        realised = _realised(after.to(torch.float64) - exact, weight.to(torch.float64) - exact, decomposition, indices)
+        parts = weight.to(torch.float64) - exact, after.to(torch.float64) - exact
+        realised = [torch.linalg.vector_norm(_coordinates(part, decomposition, indices)) for part in parts]
+    return _removal(
+        operation, known, len(indices), len(sigma),
+        _numbers([energy_removed, energy, output_removed, output_energy, of_mean, *realised,
+                  *(removed.aminmax() if len(indices) else ())]),
+    )
+
+
+def _removal(operation: Operation, known: bool, n_removed: int, n_values: int, numbers: list[float]) -> Removal:
+    """Return the description of an edit. numbers: those that `removal` measures, in its order."""
+    energy_removed, energy, output_removed, output_energy, of_mean, there, left, *extremes = numbers
+    smallest, largest = extremes or (None, None)
+    constant = part = None
+    if operation.mean is not None and known:
+        constant = of_mean
+        part = output_removed + constant if operation.centred or operation.to_mean else output_removed
+    strength = abs(1 - operation.scale)
     return Removal(
-        n_removed=len(indices),
-        n_values=len(sigma),
+        n_removed=n_removed,
+        n_values=n_values,
         energy_removed=energy_removed / energy if energy else 0.0,
-        sigma_max_removed=float(removed.max()) if len(indices) else None,
-        sigma_min_removed=float(removed.min()) if len(indices) else None,
-        realised_removal=realised,
+        sigma_max_removed=largest,
+        sigma_min_removed=smallest,
+        realised_removal=1 - left / there if n_removed and there else None,
         energy=energy,
         norm_removed=strength * math.sqrt(energy_removed),
         output_energy_removed=(output_removed / output_energy if output_energy else 0.0) if known else None,
@@ -209,21 +223,26 @@ def realised_removal(after: Tensor, decomposition: Decomposition, indices: Tenso
 
     None if there was nothing to remove (see `Removal`).
     """
-    if len(indices) == 0:
-        return None
+    there, left = _numbers(_norms_of_own(after, decomposition, indices))
+    return 1 - left / there if len(indices) and there else None
+
+
+def _norms_of_own(after: Tensor, decomposition: Decomposition, indices: Tensor) -> list[Tensor]:
     # The rows of U_r^T W have the removed singular values as their norms, so W itself is not needed.
-    there = float(torch.linalg.vector_norm(decomposition.sigma[indices.to(decomposition.sigma.device)]))
-    left = float(torch.linalg.vector_norm(_coordinates(after.to(torch.float64), decomposition, indices)))
-    return 1 - left / there if there else None
+    there = decomposition.sigma[_on(decomposition.sigma.device, indices)]
+    left = _coordinates(after.to(torch.float64), decomposition, indices)
+    return [torch.linalg.vector_norm(there), torch.linalg.vector_norm(left)]
 
 
-def _realised(left: Tensor, taken: Tensor, decomposition: Decomposition, indices: Tensor) -> float | None:
-    """Return 1 - |U_r^T left| / |U_r^T taken|, or None if there was nothing to take."""
-    if len(indices) == 0:
-        return None
-    there = float(torch.linalg.vector_norm(_coordinates(taken, decomposition, indices)))
-    remains = float(torch.linalg.vector_norm(_coordinates(left, decomposition, indices)))
-    return 1 - remains / there if there else None
+def _numbers(values: list[Tensor]) -> list[float]:
+    """Return scalar tensors as numbers. A GPU is waited for once and not for each of them."""
+    found: list[float] = torch.stack([value.to(values[0]) for value in values]).cpu().tolist()
+    return found
+
+
+def _on(device: torch.device, indices: Tensor) -> Tensor:
+    """Return indices on a device, for which the host does not wait."""
+    return indices.to(device, non_blocking=True)
 
 
 def low_rank_factors(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +276,7 @@ def others(indices: Tensor, n_values: int) -> Tensor:
 
 def _vectors(decomposition: Decomposition, indices: Tensor, like: Tensor) -> Tensor:
     vectors = decomposition.vectors
-    return vectors[:, indices.to(vectors.device)].to(like.device)
+    return vectors[:, _on(vectors.device, indices)].to(like.device)
 
 
 def _coordinates(matrix: Tensor, decomposition: Decomposition, indices: Tensor) -> Tensor:
