@@ -99,8 +99,8 @@ def measure(assets: Path, name: str) -> str:
                 taken = {mode: seconds(runs[mode], cells[mode]) for mode in order}
                 if number:  # the first pass moves the stream to the frontier
                     ratios.append((taken["adaptive"] / taken["exact"], taken["exact"]))
-    of_all, of_groups = (layout(run.scorers.of(next(iter(run.tasks)))) for run in runs.values())
-    (_, passes, tokens), (groups, own, padded) = of_all, of_groups
+    layouts = [layout(run.scorers.of(next(iter(run.tasks)))) for run in runs.values()]
+    (_, passes, tokens), (groups, own, padded) = layouts
     low, middle, high = statistics.quantiles((ratio for ratio, _ in ratios), n=4)
     return (f"| {name}, batch of {batch_tokens} | {groups} | {own} / {passes} | {padded / tokens:.3f} |"
             f" {middle:.3f} ({low:.3f} to {high:.3f}) | {statistics.median(exact for _, exact in ratios):.2f} |")

@@ -1,12 +1,12 @@
 """Cells per second of two commits, and what a cell costs beside its scoring pass.
 
     git worktree add ../before COMMIT
-    python experiments/speed/cells.py --before ../before        # about six minutes of two CPUs
+    python experiments/speed/cells.py --before ../before        # about three minutes of two CPUs
 
-Each commit measures the same small study (tenths of up_proj and down_proj on windows of WikiText-2) with rows on
-disk, in processes of its own with one thread each, in turn: before, after, after, before, and so on. Overhead is what a
-cell takes beside `Scorer.score`: the edit, the statistics and the rows, of which the wall clock sees only what the
-scoring waits for. Prints a table, and writes cells.csv beside this file.
+Each commit measures the same small study (tenths of up_proj and down_proj on windows of WikiText-2) with rows on disk,
+in processes of its own with one thread each, in turn: before, after, after, before, and so on. Overhead is what a cell
+takes beside `Scorer.score`: the edit, the statistics and the rows, of which the wall clock sees only what the scoring
+waits for. Prints a table, and writes cells.csv beside this file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # model -> windows of 64 tokens, pairs of runs
-MODELS = {"stories260K": (32, 9), "stories15M": (4, 5)}
+MODELS = {"stories260K": (32, 5), "stories15M": (4, 3)}
 FIELDS = ("model", "pair", "version", "cells", "wall_ms", "cpu_ms", "own_cpu_ms", "score_wall_ms", "score_cpu_ms")
 
 
@@ -109,7 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="checkout of the earlier commit")
-    parser.add_argument("--after", type=Path, default=HERE.parents[1], help="checkout of the later one; default: this")
+    parser.add_argument("--after", type=Path, default=HERE.parents[1], help="of the later one; by default this")
     parser.add_argument("--assets", type=Path, default=Path(os.environ.get("HARNESS_ASSETS", "../shared")))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
