@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from harness.evaluation.covariance import CovarianceStream
+from harness.evaluation.gradients import loss_changes
 from harness.evaluation.requests import PreparedTask, Request, ScoredTask
 from harness.files import replacing
 from harness.models.decompositions import SUFFIX, DiskCache, make_room
 from harness.models.identity import module_identity
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
+from harness.models.treatment import Decompose
 from harness.spectral.activations import InputCovariance
 
 LOG = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ class Calibration:
         self._current: tuple[IO[bytes], _Group] | None = None
         self._factors: OrderedDict[tuple[str, bool], Tensor] = OrderedDict()
         self._means: dict[str, Tensor] = {}
+        self._losses: dict[tuple[str, str], Tensor] = {}
 
     def prepare(self, matrices: Sequence[Matrix]) -> None:
         """Measure the inputs of these matrices if that is not yet done. The model must hold its unedited weights.
@@ -178,6 +181,19 @@ class Calibration:
                 self._factors.popitem(last=False)
         self._factors.move_to_end(which)
         return self._factors[which]
+
+    def losses(self, matrices: Sequence[Matrix], decompose: Decompose, metric: str) -> Mapping[str, Tensor]:
+        """Return the first-order change of the loss if each value of a spectrum is removed: matrix -> float64 [r].
+
+        The loss is the mean negative log-probability of the text in nats per token. metric: that of the spectra that
+        `decompose` returns. One backward pass over the text serves all matrices that are new. The model must hold its
+        unedited weights.
+        """
+        new = [matrix for matrix in matrices if (metric, matrix.name) not in self._losses]
+        if new:
+            found = loss_changes(self._loaded, self.text.requests, new, decompose)
+            self._losses |= {(metric, name): one for name, one in found.items()}
+        return {matrix.name: self._losses[metric, matrix.name] for matrix in matrices}
 
     def shrink(self) -> None:
         """Give up the factors that are kept, and keep half as much from now on; try a pass that failed again."""

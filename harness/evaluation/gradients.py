@@ -83,6 +83,28 @@ def singular_gradients(
     return found
 
 
+def loss_changes(
+    loaded: LoadedModel, requests: Sequence[Request], matrices: Sequence[Matrix],
+    decompose: Callable[[Matrix], Decomposition],
+) -> dict[str, Tensor]:
+    """Return the first-order change of a text's loss if each singular value is removed: matrix -> float64 [r].
+
+    The loss is the mean negative log-probability of the targets of the requests, in nats. decompose: a function from a
+    matrix to its spectrum in any metric. With left vectors u_i and the gradient G the change is -u_i^T G W^T u_i.
+    Raises InputError for a model that is not a causal language model.
+    """
+    if loaded.description.family.kind != "causal":
+        raise InputError("region.ranks: zero_sum works for causal language models only; use uniform")
+    n = sum(len(request.targets) for request in requests)
+    gradients = _weight_gradients(loaded, _batches(requests, BATCH_TOKENS), np.full(n, -1.0 / n), matrices)
+    found = {}
+    for matrix in matrices:
+        gradient = matrix.view(gradients).reshape(matrix.shape).to(torch.float64)
+        weight = matrix.read(loaded.model).to(torch.float64)
+        found[matrix.name] = -_products(gradient, weight, decompose(matrix)).cpu()
+    return found
+
+
 def metric_slopes(task: ScoredTask, scores: Scores, metric: str) -> tuple[float, np.ndarray]:
     """Return a metric and its derivative to each scored log-probability, float64 [N], by central differences.
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from harness.models.branches import Bias, Branch, biased, branch, branched, check_biasable
 from harness.models.loading import LoadedModel
+from harness.models.matrices import Matrix
 from harness.models.targets import Target
 from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, label_of, operation_of, spectrum_of
 from harness.spectral.ablation import Removal, bias_of, edit, others, removal
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region, fraction_interval, select
+from harness.spectral.regions.compression import keeping, shared_budget, zero_sum_ranks
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,13 @@ class Ablation:
         """The label of the region with its treatment, such as "decile 10 (0.9-1.0), activations"."""
         return label_of(self.region, self.treatment)
 
-    def positions(self, decomposition: Decomposition) -> Tensor:
-        """Return the positions of the values that are removed or scaled: int64 [n] on the CPU, in ascending order."""
-        picked = select(self.region, decomposition.sigma, decomposition.shape)
+    def positions(self, decomposition: Decomposition, kept: int | None = None) -> Tensor:
+        """Return the positions of the values that are removed or scaled: int64 [n] on the CPU, in ascending order.
+
+        kept: how many values of this matrix are kept, if that depends on all matrices of the target (`kept_ranks`).
+        """
+        region = self.region if kept is None else _of_rank(self.region, kept)
+        picked = select(region, decomposition.sigma, decomposition.shape)
         return others(picked, len(decomposition.sigma)) if self.treatment.keep else picked
 
 
@@ -124,17 +132,41 @@ def _extreme(which: Callable[[list[float]], float], values: list[float | None]) 
     return which(known) if known else None
 
 
+def _of_rank(region: Region, kept: int) -> Region:
+    """Return a region with a shared budget, or a control of one, as it is for a matrix of which `kept` values stay."""
+    if getattr(region, "reference", None) is None:
+        return keeping(kept)
+    control: Any = region
+    return dataclasses.replace(control, reference=keeping(kept))
+
+
+def kept_ranks(ablation: Ablation, matrices: Sequence[Matrix], sources: Sources) -> dict[str, int]:
+    """Return how many values of each matrix of a target are kept if they share one budget; empty if they do not.
+
+    The model must hold its unedited weights. Raises ValueError without a calibration text.
+    """
+    region = shared_budget(ablation.region)
+    if region is None:
+        return {}
+    treatment = ablation.treatment
+    losses = sources.require_calibrated().losses(
+        matrices, lambda matrix: spectrum_of(matrix, treatment, sources), treatment.metric
+    )
+    shapes = {matrix.name: matrix.shape for matrix in matrices}
+    return zero_sum_ranks({name: losses[name] for name in shapes}, shapes, region.ratio)
+
+
 def biases_of(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> list[Bias]:
     """Return the biases that replace the parts of an ablation by their means. The model must hold unedited weights."""
-    sources.prepare([matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices])
-    found = []
-    for matrix in loaded.matrices:
-        if matrix.name in ablation.target.matrices:
-            decomposition = spectrum_of(matrix, ablation.treatment, sources)
-            operation = operation_of(matrix, ablation.treatment, sources)
-            indices = ablation.positions(decomposition)
-            values = bias_of(matrix.read(loaded.model), decomposition, indices, operation)
-            found.append(Bias(matrix, values.float()))
+    matrices = [matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices]
+    sources.prepare(matrices)
+    kept, found = kept_ranks(ablation, matrices, sources), []
+    for matrix in matrices:
+        decomposition = spectrum_of(matrix, ablation.treatment, sources)
+        operation = operation_of(matrix, ablation.treatment, sources)
+        indices = ablation.positions(decomposition, kept.get(matrix.name))
+        values = bias_of(matrix.read(loaded.model), decomposition, indices, operation)
+        found.append(Bias(matrix, values.float()))
     return found
 
 
@@ -153,6 +185,7 @@ def ablated(
     by_name = {matrix.name: matrix for matrix in loaded.matrices}
     matrices = [by_name[name] for name in ablation.target.matrices]
     sources.prepare(matrices)
+    kept = kept_ranks(ablation, matrices, sources)
     edited: list[_Edited] = []
     branches: list[Branch] = []
     biases: list[Bias] = []
@@ -162,7 +195,7 @@ def ablated(
         for matrix in matrices:
             decomposition = spectrum_of(matrix, ablation.treatment, sources)
             operation = operation_of(matrix, ablation.treatment, sources)
-            indices = ablation.positions(decomposition)
+            indices = ablation.positions(decomposition, kept.get(matrix.name))
             original = matrix.read(loaded.model)
             if edit_mode == "weight":
                 weight, removed = edit(original, decomposition, indices, operation)

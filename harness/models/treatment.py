@@ -15,7 +15,7 @@ spectrum of another matrix than the operand must have left vectors (`side` "left
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -104,6 +104,14 @@ class Calibrated(Protocol):
 
     def mean(self, matrix: Matrix) -> Tensor:
         """Return the mean of the inputs of one matrix, float64 [in]."""
+        ...
+
+    def losses(self, matrices: Sequence[Matrix], decompose: Decompose, metric: str) -> Mapping[str, Tensor]:
+        """Return the first-order change of the text's loss if each value of a spectrum is removed, by matrix.
+
+        The results are float64 [r]. metric: that of the spectra that `decompose` returns. The model must hold its
+        unedited weights.
+        """
         ...
 
 

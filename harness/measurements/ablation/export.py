@@ -24,7 +24,7 @@ from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import frozen_cells, frozen_digests
 from harness.models.biases import require_biases, write_biases
 from harness.models.description import ModelDescription
-from harness.models.editing import Ablation, RealisedAblation, ablated, biases_of
+from harness.models.editing import Ablation, RealisedAblation, ablated, biases_of, kept_ranks
 from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import LoadedModel, describe_model, load, load_tokenizer, require_head
@@ -195,14 +195,14 @@ def _kept_factors(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> 
     """
     if ablation.treatment.scale != 0:
         raise InputError("--factored: region.scale leaves a matrix at its full rank; export without --factored")
-    sources.prepare([matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices])
+    edited = [matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices]
+    sources.prepare(edited)
+    ranks = kept_ranks(ablation, edited, sources)
     factors = {}
     rank = kept_most = 0
-    for matrix in loaded.matrices:
-        if matrix.name not in ablation.target.matrices:
-            continue
+    for matrix in edited:
         decomposition = spectrum_of(matrix, ablation.treatment, sources)
-        indices = others(ablation.positions(decomposition), min(matrix.shape))
+        indices = others(ablation.positions(decomposition, ranks.get(matrix.name)), min(matrix.shape))
         weight = matrix.read(loaded.model)
         if factors_are_smaller(matrix, len(indices), weight.dtype):
             left, right = low_rank_factors(weight, decomposition, indices)

@@ -38,6 +38,9 @@ class RegionSettings:
         if self.by == "mp" and self.treatment.metric == "activations":
             right = "the law of Marchenko and Pastur is not that of W C^(1/2), whose entries are not independent"
             raise wrong("metric", self.treatment.metric, right)
+        if "zero_sum" in getattr(self.rule, "ranks", ()) and self.treatment.calibration is None:
+            right = "it needs a text for the loss: calibration=wikitext, or uniform without one"
+            raise wrong("ranks", "zero_sum", right)
         if "lower_bulk" in self.controls and self.by != "mp":
             raise wrong("controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
         if self._draws() and not self.random_seeds:

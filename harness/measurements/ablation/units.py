@@ -40,6 +40,7 @@ from harness.models.matrices import Matrix
 from harness.models.targets import BASELINE, UNEDITED, Target, expand_targets
 from harness.models.treatment import Treatment
 from harness.spectral.regions import Region, from_plain, to_plain
+from harness.spectral.regions.compression import shared_budget
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 
 
@@ -178,6 +179,8 @@ def plan(settings: StudySettings) -> Study:
     Raises InputError if the model, the data or the settings do not fit each other.
     """
     study = _from_settings(settings, prepare(settings))
+    if any(shared_budget(cell.ablation.region) for cell in study.units) and study.description.family.kind != "causal":
+        raise InputError("region.ranks: zero_sum works for causal language models only; use uniform")
     branch, to_mean = settings.runtime.edit == "branch", settings.region.treatment.replace == "mean"
     if branch or to_mean:
         touched = {name for cell in study.units for name in cell.ablation.target.matrices}

@@ -11,6 +11,7 @@ validation, the choice of positions, and the label. Another package adds a rule 
 "harness.regions".
 """
 
+from harness.spectral.regions.compression import Compression
 from harness.spectral.regions.controls import CONTROLS, EnergyMatched, LowerBulk, Nothing, OtherOrder, Random
 from harness.spectral.regions.decile import Decile
 from harness.spectral.regions.energy import Energy
@@ -62,6 +63,7 @@ def _of(by: str) -> type[Fraction] | type[Energy]:
 __all__ = [
     "CONTROLS",
     "RULES",
+    "Compression",
     "Decile",
     "Energy",
     "EnergyMatched",

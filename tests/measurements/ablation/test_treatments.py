@@ -110,6 +110,8 @@ def test_everything_of_a_treatment_is_in_the_id_and_the_baseline_keeps_its_own(p
         (["region.replace=mean"], "region.replace: 'mean' is wrong; it needs a text: calibration=wikitext"),
         (["calibration=text", "region.calibration.data_files={other}", "region.replace=mean", "model.name={mixtral}"],
          "region.replace: mean cannot edit 0.up_proj.e0, which is an expert of a fused 3-D parameter; use region.repl"),
+        (["region=compression", "region.ranks=[zero_sum]"], "region.ranks: 'zero_sum' is wrong; it needs a text for the"),
+        (["region=compression", "region.ratios=[1]"], "region.ratios: 1.0 is wrong; a share of the parameters"),
         (["region.scale=1"], "region.scale: 1.0 is wrong; a scale of 1 changes nothing"),
         (["region.centred=true"], "region.centred: True is wrong; only a calibration text is centred"),
         (["region.metric=inputs"], "region.metric: 'inputs' is wrong"),
@@ -383,3 +385,48 @@ def test_a_model_without_biases_is_not_exported_with_means(place, tmp_path, caps
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "region.replace: mean becomes a bias, and 0.o_proj of a mistral model" in error
     assert not (tmp_path / "exported").exists()
+
+
+def stories(assets, place, *more: str) -> list[str]:
+    data = "/data/tinystories/"
+    return [
+        "experiment=svd_llm", f"model.name={assets}/models/stories260K", "model.device=cpu", "runtime.threads=1",
+        "task=text", f"tasks.text.data_files={assets}{data}validation_first_stories.txt", "tasks.text.limit=8",
+        "tasks.text.window=128", "calibration=text",
+        f"region.calibration.data_files={assets}{data}tinystories_1000_train.jsonl", "region.calibration.window=128",
+        "region.calibration.limit=64", "region.ratios=[0.3]", f"runtime.cache_dir={place / 'cache'}", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.assets
+def test_compression_in_the_metric_of_the_activations_is_better_than_plain_truncation(assets, place, tmp_path):
+    """A real trained model at one budget: plain SVD, SVD-LLM, and ZS-SVD's shared budget; then the factored export."""
+    values = {}
+    for metric in ("weight", "activations"):
+        words = stories(assets, place, f"region.metric={metric}", f"output={tmp_path / metric}")
+        rows = read_metrics(run_settings(compose_settings("ablation", words)))
+        assert set(rows.status) == {"ok"}
+        rows = rows[(rows.metric == "token_perplexity") & (rows.target != "baseline")].set_index("region_kind").value
+        values |= {(metric, ranks): rows[ranks] for ranks in ("uniform", "zero_sum")}
+    assert rows["none"] < values["activations", "uniform"] < 0.8 * values["weight", "uniform"]
+    assert values["activations", "zero_sum"] < 0.8 * values["weight", "zero_sum"]
+    assert len(set(values.values())) == 4
+    exported = tmp_path / "exported"
+    assert main(["export", "--factored", *stories(assets, place, "region.ranks=[zero_sum]", f"output={exported}")]) == 0
+    from harness.models.factored import load_factored
+
+    original = sh.load(f"{assets}/models/stories260K")
+    small = sh.wrap(load_factored(exported), original.tokenizer)
+    task = sh.task("text", data_files=stories(assets, place)[5].partition("=")[2], limit=8, window=128)
+    found = float(small.score(task).metrics.set_index("metric").value["token_perplexity"])
+    assert found == pytest.approx(values["activations", "zero_sum"], rel=1e-4)
+    from safetensors import safe_open
+
+    with safe_open(exported / "factored.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    matrices = {name: original[name].shape for name in original.matrices}
+    size = sum(np.prod(shapes[part]) for name in matrices for part in shapes
+               if part in (f"{name}:left", f"{name}:right", name))
+    whole = [name for name in matrices if f"{name}:left" not in shapes and name not in shapes]
+    size += sum(np.prod(matrices[name]) for name in whole)
+    assert size <= 0.7 * sum(map(np.prod, matrices.values()))
