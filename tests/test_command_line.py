@@ -164,6 +164,9 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
         listed[f"decile {number} ({part[0]:.1f}-{part[1]:.1f})"] = (by, "decile", where)
     for share in said.get("keep", []):
         listed[f"laser {share:g}"] = (by, "small", slice(int(32 * share), 32))
+    for ranks in said.get("ranks", []):
+        listed |= {f"compression {ratio:g}{' zero_sum' * (ranks == 'zero_sum')}": (by, ranks, None)
+                   for ratio in said["ratios"]}
     for kind in said.get("mp", []):
         label = f"mp {kind} {said['estimator']}" + " tracy_widom" * said["tracy_widom"]
         listed[label] = (by, kind, None)
@@ -244,6 +247,22 @@ def test_every_cluster(name, measurement, tmp_path):
     assert said and {key: getattr(cluster, key) for key in said} == said
 
 
+@pytest.mark.parametrize("name", names("calibration"))
+def test_every_calibration(name, checkpoint, tmp_path):
+    """Every line of the YAML is a setting of the text, and a study in its metric says so in every row."""
+    said, text = content("calibration", name), tmp_path / "calibration.txt"
+    text.write_text("red blue small big\n" * 200)
+    words = [*checkpoint(), "target=all", "region=decile", "region.deciles=[10]", "region.metric=activations",
+             f"calibration={name}", f"region.calibration.data_files={text}"]
+    found = compose_settings("ablation", words).region.treatment.calibration.plain()
+    assert {**said, "data_files": str(text)} == found
+    few = ["region.calibration.limit=4", "region.calibration.window=16"]
+    rows = run(tmp_path, *words, *few)
+    edited = rows[rows.target_kind == "all"]
+    assert set(edited.region_metric) == {"activations"} and edited.output_energy_removed.notna().all()
+    assert all(json.loads(one)["n_windows"] == 4 for one in edited.calibration)
+
+
 LOCAL_DATA = {
     "ioi": "ioi/ioi.jsonl", "factual": "counterfact/known_1000.jsonl", "lambada": "lambada/test.jsonl",
     "blimp": "blimp", "text": "tinystories/validation_first_stories.txt", "wikitext": "wikitext-2-raw/test.jsonl",
@@ -316,8 +335,9 @@ def test_recall_experiments(name, recall, tmp_path):
 
 
 def test_every_experiment_is_run_by_a_test():
-    """laser*: tests/measurements/search/test_search.py; small_values*: tests/experiments/test_small_values.py."""
-    assert {name for name in names("experiment") if not name.startswith(("laser", "small_values"))} == {
+    """laser*: tests/measurements/search/test_search.py; small_values*: tests/experiments/test_small_values.py;
+    svd_llm: tests/measurements/ablation/test_treatments.py."""
+    assert {name for name in names("experiment") if not name.startswith(("laser", "small_values", "svd_llm"))} == {
         *FIRST_LOOK, "recall", "recall_published"
     }  # fmt: skip
 
