@@ -60,12 +60,16 @@ def mean_interval(
 
     draws: float64 [n]. confidence: above 0 and below 1. covariates: float64 [n, k], for each draw k numbers whose means
     over the population are exactly zero. The regression estimator (Cochran, Sampling Techniques, 3rd ed., section 7.1)
-    then removes from the values what the covariates explain. The interval is infinite if there are too few draws for
-    their skewness, and if all draws are equal, because equal draws say nothing about the values that were not drawn.
+    then removes from the values what the covariates explain. Its variance is the larger one of two estimates: that for
+    residuals of equal variance, and that of the jackknife (HC3 of MacKinnon and White, Journal of Econometrics 29,
+    1985), which also holds if residuals vary more where covariates are large, as those of sums over many tokens do. The
+    interval is infinite if there are too few draws for their skewness, and if all draws are equal, because equal draws
+    say nothing about the values that were not drawn.
     """
     draws = np.asarray(draws, dtype=np.float64)
     n = len(draws)
     centre, residual, freedom, leverage = float(draws.mean()), draws - draws.mean(), n - 1, 0.0
+    jackknife = 0.0  # the variance of one value that gives the estimate the variance of the jackknife
     if covariates is not None:
         means = covariates.mean(axis=0)
         # orthonormal directions in which the covariates vary
@@ -76,6 +80,10 @@ def mean_interval(
             slopes = left.T @ residual
             centre, residual = centre - float(slopes @ at_zero), residual - left @ slopes
             freedom, leverage = n - 1 - rank, float(at_zero @ at_zero)
+            shares = 1 / n - left @ at_zero  # the estimate is the sum of the draws times these
+            own = np.minimum(1 / n + np.square(left).sum(axis=1), 0.999)  # the influence of each draw on its own fit
+            change = float(np.square(shares * residual / (1 - own)).sum())
+            jackknife = (n - 1) / n * change / (1 / n + leverage)
     spread = math.sqrt(float(residual @ residual) / freedom) if freedom > 0 else 0.0
     if n == population:
         mean = float(draws.mean())
@@ -88,7 +96,8 @@ def mean_interval(
     if min(n, population - n) < DRAWS_PER_SQUARED_SKEWNESS * skewness**2:
         return Interval(centre, -math.inf, math.inf, spread)
     information = 1 / (1 / n + leverage - 1 / population)
-    half = spread * math.sqrt(freedom / information) * _t_boundary(information, freedom, 1 - confidence)
+    deviation = max(spread, math.sqrt(jackknife))
+    half = deviation * math.sqrt(freedom / information) * _t_boundary(information, freedom, 1 - confidence)
     return Interval(centre, centre - half, centre + half, spread)
 
 

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from harness.evaluation.sequential import TUNED_FOR, bounded_mean_interval, mean_interval, zero_mean_evidence
+from harness.evaluation.sequential import (
+    TUNED_FOR,
+    _t_boundary,
+    bounded_mean_interval,
+    mean_interval,
+    zero_mean_evidence,
+)
 
 CONFIDENCE = 0.95
 SIZE = 600
@@ -182,3 +188,36 @@ def test_fewer_draws_of_a_finite_set_are_worth_more():
     many = mean_interval(np.tile(draws[:2500], 2), 10**12, CONFIDENCE)
     width = [found.high - found.low for found in (*half, many)]
     assert width[0] < width[1] and width[0] == pytest.approx(width[2], rel=2e-3)
+
+
+def test_values_that_vary_more_where_covariates_are_large_are_covered_too():
+    """Sums over unequal numbers of tokens. A variance that is thought to be equal everywhere covers too seldom."""
+    rng = np.random.default_rng(11)
+    weight = rng.gamma(1.2, 1.0, 400)
+    values = 0.1 * weight + weight * rng.standard_normal(400)
+    known = (weight - weight.mean())[:, None]
+    missed, narrower = 0, 0
+    for _ in range(300):
+        order = rng.permutation(400)
+        for n in (40, 60, 90, 140, 220, 350):
+            drawn = order[:n]
+            found = mean_interval(values[drawn], 400, 0.9, known[drawn])
+            if not found.low <= values.mean() <= found.high:
+                missed += 1
+                break
+        drawn = order[:60]
+        found = mean_interval(values[drawn], 400, 0.9, known[drawn])
+        matrix = np.column_stack([np.ones(60), known[drawn]])
+        inverse = np.linalg.inv(matrix.T @ matrix)
+        residual = values[drawn] - matrix @ (inverse @ matrix.T @ values[drawn])
+        own = np.einsum("ij,jk,ik->i", matrix, inverse, matrix)
+        change = inverse @ (matrix.T * (residual / (1 - own)))  # of the coefficients if a draw is left out
+        jackknife = math.sqrt(59 / 60 * np.square(change[0]).sum() / inverse[0, 0])
+        equal = math.sqrt(residual @ residual / 58)
+        ends = mean_interval(values[drawn], 400, 0.9)
+        if math.isfinite(found.high) and math.isfinite(ends.high):
+            information = 1 / (inverse[0, 0] - 1 / 400)
+            half = max(equal, jackknife) * math.sqrt(58 / information) * _t_boundary(information, 58, 0.1)
+            assert found.high - found.estimate == pytest.approx(half, rel=1e-9)
+            narrower += jackknife > 1.05 * equal
+    assert missed <= 30 + 2 * math.sqrt(27) and narrower > 50

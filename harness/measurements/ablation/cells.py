@@ -23,6 +23,7 @@ from harness.models.treatment import REMOVE, Treatment
 from harness.spectral.regions import Region, select
 
 NUMBERS_VERSION = 2  # must be raised when a change of the code changes the numbers of cells
+ADAPTIVE_VERSION = 2  # the same for those that only adaptive cells have
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
         found["compile"] = True
     if runtime.precision == "adaptive":
         # An adaptive cell may stop after each batch, so the size of batches changes its number.
-        found |= {"adaptive": dataclasses.asdict(runtime.adaptive), "batch_tokens": runtime.batch_tokens}
+        adaptive = {**dataclasses.asdict(runtime.adaptive), "version": ADAPTIVE_VERSION}
+        found |= {"adaptive": adaptive, "batch_tokens": runtime.batch_tokens}
     return found
 
 
