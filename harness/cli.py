@@ -64,6 +64,12 @@ COMMANDS = {
         "harness tune tune=lora model.name=path/to/model task=label_words region.deciles=[1,10]"
         " tasks.label_words.data_files=validation.jsonl tune.data_files=train.jsonl",
     )),
+    "coupling": Command("measure how the residual Jacobians of different blocks share their singular vectors",
+                        from_settings.measure, from_settings.add_measuring, "coupling", (
+        "harness coupling init=both task=recall",
+        "harness coupling model=smollm2-135m init=both task=wikitext tasks.wikitext.window=48 k=[10,30]",
+        "harness coupling model=gpt2 task=wikitext tasks.wikitext.window=48 target=type region=fraction",
+    )),
     "plan": Command("print what a run would measure, without loading weights", from_settings.plan,
                     from_settings.add_plan, "ablation", (
         "harness plan model=gpt2 target=type region=decile task=wikitext",

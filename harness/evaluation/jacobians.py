@@ -37,7 +37,7 @@ class BlockCall:
     keyword: str | None = None  # under which the model passes the hidden states, if it names them
 
     def run(self, hidden: Tensor) -> Tensor:
-        """Return the output [B, T, d] of the block for hidden states [B, T, d]; other arguments are the call's."""
+        """Return the output [B, T, d] of the block for hidden states [B, T, d], with the arguments of this call."""
         with plain_experts(self.block):
             if self.keyword is None:
                 output = self.block(hidden, *self.args, **self.kwargs)
@@ -49,7 +49,7 @@ class BlockCall:
 
 @torch.no_grad()
 def block_calls(loaded: LoadedModel, tokens: Tensor, cache: Any = None) -> list[BlockCall]:
-    """Return the calls of all blocks in a forward pass over tokens, int64 [1, T], after those of a read-only cache."""
+    """Return the calls of all blocks in one forward pass over tokens, int64 [1, T], after those of a cache."""
     calls: list[BlockCall] = []
     entered: list[tuple[Any, ...]] = []
 

@@ -16,9 +16,11 @@ ABLATION = Measurement("ablation", "harness.measurements.ablation")
 SPECTRA = Measurement("spectra", "harness.measurements.spectra")
 SEARCH = Measurement("search", "harness.measurements.search")
 TUNING = Measurement("tuning", "harness.measurements.tuning")
+COUPLING = Measurement("coupling", "harness.measurements.coupling")
 
 MEASUREMENTS: Registry[Measurement] = Registry(
-    "harness.measurements", "a kind of measurement", {one.name: one for one in (ABLATION, SPECTRA, SEARCH, TUNING)}
+    "harness.measurements", "a kind of measurement",
+    {one.name: one for one in (ABLATION, SPECTRA, SEARCH, TUNING, COUPLING)},
 )
 
 
@@ -74,7 +76,7 @@ def tables_page() -> str:
     """Return the page docs/tables.md, with every column of every table of the harness's own measurements."""
     from harness.measurements.comparison.tables import TABLES as COMPARISON
 
-    described = [*(one.tables for one in (ABLATION, SPECTRA, SEARCH, TUNING)), COMPARISON]
+    described = [*(one.tables for one in (ABLATION, SPECTRA, SEARCH, TUNING, COUPLING)), COMPARISON]
     chapters = [tables_markdown(tables) for tables in described]
     introduction = [
         "# Tables",

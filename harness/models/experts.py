@@ -13,7 +13,7 @@ from torch import nn
 def plain_experts(block: nn.Module) -> Iterator[None]:
     """Let a block compute its experts one after the other for the time of the context; other blocks change nothing."""
     found: list[Any] = [getattr(module, "config", None) for module in block.modules()]
-    configs = {id(config): config for config in found if getattr(config, "_experts_implementation", None) is not None}
+    configs = {id(one): one for one in found if getattr(one, "_experts_implementation", None) is not None}
     before = {key: config._experts_implementation for key, config in configs.items()}
     for config in configs.values():
         config._experts_implementation = "eager"

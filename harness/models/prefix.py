@@ -1,4 +1,4 @@
-"""A read-only cache: keys and values of the tokens before one token, so that a block can be run on that token alone.
+"""A read-only cache: the keys and values of the tokens before one token, so that a block can run on that token alone.
 
 transformers writes every token that it sees into its cache. Here the tokens before are written once, and every later
 call of a block sees them without leaving anything behind.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ReadOnlyCache:
-    """Wraps a cache of transformers with the tokens before; `update` returns them with the new ones, stores nothing.
+    """Wraps a cache of the tokens before; `update` returns them with the new ones, and stores nothing.
 
     Everything else, such as the sizes of masks, is that of the wrapped cache.
     """

@@ -40,7 +40,7 @@ def accumulated(product: Tensor | None, jacobian: Tensor) -> tuple[Tensor, float
     product: P, float64 [d, d], the product of the earlier blocks up to a factor; None for the identity.
     """
     step = jacobian.to(torch.float64) + torch.eye(len(jacobian), dtype=torch.float64, device=jacobian.device)
-    product = step if product is None else step @ product
+    product = step if product is None else step @ product.to(step.device)
     product = product / torch.linalg.matrix_norm(product)
     # Values below 1e-8 of the largest are lost in the Gram matrix; they do not change the effective rank.
     values = torch.linalg.eigvalsh(product.T @ product).flip(0).clamp_min(0).sqrt()

@@ -1,6 +1,8 @@
-"""The three ways to a residual Jacobian agree for every causal family; the reference is torch.func on the model."""
+"""The ways to a residual Jacobian agree for every causal family; the reference is autograd through the whole model."""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ def loaded(model_type: str, dtype: torch.dtype = torch.float64, **overrides):
     return loaded_from(model)
 
 
-@pytest.fixture
-def true_float64(monkeypatch):
+@contextmanager
+def float64_alone():
     """Let models compute in float64 alone: transformers casts to float32 inside of norms, softmax and routers."""
     to, softmax = torch.Tensor.to, torch.nn.functional.softmax
 
@@ -35,9 +37,17 @@ def true_float64(monkeypatch):
     def soft(tensor, *args, dtype=None, **kwargs):
         return softmax(tensor, *args, dtype=tensor.dtype if tensor.dtype == torch.float64 else dtype, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "to", kept)
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: kept(tensor, torch.float32))
-    monkeypatch.setattr(torch.nn.functional, "softmax", soft)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", kept)
+        patch.setattr(torch.Tensor, "float", lambda tensor: kept(tensor, torch.float32))
+        patch.setattr(torch.nn.functional, "softmax", soft)
+        yield
+
+
+@pytest.fixture
+def true_float64():
+    with float64_alone():
+        yield
 
 
 def tokens(n: int = 19, seed: int = 0) -> torch.Tensor:

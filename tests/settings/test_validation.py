@@ -418,11 +418,18 @@ def test_every_yaml_of_a_tuning_is_read_back(name, tmp_path):
     assert_round_trip(settings)
 
 
+@pytest.mark.parametrize("group, name", [pair for pair in YAMLS if pair[0] in ("target", "region", "cluster")])
+def test_every_yaml_of_coupling_is_read_back(group, name):
+    region = [] if group == "region" else ["region=fraction"]
+    assert_round_trip(compose_settings("coupling", [f"{group}={name}", *region, "task=recall"]))
+
+
 @pytest.mark.parametrize("name", groups()["experiment"])
 def test_every_yaml_of_an_experiment_is_read_back(name):
     text = (config_folder() / "experiment" / f"{name}.yaml").read_text()
     named = ["model.name=some/thing"] if re.search(r"override /model: pretrained\b", text) else []
-    assert_round_trip(compose_settings("ablation", [f"experiment={name}", *named]))
+    kind = "coupling" if name.startswith("coupling") else "ablation"
+    assert_round_trip(compose_settings(kind, [f"experiment={name}", *named]))
 
 
 # ---------------------------------------------------------------- rooms

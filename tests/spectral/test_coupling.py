@@ -49,7 +49,7 @@ def test_leading_triples_are_those_of_lapack():
 
 
 def test_values_are_the_published_formula_for_every_pair_and_both_orders():
-    """Stacked products give what a loop over pairs gives, which is written from the paper and the released code."""
+    """Stacked products give what a loop over pairs gives, written from the paper and from the released code."""
     jacobians = [gaussian(30, 30, seed=seed) + 2 * torch.outer(gaussian(30, seed=50), gaussian(30, seed=51)) / 30
                  for seed in range(4)]
     triples = [leading_triples(one, 6)[0] for one in jacobians]
