@@ -94,12 +94,12 @@ def _common(plan: CouplingPlan, weights: Weights, loaded: LoadedModel) -> dict[s
     settings, description, task, ablation = plan.settings, weights.description, plan.task, weights.ablation
     device = loaded.device
     return {
-        "model": settings.model.name,
+        "model": weights.model.label,
         "checkpoint": weights.checkpoint,
         "checkpoint_index": weights.index,
         "init": weights.init,
         "target": ablation and ablation.target.label,
-        "region": ablation and ablation.region.label,
+        "region": ablation and ablation.label,
         "seed": weights.seed,
         "n_blocks": plan.n_blocks,
         "width": plan.width,

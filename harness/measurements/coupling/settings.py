@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from harness.engine.settings import ClusterSettings
 from harness.errors import SettingError, wrong
 from harness.measurements.ablation.region_settings import RegionSettings, read_region, region_keys
-from harness.models.settings import ModelSettings
+from harness.models.settings import ModelSettings, ReferenceSettings
 from harness.models.targets import TargetSettings
 from harness.settings.constraints import ReadBy, at_least
 from harness.settings.output import require_folder
@@ -49,6 +49,7 @@ class CouplingSettings:
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)  # measured beside the model, e.g. its base
     tasks: Annotated[dict[str, Task], ReadBy(tasks_of)] = field(default_factory=dict)
     prompts: Annotated[int, at_least(1)] = 32  # sequences of the task, evenly spread over all of them
     # last, or positions in each prompt; negative ones count from its end
@@ -85,6 +86,9 @@ class CouplingSettings:
             raise wrong("revisions", self.revisions, "each may be named once")
         if self.revisions and self.model.revision is not None:
             raise wrong("model.revision", self.model.revision, "name it among the revisions")
+        if self.region is not None and self.region.treatment.calibration is not None:
+            right = "harness coupling takes the spectra of weights alone; leave it and region.metric out"
+            raise SettingError("region.calibration", right)
         if len(self.tasks) > 1:
             raise wrong("task", list(self.tasks), "the prompts are those of one task; choose one, for example wikitext")
 

@@ -17,14 +17,14 @@ OF_BLOCKS = ("sigma_max", "frobenius_norm", "effective_rank", "symmetry", "depar
 
 
 def label(row: Any) -> str:
-    """Return the weights of a row: "trained", "random" or the name of the checkpoint, with the ablation if any."""
+    """Return the weights of a row: "trained", "random", "reference" or the checkpoint; with the ablation if any."""
 
     def text(name: str) -> str | None:
         return row[name] if isinstance(row[name], str) else None  # NaN instead of None if the whole column is null
 
-    name = "random" if row["init"] == "random" else text("checkpoint") or "trained"
+    name = row["init"] if row["init"] != "trained" else text("checkpoint") or "trained"
     region = text("region")
-    return name if region is None else f"{name}, {text('target')} without {region}"
+    return name if region is None else f"{name}, {text('target')}: {region}"
 
 
 def with_label(rows: pandas.DataFrame) -> pandas.DataFrame:

@@ -16,9 +16,9 @@ _KEY = (
     required("coupling_id", "string", "Id of the prompt with these weights: a hash of all that its numbers depend on."),
     required("model", "string", "Hugging Face name, local folder, or `recall` for the embedded model."),
     Column("checkpoint", "string", "The checkpoint as named in `revisions`; null without revisions."),
-    required("init", "string", "`trained`, or `random`: newly initialised weights."),
+    required("init", "string", "`trained`; `random`: newly initialised; `reference`: the model of `reference.name`."),
     Column("target", "string", "The matrices from which the ablation removes a region; null for unedited weights."),
-    Column("region", "string", "The region that is removed from each of these matrices; null for unedited weights."),
+    Column("region", "string", "The region of each of these matrices that is removed; null for unedited weights."),
     required("prompt_id", "string", "The prompt: the number of its sequence in the task."),
 )
 

@@ -21,6 +21,7 @@ from harness.models.editing import Ablation
 from harness.models.families import blocks_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.prefix import takes_cache
+from harness.models.reference import describe_reference
 from harness.models.settings import ModelSettings
 from harness.models.targets import expand_targets
 from harness.spectral.regions import select
@@ -34,7 +35,8 @@ NO_ABLATION = ("none", "other_order")  # kinds of regions that remove nothing
 class Weights:
     """One set of weights: the model, a checkpoint of its training, or new weights; unedited, or with one ablation.
 
-    init: "trained" or "random". checkpoint, index: the name of the checkpoint in the revisions, and its position there.
+    init: "trained", "random", or "reference" for the reference.
+    checkpoint, index: the name of the checkpoint in the revisions, and its position there.
     seed: that of new weights; None for trained ones. ablation: None for unedited weights.
     """
 
@@ -49,10 +51,8 @@ class Weights:
     @property
     def label(self) -> str:
         """The name of the checkpoint, "trained" or "random", and the ablation."""
-        name = "random" if self.init == "random" else self.checkpoint or "trained"
-        if self.ablation is None:
-            return name
-        return f"{name}, {self.ablation.target.label} without {self.ablation.region.label}"
+        name = self.init if self.init != "trained" else self.checkpoint or "trained"
+        return name if self.ablation is None else f"{name}, {self.ablation.target.label}: {self.ablation.label}"
 
     def same_model(self, other: Weights) -> bool:
         """Return whether the other set differs in its ablation alone."""
@@ -217,6 +217,9 @@ def _models(settings: CouplingSettings) -> Iterator[Weights]:
         trained.append(Weights(settings.model, describe_model(settings.model), "trained"))
     if settings.init != "random":
         yield from trained
+    reference = describe_reference(settings.reference, settings.model, trained[0].description)
+    if reference is not None:
+        yield Weights(reference.settings, reference.description, "reference")
     if settings.init != "trained":
         seed = settings.model.recall.seed if settings.model.embedded else settings.seed
         yield Weights(trained[0].model, trained[0].description, "random", seed=seed)
@@ -227,6 +230,7 @@ def _with_ablations(
 ) -> Iterator[Weights]:
     ablations = []
     if settings.region is not None:
+        treatment = settings.region.treatment.treatment(None)
         regions = [region for region in settings.region.regions() if region.kind not in NO_ABLATION]
         shapes = {matrix.name: matrix.shape for matrix in matrices}
         for target in expand_targets(settings.target, matrices):
@@ -234,7 +238,7 @@ def _with_ablations(
                 for name in target.matrices:
                     if region.rank_only and not len(select(region, None, shapes[name])):
                         raise InputError(f"region: {region.label} is empty for matrix {name}; use a larger region")
-                ablations.append(Ablation(target, region))
+                ablations.append(Ablation(target, region, treatment))
     for one in models:
         yield one
         if one.init == "trained":
@@ -263,7 +267,7 @@ def _unit_id(settings: CouplingSettings, weights: Weights, prompt: Prompt, way: 
         "init": weights.init,
         "checkpoint": weights.checkpoint,
         "seed": weights.seed,
-        "ablation": ablation and [sorted(ablation.target.matrices), region_key(ablation.region)],
+        "ablation": ablation and [sorted(ablation.target.matrices), region_key(ablation.region, ablation.treatment)],
         "tokens": prompt.tokens,
         "positions": prompt.positions,
         "kinds": sorted(settings.kinds),

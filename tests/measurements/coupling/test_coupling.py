@@ -153,11 +153,24 @@ def test_coupling_of_an_ablated_model(words, measured):
     found = rows[(rows["region"] == label) & (rows["prompt_id"] == prompt.name)]
     assert found["m"].tolist() == pytest.approx(expected["m"], abs=1e-4)
     labels = with_label(read_coupling(measured, "jacobians"))["weights"]
-    assert list(dict.fromkeys(labels)) == ["trained", "trained, down_proj without large 0.5",
-                                           f"trained, down_proj without {label}", "random"]
+    assert list(dict.fromkeys(labels)) == ["trained", "trained, down_proj: large 0.5",
+                                           f"trained, down_proj: {label}", "random"]
     jacobians = read_coupling(measured, "jacobians")
     assert jacobians.loc[jacobians["region"].notna(), "energy_removed"].between(0.01, 0.99).all()
     assert jacobians.loc[jacobians["region"].isna(), "energy_removed"].isna().all()
+
+
+def test_coupling_of_the_reference_beside_that_of_a_tuned_model(words, measured, tmp_path):
+    tuned = save_checkpoint(tmp_path / "tuned", seed=1)
+    base = words[1].partition("=")[2]
+    more = [f"model.name={tuned}", "reference=pretrained", f"reference.name={base}", f"output={tmp_path / 'out'}"]
+    assert run([word for word in words if word != words[1]], *more) == 0
+    rows, expected = (with_label(read_coupling(folder, "couplings")) for folder in (tmp_path / "out", measured))
+    assert list(dict.fromkeys(rows["weights"])) == ["trained", "reference"]
+    expected = expected[expected["weights"] == "trained"]
+    assert rows.loc[rows["weights"] == "reference", "m"].tolist() == expected["m"].tolist()
+    assert rows.loc[rows["weights"] == "trained", "m"].tolist() != expected["m"].tolist()
+    assert set(rows.loc[rows["weights"] == "reference", "model"]) == {base}
 
 
 def test_products_alone_give_the_same_couplings(words, measured, tmp_path):
@@ -329,6 +342,7 @@ def test_bad_settings_are_one_line(words, tmp_path, capsys):
     assert refused(capsys, *words, "tokens=[99]").startswith("tokens: 99 is no position in prompt 0, which has 11")
     assert refused(capsys, *recall, "target=type").startswith("target: nothing is removed from it")
     assert refused(capsys, *recall, "init=random", "region=fraction").startswith("region: ablations are of trained")
+    assert refused(capsys, *recall, "region=fraction", "region.metric=activations").startswith("region.metric: 'act")
     assert refused(capsys, "model=recall").startswith("task: [] is wrong; choose one whose texts")
     assert refused(capsys, *words, "task=[text,ioi]").startswith("task: ['text', 'ioi'] is wrong")
     assert refused(capsys, *recall, "revisions=[0,0]").startswith("revisions: ['0', '0'] is wrong")
