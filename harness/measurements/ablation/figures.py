@@ -256,12 +256,6 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
     return regions
 
 
-def has_heat_map(one: MeasuredMetric) -> bool:
-    """Return whether the targets are single matrices and there are deltas, as `heat_map_figure` needs."""
-    cells = one.cells[one.cells["delta"].notna()]
-    return len(cells) > 0 and bool((cells["target_kind"] == "matrix").all())
-
-
 def _series(cells: pandas.DataFrame) -> list[tuple[str, pandas.DataFrame]]:
     if (cells["target_kind"] == "block").all():
         return [(f"block {int(block)}", rows) for block, rows in groups_of(cells, "block")]

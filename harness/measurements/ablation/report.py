@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.engine.manifest import in_order
 from harness.errors import InputError, printable
 from harness.files import replacing, write_text
+from harness.measurements.ablation import gallery
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
     by_target_and_region,
@@ -19,7 +20,6 @@ from harness.measurements.ablation.summary import (
     measured,
     origin,
     ranked,
-    ranks_in_task,
     region_order,
     target_order,
 )
@@ -30,7 +30,6 @@ from harness.tables.frames import rows_of
 from harness.tables.store import corrupt_parts
 from harness.tables.text import (
     count,
-    file_stem,
     is_missing,
     markdown_text,
     p_text,
@@ -48,8 +47,6 @@ BEST = 5  # cells that are shown of the best, and of the worst
 WIDE = 72  # a terminal with fewer columns has no room for the adjusted p-values
 TERMINAL_ROWS = 24  # a study with at most so many cells is printed completely
 MARKDOWN_ROWS, MARKDOWN_COLUMNS = 120, 24
-MAX_FIGURES = 8
-LARGE, FIGURES_OF_LARGE = 4_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
 CSV_COLUMNS = (
     "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
     "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
@@ -58,14 +55,13 @@ CSV_COLUMNS = (
     "realised_removal", "seconds", "noise_floor",
 )  # fmt: skip
 
-# Papers count deciles from either end.
-FIRST_DECILE = "decile 1 is the largest tenth; arXiv 2410.17770 counts from the smallest"
-# (task, metric) -> file name and caption of each figure
-Drawn = dict[tuple[str, str], list[tuple[str, str]]]
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print, figures: bool = True) -> Path | None:
     """Print the summary of a study, and write report.md, metrics.csv and PNG figures into <folder>/report/.
+
+    The primary metric of each task is drawn; `figure` draws the others. A figure that is there is not drawn again if it
+    would be the same.
 
     write: a function that prints the text. Returns the path of report.md, or None if no cell has rows yet; then nothing
     is written. The study may be unfinished, or all its cells may have failed. Raises SchemaVersionError.
@@ -81,14 +77,11 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print, fi
         figures, problems = False, [*problems, NO_FIGURES]
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    for old in out.glob("*.png"):
-        old.unlink()
     _write_csv(metrics, found, out / "metrics.csv")
-    most = MAX_FIGURES if len(metrics) < LARGE else FIGURES_OF_LARGE
-    drawn, left_out = _draw(found, out, most) if figures else ({}, [])
-    write_text(out / "report.md", _markdown(metrics, found, problems, drawn, left_out))
+    shown = gallery.draw(found, len(metrics), out) if figures else gallery.clear(out)
+    write_text(out / "report.md", _markdown(metrics, found, problems, shown))
     write(terminal_summary(metrics, problems, found=found))
-    write(f"\n{out / 'report.md'}, metrics.csv and {count(sum(map(len, drawn.values())), 'figure')}")
+    write(f"\n{out / 'report.md'}, metrics.csv and {count(shown.n_figures, 'figure')}")
     return out / "report.md"
 
 
@@ -190,7 +183,7 @@ def _text_table(one: MeasuredMetric, cells: pandas.DataFrame, width: int) -> lis
 
 
 def _markdown(
-    metrics: pandas.DataFrame, found: list[MeasuredMetric], problems: Sequence[str], drawn: Drawn, left_out: list[str]
+    metrics: pandas.DataFrame, found: list[MeasuredMetric], problems: Sequence[str], shown: gallery.Gallery
 ) -> str:
     lines = [f"# {markdown_text(headline(metrics))}", "", markdown_text(origin(metrics)), ""]
     lines += [f"> {markdown_text(line)}" for line in problems] + ([""] if problems else [])
@@ -217,9 +210,10 @@ def _markdown(
             "",
         ]
     if (metrics["region_by"] == "decile").any():
-        lines += [f"{FIRST_DECILE[0].upper()}{FIRST_DECILE[1:]}: its decile d is decile 11 - d here.", ""]
+        counted = gallery.FIRST_DECILE
+        lines += [f"{counted[0].upper()}{counted[1:]}: its decile d is decile 11 - d here.", ""]
     for one in found:
-        figures = drawn.get((one.task, one.metric), [])
+        figures = shown.drawn.get((one.task, one.metric), [])
         if not one.primary and not figures:
             continue
         lines += [f"## {markdown_text(f'{one.task}: {one.metric}')} ({_better(one)})", ""]
@@ -239,9 +233,9 @@ def _markdown(
             lines += _pivot(one)
         for name, caption in figures:
             lines += [f"![{markdown_text(caption)}]({name})", ""]
-    if left_out:
-        n = sum(map(len, drawn.values()))
-        lines += [f"Only {count(n, 'figure')} drawn; not drawn: {markdown_text(', '.join(left_out))}.", ""]
+    if shown.left_out:
+        lines += [f"Without a figure: {markdown_text(', '.join(shown.left_out))}. In Python,"
+                  " `harness.open(folder).plot(task, metric)` draws one.", ""]
     return "\n".join(lines)
 
 
@@ -324,39 +318,6 @@ def _problems(folder: Path, metrics: pandas.DataFrame) -> list[str]:
             f"{count(len(damaged), 'damaged file')}, such as {damaged[0].path}: run the study again to replace them"
         )
     return lines
-
-
-def _draw(found: list[MeasuredMetric], out: Path, most: int) -> tuple[Drawn, list[str]]:
-    """Draw at most `most` figures. Return them, and the names of the metrics that were not drawn.
-
-    The primary metrics of all tasks are drawn first, then their second metrics, and so on.
-    """
-    from harness.measurements.ablation.figures import has_heat_map, heat_map_figure, region_figure
-
-    drawn: Drawn = {}
-    left_out: list[str] = []
-    n = 0
-    # Metrics are drawn in the order of their rank within their task, so that no task takes all the figures.
-    rank_in_task = {id(one): i for one, i in zip(found, ranks_in_task(found))}
-    for one in sorted(found, key=lambda one: rank_in_task[id(one)]):
-        if not len(one.cells):
-            continue
-        heat = has_heat_map(one)
-        if n + 1 + heat > most:
-            left_out.append(f"{one.task} {one.metric}")
-            continue
-        stem = file_stem(one.task, one.metric)
-        region_figure(one, out / f"{stem}-regions.png")
-        tenths = f" ({FIRST_DECILE})" if (one.cells["region_by"] == "decile").any() else ""
-        figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region{tenths}")]
-        if heat:
-            shown = heat_map_figure(one, out / f"{stem}-blocks.png")
-            figures.append(
-                (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {', '.join(shown)}{tenths}")
-            )
-        drawn[one.task, one.metric] = figures
-        n += len(figures)
-    return drawn, left_out
 
 
 def _better(one: MeasuredMetric) -> str:

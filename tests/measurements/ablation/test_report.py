@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 import struct
 
 import numpy as np
@@ -14,8 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from harness.measurements.ablation import figures as figures_module
 from harness.measurements.ablation import report as report_module
+from harness.measurements.ablation import summary
 from harness.measurements.ablation.figures import MAX_PANELS, heat_map_figure, region_figure
-from harness.measurements.ablation.report import MAX_FIGURES, report, terminal_summary
+from harness.measurements.ablation.gallery import MAX_FIGURES, RECORD
+from harness.measurements.ablation.report import report, terminal_summary
 from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
 from harness.measurements.ablation.tables import read_metrics
 from harness.tables.text import plus_minus
@@ -109,8 +112,9 @@ def test_report_files(tmp_path):
     path, said = run_report(tmp_path)
     text = path.read_text()
     pngs = sorted(p.name for p in path.parent.glob("*.png"))
-    assert pngs == [f"ioi-{m}-{k}.png" for m in ("accuracy", "margin") for k in ("blocks", "regions")]
-    assert all(f"]({name})" in text for name in pngs) and "4 figures" in said
+    assert pngs == ["ioi-accuracy-blocks.png", "ioi-accuracy-regions.png"]
+    assert all(f"]({name})" in text for name in pngs) and "2 figures" in said
+    assert "Without a figure: ioi margin. In Python, `harness.open(folder).plot(task, metric)` draws one." in text
     for name in pngs:
         content = (path.parent / name).read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", content[16:24])) > 300
@@ -128,7 +132,17 @@ def test_report_files(tmp_path):
     assert csv[csv.target_kind != "matrix"].q_value.isna().all() and (csv.q_value > csv.p_value).any()
     # a second report replaces the first, figures that are no longer drawn included
     run_report(tmp_path, figures=False)
-    assert not list(path.parent.glob("*.png")) and not [p for p in path.parent.iterdir() if p.name.startswith(".")]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.csv", "report.md"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 500])
+def test_q_values_are_scipys_to_the_last_bit(n):
+    random = np.random.default_rng(n)
+    p = np.concatenate([random.uniform(size=n), np.repeat(random.uniform(size=n // 3), 2), [0.0, 1.0, 1e-300][: n]])
+    cells = pd.DataFrame({"p_value": [*random.permutation(p), *([None] * (n > 2))]}, dtype=object)
+    q = summary._with_q_value(cells)["q_value"]
+    expected = scipy.stats.false_discovery_control(cells["p_value"].dropna().astype(float)) if n else []
+    assert q.dropna().tolist() == list(expected) and q.isna().sum() == (n > 2)
 
 
 def test_a_report_of_deciles_says_which_is_the_largest(tmp_path):
@@ -157,7 +171,72 @@ def test_limit_of_figures_is_said(tmp_path):
     write_rows(tmp_path, rows)
     path, _ = run_report(tmp_path)
     assert len(list(path.parent.glob("*.png"))) == MAX_FIGURES
-    assert "not drawn: task8 token_perplexity, task9 token_perplexity" in path.read_text()
+    assert "Without a figure: task8 token_perplexity, task9 token_perplexity." in path.read_text()
+
+
+def test_figures_are_drawn_once_until_what_they_show_changes(tmp_path, monkeypatch):
+    rows = study_rows(targets("matrix", 3), sized((0.1,)), (("accuracy", True), ("margin", True)), task="ioi")
+    write_rows(tmp_path, rows)
+    path, said = run_report(tmp_path)
+    text, pngs = path.read_text(), {png: png.read_bytes() for png in path.parent.glob("*.png")}
+    drawn = []
+    for name in ("region_figure", "heat_map_figure"):
+        real = getattr(figures_module, name)
+        seen = lambda one, path, real=real: (drawn.append(path.name), real(one, path))[1]  # noqa: E731
+        monkeypatch.setattr(figures_module, name, seen)
+
+    def again() -> list[str]:
+        drawn.clear()
+        run_report(tmp_path)
+        assert path.read_text() == text and all(png.read_bytes() == content for png, content in pngs.items())
+        return sorted(drawn)
+
+    both = ["ioi-accuracy-blocks.png", "ioi-accuracy-regions.png"]
+    assert again() == [] and again() == []
+    for png in pngs:
+        png.unlink()
+        assert again() == both
+    for broken in ("", "[]", '{"a": 1}', '{"a": [["b"]]}', "\ud800".encode("utf-8", "surrogatepass")):
+        (path.parent / RECORD).write_bytes(broken.encode() if isinstance(broken, str) else broken)
+        assert again() == both
+    (path.parent / "ioi-other-regions.png").touch()
+    assert again() == [] and sorted(p.name for p in path.parent.glob("*.png")) == both
+    # another value of one cell, or of the baseline; another metric or column that is not drawn changes nothing
+    for where, changed in (("2.up_proj", both), ("baseline", both)):
+        for row in rows:
+            if row["target"] == where and row["metric"] == "accuracy":
+                row["value"] -= 0.25
+        shutil.rmtree(tmp_path / "metrics")
+        write_rows(tmp_path, rows)
+        drawn.clear()
+        run_report(tmp_path)
+        assert sorted(drawn) == changed, where
+    for row in rows:
+        row["seconds"] = 17.0
+        row["value"] += row["metric"] == "margin"
+    shutil.rmtree(tmp_path / "metrics")
+    write_rows(tmp_path, rows)
+    drawn.clear()
+    run_report(tmp_path)
+    assert drawn == []
+
+
+def test_drawing_that_is_interrupted_leaves_no_figure_that_counts(tmp_path, monkeypatch):
+    write_rows(tmp_path, study_rows(targets("matrix", 3), sized((0.1,))))
+    path, _ = run_report(tmp_path)
+
+    def interrupted(one, path):
+        path.write_bytes(b"half a figure")
+        raise KeyboardInterrupt
+
+    (png,) = path.parent.glob("*-regions.png")
+    png.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(figures_module, "region_figure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_report(tmp_path)
+    run_report(tmp_path)
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_without_matplotlib_a_report_has_no_figures_and_says_so(tmp_path, monkeypatch):

@@ -1,0 +1,126 @@
+"""The figures of a report: which metrics are drawn, and which files of an earlier report are still right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from harness.files import write_json
+from harness.measurements.ablation.summary import MeasuredMetric, ranks_in_task
+from harness.tables import drawing, text
+
+MAX_FIGURES = 8
+LARGE, FIGURES_OF_LARGE = 4_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
+# Papers count deciles from either end.
+FIRST_DECILE = "decile 1 is the largest tenth; arXiv 2410.17770 counts from the smallest"
+RECORD = "figures.json"
+# All that figures read of a cell. They get no other column, so that what changes a figure changes its digest.
+COLUMNS = ["target", "target_kind", "block", "layer_type", "region", "region_by", "region_kind", "fraction_start",
+           "fraction_stop", "value", "stderr", "delta"]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The figures of a report.
+
+    drawn: (task, metric) -> file name and caption of each figure. left_out: the metrics without a figure.
+    """
+
+    drawn: dict[tuple[str, str], list[tuple[str, str]]]
+    left_out: list[str]
+
+    @property
+    def n_figures(self) -> int:
+        """The number of figures."""
+        return sum(map(len, self.drawn.values()))
+
+
+def draw(found: Sequence[MeasuredMetric], n_rows: int, out: Path) -> Gallery:
+    """Draw the primary metric of each task as PNG files in a folder, and return them.
+
+    Figures of an earlier report are kept if they show the same rows, drawn by the same code; drawing takes longer than
+    all the rest of a report. Those that are not of this report are removed. n_rows: the number of rows of the study.
+    """
+    most = MAX_FIGURES if n_rows < LARGE else FIGURES_OF_LARGE
+    with_cells = [one for one in found if len(one.cells)]
+    # The first metrics of all tasks come before their second metrics, so that no task takes all the figures.
+    ranks = {id(one): rank for one, rank in zip(found, ranks_in_task(found))}
+    known = _read(out / RECORD)
+    (out / RECORD).unlink(missing_ok=True)  # if drawing is interrupted, no file is taken for a complete one
+    record: dict[str, list[list[str]]] = {}
+    gallery = Gallery({}, [])
+    for one in sorted(with_cells, key=lambda one: ranks[id(one)]):
+        heat = _has_heat_map(one)
+        if not one.primary or gallery.n_figures + 1 + heat > most:
+            gallery.left_out.append(f"{one.task} {one.metric}")
+            continue
+        digest = _digest(one)
+        figures = known.get(digest, [])
+        if not figures or not all((out / name).is_file() for name, _ in figures):
+            figures = _drawn(one, out, heat)
+        record[digest] = [list(figure) for figure in figures]
+        gallery.drawn[one.task, one.metric] = [(name, caption) for name, caption in figures]
+    names = {name for figures in record.values() for name, _ in figures}
+    for old in out.glob("*.png"):
+        if old.name not in names:
+            old.unlink()
+    write_json(out / RECORD, record)
+    return gallery
+
+
+def clear(out: Path) -> Gallery:
+    """Remove the figures of an earlier report, and return a gallery without figures."""
+    for old in (*out.glob("*.png"), out / RECORD):
+        old.unlink(missing_ok=True)
+    return Gallery({}, [])
+
+
+def _drawn(one: MeasuredMetric, out: Path, heat: bool) -> list[tuple[str, str]]:
+    from harness.measurements.ablation.figures import heat_map_figure, region_figure
+
+    of_columns = replace(one, cells=one.cells[COLUMNS])
+    stem = text.file_stem(one.task, one.metric)
+    tenths = f" ({FIRST_DECILE})" if (one.cells["region_by"] == "decile").any() else ""
+    region_figure(of_columns, out / f"{stem}-regions.png")
+    figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region{tenths}")]
+    if heat:
+        shown = heat_map_figure(of_columns, out / f"{stem}-blocks.png")
+        figures.append(
+            (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {', '.join(shown)}{tenths}")
+        )
+    return figures
+
+
+def _has_heat_map(one: MeasuredMetric) -> bool:
+    """Return whether the targets are single matrices and there are deltas, as a heat map needs."""
+    cells = one.cells[one.cells["delta"].notna()]
+    return len(cells) > 0 and bool((cells["target_kind"] == "matrix").all())
+
+
+def _digest(one: MeasuredMetric) -> str:
+    """Return a digest of everything that the figures of a metric show, and of the code that draws them."""
+    import pandas
+
+    value = None if one.baseline is None else str(one.baseline["value"])
+    whole = hashlib.sha256(repr((one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
+    whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
+    here = Path(__file__)
+    ours, shared = (here, here.with_name("figures.py"), here.with_name("summary.py")), (drawing, text)
+    for source in (*ours, *(Path(module.__file__) for module in shared)):
+        whole.update(source.read_bytes())
+    whole.update(version("matplotlib").encode())
+    return whole.hexdigest()
+
+
+def _read(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """Return the figures of the earlier report by their digest; none if there is no record, or it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(digest): [(str(name), str(caption)) for name, caption in figures]
+                for digest, figures in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
