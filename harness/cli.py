@@ -113,12 +113,15 @@ def commands(asked: str) -> dict[str, Command]:
     return {**COMMANDS, **others}
 
 
-def _parser(known: dict[str, Command]) -> argparse.ArgumentParser:
+def _parser(known: dict[str, Command], argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser for a command line. Only commands that are in it get their own arguments, which takes time."""
     parser = argparse.ArgumentParser(prog="harness", description=DESCRIPTION, epilog=OTHERS)
     parser.add_argument("--version", action="version", version=f"harness {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in known.items():
         one = subparsers.add_parser(name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name not in argv:
+            continue
         one.set_defaults(measurement=command.settings)
         if command.settings is not None:
             one.add_argument("overrides", nargs="*", metavar="setting=value", help="overrides in the grammar of Hydra")
@@ -191,7 +194,7 @@ def _run(argv: list[str]) -> int:
             raise InputError(f"{ascii(argument)}: this is not text in the encoding of the terminal; use names in UTF-8"
                              " and a locale of UTF-8, for example LC_ALL=C.UTF-8")
     known = commands(argv[0] if argv else "")
-    parser = _parser(known)
+    parser = _parser(known, argv)
     if argv and argv[0] in known and known[argv[0]].settings and {"-h", "--help"} & set(argv):
         subcommands: Any = parser._subparsers
         subcommands._group_actions[0].choices[argv[0]].epilog = _epilog(known[argv[0]])
