@@ -40,7 +40,7 @@ def _trees() -> list[Request]:
 
 @pytest.mark.parametrize("model_type, needs_rank", [("llama", True), *((name, False) for name in CAUSAL)])
 def test_the_host_waits_once_for_all_batches_of_a_pass(model_type: str, needs_rank: bool) -> None:
-    """Plain rows in several batches, from the first block and resumed, with the stream on the device and on the host."""
+    """Plain rows in several batches, from the first block and resumed, with the stream on the device and the host."""
     model = tiny_model(model_type)
     model.set_attn_implementation("eager")
     expected = Scorer(loaded_from(model), {"task": task(requests_for(model_type), needs_rank)}, ScoringOptions(60))
@@ -130,7 +130,8 @@ def _attention(loaded: LoadedModel, requests: list[Request], options: ScoringOpt
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "qwen3", "mixtral"])
 def test_plain_rows_take_the_flash_kernel_without_a_mask(model_type: str) -> None:
     loaded = loaded_from(tiny_model(model_type))
-    assert _attention(loaded, requests_for(model_type), ScoringOptions(60, share_context=False)) == {(FLASH, True, True)}
+    found = _attention(loaded, requests_for(model_type), ScoringOptions(60, share_context=False))
+    assert found == {(FLASH, True, True)}
 
 
 def test_trees_have_a_mask() -> None:
