@@ -296,6 +296,9 @@ class Model:
         if edit not in ("weight", "branch"):
             raise InputError(f"edit: {edit!r} is wrong; use weight or branch")
         wanted = treatment or TreatmentSettings()
+        if wanted.of != "weight":
+            raise InputError(f"treatment: of={wanted.of!r} needs a reference; use sh.measure('ablation',"
+                             " 'region.of=change', 'reference.name=...', ...)")
         text = None if wanted.calibration is None else wanted.prepared(self._context())
         ablation = Ablation(self._target(what, blocks), region, wanted.treatment(text))
         self._decompose.expect(ablation.target.matrices)

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,14 +179,17 @@ class DecompositionCache:
     hashes the bytes of the matrix, and decomposes it again if they have changed.
 
     calibrated: the inputs of the matrices, in whose metric they are decomposed; None: in that of the weights.
+
+    read: a function from a matrix of the model to the matrix [out, in] that is decomposed in its place; None: itself.
     """
 
     def __init__(
         self, loaded: LoadedModel, budget_bytes: int, disk: DiskCache | None = None, watched: bool = False,
-        calibrated: Calibrated | None = None,
+        calibrated: Calibrated | None = None, read: Callable[[Matrix], Tensor] | None = None,
     ) -> None:
         self._loaded, self._budget, self._bytes, self._disk = loaded, budget_bytes, 0, disk
         self._calibrated = calibrated
+        self._read = read or (lambda matrix: matrix.read(loaded.model))
         self._kept: OrderedDict[str, Decomposition] = OrderedDict()
         self._expected: frozenset[str] = frozenset()
         self._keys: dict[str, str] | None = {} if watched else None
@@ -216,20 +219,20 @@ class DecompositionCache:
 
     def _forget_changed(self, matrix: Matrix, keys: dict[str, str]) -> None:
         for one in (matrix, *self._siblings(matrix)):
-            key = self._key(one, one.read(self._loaded.model))
+            key = self._key(one, self._read(one))
             if keys.get(one.name) != key and one.name in self._kept:
                 self._bytes -= size_of(self._kept.pop(one.name))
             keys[one.name] = key
 
     def _fetch(self, matrix: Matrix) -> None:
-        weight = matrix.read(self._loaded.model)
+        weight = self._read(matrix)
         key = self._key(matrix, weight) if self._disk else ""
         if self._disk and (found := read_cached(self._disk, key, weight.device)):
             self._keep(matrix, found)
             return
         # The experts of one parameter are small, and they are always targets together: one batched call is faster.
         group = [matrix, *self._siblings(matrix)]
-        weights = [weight, *(other.read(self._loaded.model) for other in group[1:])]
+        weights = [weight, *(self._read(other) for other in group[1:])]
         if self._calibrated is not None:
             results = [decompose_in_metric(weight, self._calibrated.factor(matrix))]
         else:

@@ -42,7 +42,9 @@ class Ablation:
         """
         region = self.region if kept is None else _of_rank(self.region, kept)
         picked = select(region, decomposition.sigma, decomposition.shape)
-        return others(picked, len(decomposition.sigma)) if self.treatment.keep else picked
+        # of an operand the operation itself takes the rest, because directions need not span all of its outputs
+        by_others = self.treatment.keep and self.treatment.of == "weight"
+        return others(picked, len(decomposition.sigma)) if by_others else picked
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def kept_ranks(ablation: Ablation, matrices: Sequence[Matrix], sources: Sources)
         return {}
     treatment = ablation.treatment
     losses = sources.require_calibrated().losses(
-        matrices, lambda matrix: spectrum_of(matrix, treatment, sources), treatment.metric
+        matrices, lambda matrix: spectrum_of(matrix, ablation.region, treatment, sources), treatment.metric
     )
     shapes = {matrix.name: matrix.shape for matrix in matrices}
     return zero_sum_ranks({name: losses[name] for name in shapes}, shapes, region.ratio)
@@ -162,8 +164,8 @@ def biases_of(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> list
     sources.prepare(matrices)
     kept, found = kept_ranks(ablation, matrices, sources), []
     for matrix in matrices:
-        decomposition = spectrum_of(matrix, ablation.treatment, sources)
-        operation = operation_of(matrix, ablation.treatment, sources)
+        decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
+        operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
         indices = ablation.positions(decomposition, kept.get(matrix.name))
         values = bias_of(matrix.read(loaded.model), decomposition, indices, operation)
         found.append(Bias(matrix, values.float()))
@@ -193,8 +195,8 @@ def ablated(
         check_biasable(loaded.model, matrices)
     with ExitStack() as undo:
         for matrix in matrices:
-            decomposition = spectrum_of(matrix, ablation.treatment, sources)
-            operation = operation_of(matrix, ablation.treatment, sources)
+            decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
+            operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
             indices = ablation.positions(decomposition, kept.get(matrix.name))
             original = matrix.read(loaded.model)
             if edit_mode == "weight":

@@ -6,6 +6,8 @@ The difference D = W - W_reference of two matrices is called the change.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of a model. settings: those with which it is read, in the dtype of the model."""
+    """The reference of a model.
+
+    settings: those with which it is read, in the dtype of the model. same_parameters: whether every parameter of the
+    model has the name and the shape of one of the reference, so that all can be exchanged; False for a model with a
+    classification head, which references rarely have.
+    """
 
     settings: ModelSettings
     description: ModelDescription
+    same_parameters: bool
+
+    @property
+    def digest(self) -> str:
+        """A digest of its identity, 32 hexadecimal digits."""
+        text = json.dumps(self.description.identity, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def describe_reference(
@@ -52,7 +66,10 @@ def describe_reference(
     _refuse_quantised("model.name", model, description)
     _refuse_quantised("reference.name", own, found)
     _refuse_other_shapes(model, description, own, found)
-    return Reference(own, found)
+    bare = [skeleton(one.config, one.family) for one in (description, found)]
+    parameters = [{name: tuple(one.shape) for name, one in model.named_parameters()} for model in bare]
+    classifier = description.family.kind == "classification"
+    return Reference(own, found, parameters[0] == parameters[1] and not classifier)
 
 
 def _refuse_quantised(key: str, settings: ModelSettings, description: ModelDescription) -> None:

@@ -6,16 +6,17 @@ Every edit is W' = W + (s - 1) U_r (U_r^T D), see harness/spectral/ablation.py. 
 - the operand D, of which the part is taken (`operation_of`);
 - what becomes of the part: the scale s, and whether the region or its complement is meant (`Treatment`).
 
-To add a source of the spectrum or an operand, such as the change W - W_reference: give `Treatment` a field whose
-default is the present behaviour, name it in `words`, let `spectrum_of` return the other decomposition and
-`operation_of` the other operand, and give `Sources` what the two need. Nothing else of an edit has to know. The
-spectrum of another matrix than the operand must have left vectors (`side` "left", `Operation.values` "other").
+To add a source of the spectrum or an operand: give `Treatment` a field whose default is the present behaviour, name it
+in `words`, let `spectrum_of` return the other decomposition and `operation_of` the other operand, and give `Sources`
+what the two need. Nothing else of an edit has to know. The spectrum of another matrix than the operand must have left
+vectors (`side` "left", `Operation.values` "other").
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +41,9 @@ class Treatment:
     scale: the factor of the part; 0 removes it.
     replace: "zero", or "mean": the part is replaced by its mean over the calibration text, which is a bias.
     calibration: the digest of the calibration text (see `harness.evaluation.calibration`), or None.
+    of: "weight": a part of W; "change": a part of the spectrum of the change D = W - W_reference; "reference": the part
+        of D in directions of W_reference.
+    reference: the digest of the identity of the reference model, or None.
     """
 
     metric: str = "weight"
@@ -48,6 +52,8 @@ class Treatment:
     replace: str = "zero"
     centred: bool = False
     calibration: str | None = None
+    of: str = "weight"
+    reference: str | None = None
 
     def key(self) -> dict[str, Any]:
         """Return what a number depends on, for the ids of cells: every field that is not the default."""
@@ -58,6 +64,7 @@ class Treatment:
     def words(self) -> str:
         """What labels say behind the name of a region, such as ", activations, kept"; nothing by default."""
         said = [
+            *([f"of the {self.of}"] if self.of != "weight" else []),
             *(["activations"] if self.metric == "activations" else []), *(["centred"] if self.centred else []),
             *(["kept"] if self.keep else []), *([f"scaled by {self.scale:g}"] if self.scale else []),
             *(["mean"] if self.replace == "mean" else []),
@@ -115,6 +122,22 @@ class Calibrated(Protocol):
         ...
 
 
+class Compared(Protocol):
+    """The matrices of the reference model beside those of the model, which must be unedited while it is asked."""
+
+    def spectrum(self, matrix: Matrix, region: Region, treatment: Treatment) -> Decomposition:
+        """Return the spectrum of the change or of the reference, or that of a control."""
+        ...
+
+    def operation(self, matrix: Matrix, region: Region, treatment: Treatment) -> Operation:
+        """Return what is done with a part of the change."""
+        ...
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        """Put every parameter of the reference into the model for the time of the context."""
+        ...
+
+
 @runtime_checkable
 class Shrinking(Protocol):
     """Something that keeps results in memory."""
@@ -138,12 +161,14 @@ class Sources:
     """Where edits take spectra and operands from.
 
     weights: a function from a matrix to the decomposition of its weights. activations: the same in the metric of the
-    activations. calibrated: the inputs of the matrices. The last two are None without a calibration text.
+    activations. calibrated: the inputs of the matrices. Both are None without a calibration text. reference: the
+    matrices of the reference model, or None.
     """
 
     weights: Decompose
     activations: Decompose | None = None
     calibrated: Calibrated | None = None
+    reference: Compared | None = None
 
     def prepare(self, matrices: Sequence[Matrix]) -> None:
         """Prepare what can only be measured while all weights are unedited."""
@@ -153,13 +178,13 @@ class Sources:
     def expect(self, matrices: Iterable[str]) -> None:
         """Tell the caches which matrices will be asked for one after the other and then again."""
         names = frozenset(matrices)
-        for cache in (self.weights, self.activations):
+        for cache in (self.weights, self.activations, self.reference):
             if isinstance(cache, Cache):
                 cache.expect(names)
 
     def shrink(self) -> None:
         """Let the caches give up everything that they keep, and keep less from now on, because memory ran out."""
-        for cache in (self.weights, self.activations, self.calibrated):
+        for cache in (self.weights, self.activations, self.calibrated, self.reference):
             if isinstance(cache, Shrinking):
                 cache.shrink()
 
@@ -169,9 +194,20 @@ class Sources:
             raise ValueError("this treatment needs a calibration text")
         return self.calibrated
 
+    def require_reference(self) -> Compared:
+        """Return the matrices of the reference model. Raises ValueError without one."""
+        if self.reference is None:
+            raise ValueError("this treatment needs a reference")
+        return self.reference
 
-def spectrum_of(matrix: Matrix, treatment: Treatment, sources: Sources) -> Decomposition:
-    """Return the spectrum of whose positions the region picks some. Raises ValueError without its source."""
+
+def spectrum_of(matrix: Matrix, region: Region, treatment: Treatment, sources: Sources) -> Decomposition:
+    """Return the spectrum of whose positions the region picks some. Raises ValueError without its source.
+
+    While it is asked for, the model must hold the unedited weight of the matrix.
+    """
+    if treatment.of != "weight":
+        return sources.require_reference().spectrum(matrix, region, treatment)
     if treatment.metric == "weight":
         return sources.weights(matrix)
     sources.require_calibrated()
@@ -179,12 +215,14 @@ def spectrum_of(matrix: Matrix, treatment: Treatment, sources: Sources) -> Decom
     return sources.activations(matrix)
 
 
-def operation_of(matrix: Matrix, treatment: Treatment, sources: Sources) -> Operation:
+def operation_of(matrix: Matrix, region: Region, treatment: Treatment, sources: Sources) -> Operation:
     """Return what is done with the part that the region picks from one matrix.
 
     The operand is the weight itself. With a calibration text the operation tells what the part contributes to the
-    outputs. Raises ValueError without its source.
+    outputs. Raises ValueError without its source. While it is asked for, the model must hold the unedited weight.
     """
+    if treatment.of != "weight":
+        return sources.require_reference().operation(matrix, region, treatment)
     if treatment.calibration is None:
         return Operation(treatment.scale)
     calibrated, to_mean = sources.require_calibrated(), treatment.replace == "mean"

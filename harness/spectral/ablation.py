@@ -26,7 +26,10 @@ class Operation:
     values: what the spectrum's singular values are: "own", those of the operand D itself; "output", those of D C^(1/2),
         in the metric of the activations; "other", those of another matrix.
     operand: D [out, in] of any dtype; None for W. If it is given, the spectrum must have `side` "left", unless it is
-        that of the operand.
+        that of the operand, or unless all of it is meant.
+    without: W - D [out, in] of any dtype, exactly, if an operand is given: what is left if all of D is removed.
+    whole: the D that is meant where the operand is only a control of it; None if the operand is D.
+    rest: whether everything but the part is meant, W' = W + (s - 1) (D - U_r U_r^T operand); only with an operand.
     inputs: float64 F [in, q], where F F^T is the second moment or the covariance of the matrix's inputs; None if it is
         not known, or if the values are "output". It tells what the part contributes to the outputs.
     centred: whether F F^T, or C, is the covariance.
@@ -41,6 +44,9 @@ class Operation:
     centred: bool = False
     mean: Tensor | None = None
     to_mean: bool = False
+    without: Tensor | None = None
+    whole: Tensor | None = None
+    rest: bool = False
 
     @property
     def removes_own_values(self) -> bool:
@@ -104,10 +110,10 @@ def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor, operat
     _check(weight, decomposition, indices)
     matrix, scale = weight.detach().to(torch.float64), operation.scale
     n_values = len(decomposition.sigma)
+    if operation.operand is not None:
+        return _ablate_operand(matrix, decomposition, indices, operation)
     if len(indices) == 0:
         return matrix.clone()
-    if operation.operand is not None:
-        return matrix + (scale - 1) * _project(operation.of(weight), decomposition, indices)
     if len(indices) == n_values:
         return torch.zeros_like(matrix) if scale == 0 else scale * matrix
     if 2 * len(indices) <= n_values:
@@ -115,6 +121,26 @@ def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor, operat
         return matrix - part if scale == 0 else matrix + (scale - 1) * part
     rest = _project(matrix, decomposition, others(indices, n_values))
     return rest if scale == 0 else scale * matrix + (1 - scale) * rest
+
+
+def _ablate_operand(matrix: Tensor, decomposition: Decomposition, indices: Tensor, operation: Operation) -> Tensor:
+    """Return the matrix without a part of the operand, or without all of it but this part, in float64.
+
+    Where all of D is removed the result is exactly `without`, and where nothing is, exactly the matrix.
+    """
+    scale, operand = operation.scale, operation.of(matrix)
+    whole = operand if operation.whole is None else operation.whole.to(matrix)
+    vectors = decomposition.vectors
+    everything = len(indices) == len(decomposition.sigma) and vectors.shape[0] == vectors.shape[1]
+    everything = everything and operation.whole is None
+    if operation.rest and everything or not operation.rest and len(indices) == 0:
+        return matrix.clone()
+    removed = operation.without
+    emptied = removed.to(matrix) if scale == 0 and removed is not None else matrix + (scale - 1) * whole
+    if operation.rest and len(indices) == 0 or not operation.rest and everything:
+        return emptied.clone()
+    part = _project(operand, decomposition, indices)
+    return emptied + (1 - scale) * part if operation.rest else matrix + (scale - 1) * part
 
 
 def edit(
@@ -159,16 +185,25 @@ def removal(
     of_mean = torch.zeros_like(energy)
     if operation.mean is not None and known:
         of_mean = _part_of(operation, weight, decomposition, indices).square().sum()
+    n_removed = len(indices)
+    if operation.rest:  # everything but the part is meant
+        removed = sigma[_on(sigma.device, others(indices, len(sigma)))]
+        n_removed = len(removed)
+        energy = (operation.of(weight) if operation.whole is None else operation.whole.to(sigma)).square().sum()
+        energy_removed = (energy - energy_removed).clamp(min=0)
     if operation.removes_own_values:
         realised = _norms_of_own(after, decomposition, indices)
     else:
         exact = ablate(weight, decomposition, indices, operation) if exact is None else exact
         parts = weight.to(torch.float64) - exact, after.to(torch.float64) - exact
-        realised = [torch.linalg.vector_norm(_coordinates(part, decomposition, indices)) for part in parts]
+        realised = [
+            torch.linalg.vector_norm(part if operation.rest else _coordinates(part, decomposition, indices))
+            for part in parts
+        ]
     return _removal(
-        operation, known, len(indices), len(sigma),
+        operation, known, n_removed, len(sigma),
         _numbers([energy_removed, energy, output_removed, output_energy, of_mean, *realised,
-                  *(removed.aminmax() if len(indices) else ())]),
+                  *(removed.aminmax() if n_removed else ())]),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.spectral import statistics
-from harness.spectral.decomposition import decompose
+from harness.spectral.decomposition import Decomposition, decompose
 from harness.spectral.random_matrix import mp_region_bounds
 from harness.spectral.regions.fraction import boundary
 from harness.spectral.vectors import vector_chunks
@@ -55,9 +55,12 @@ class Frame:
         return int((self.sigma > floor).sum())
 
 
-def frame(matrix: Tensor) -> Frame:
-    """Return the singular values and vectors of a matrix [out, in]. Raises ValueError as `decompose` does."""
-    decomposition = decompose(matrix)
+def frame(matrix: Tensor, decomposition: Decomposition | None = None) -> Frame:
+    """Return the singular values and vectors of a matrix [out, in]. Raises ValueError as `decompose` does.
+
+    decomposition: that of the matrix, if it is known.
+    """
+    decomposition = decomposition or decompose(matrix)
     _, outputs, inputs = zip(*vector_chunks(matrix, decomposition))
     output, entering = (torch.cat(rows).nan_to_num(0.0).T for rows in (outputs, inputs))
     return Frame(decomposition.sigma, output, entering)
@@ -106,12 +109,16 @@ def rotated(change: Frame, seed: int, name: str) -> Frame:
 
     They are drawn from the Haar measure. name: as in `changes_of`.
     """
-    sides = []
-    for side in ("output", "input"):
-        draw = _gaussian(change.side(side), seed, f"{side} {name}")
-        basis, triangle = torch.linalg.qr(draw)
-        sides.append(basis * triangle.diagonal().sign())  # else the distribution depends on the convention of QR
-    return Frame(change.sigma, *sides)
+    return Frame(change.sigma, *(haar(change.side(side), seed, f"{side} {name}") for side in ("output", "input")))
+
+
+def haar(like: Tensor, seed: int, name: str) -> Tensor:
+    """Return orthonormal columns from the Haar measure, in the shape and on the device of `like` [n, r], r <= n.
+
+    The draw depends on the seed, the name and the shape.
+    """
+    basis, triangle = torch.linalg.qr(_gaussian(like, seed, name))
+    return basis * triangle.diagonal().sign()  # else the distribution depends on the convention of QR
 
 
 def spectrum_columns(change: Frame, shape: tuple[int, int], estimator: str, tracy_widom: bool) -> dict[str, Any]:

@@ -14,7 +14,14 @@ import numpy as np
 from harness.engine.plan import canonical, digest
 from harness.errors import InputError
 from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask
-from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
+from harness.measurements.ablation.region_settings import (
+    NO_REGION,
+    OF_NO_TARGET,
+    OTHER_ORDER,
+    REFERENCE_MATRICES,
+    REFERENCE_MODEL,
+    SWAPS,
+)
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
@@ -50,6 +57,16 @@ class Cell:
         return self.ablation.region.kind == OTHER_ORDER.kind
 
     @property
+    def of_reference_model(self) -> bool:
+        """Whether this is the control that measures the reference model itself."""
+        return self.ablation.region.kind == REFERENCE_MODEL.kind
+
+    @property
+    def exactly(self) -> bool:
+        """Whether it is measured on every example, also where the precision is adaptive."""
+        return self.in_other_order or self.of_reference_model
+
+    @property
     def of_grid(self) -> bool:
         """Whether the target is one of the study's, and not the baseline or a control that removes nothing."""
         return self.ablation.target.kind not in ("baseline", "control")
@@ -71,11 +88,19 @@ def expand_ablations(
         ablations.append(Ablation(control_target(targets), NO_REGION, treatment.removing_nothing()))
     if OTHER_ORDER in regions:
         ablations.append(Ablation(UNEDITED, OTHER_ORDER))
-    regions = [region for region in regions if region not in (NO_REGION, OTHER_ORDER)]
+    if REFERENCE_MATRICES in regions:
+        every = Target("control", "control", tuple(shapes), 0)
+        ablations.append(Ablation(every, REFERENCE_MATRICES, treatment.removing_nothing()))
+    if REFERENCE_MODEL in regions:
+        ablations.append(Ablation(UNEDITED, REFERENCE_MODEL, treatment.removing_nothing()))
+    regions = [region for region in regions if region not in OF_NO_TARGET]
     for target in targets:
         distinct = {shapes[name] for name in target.matrices}
         own = _without_equivalent_controls(regions, *distinct) if len(distinct) == 1 else regions
-        ablations += [Ablation(target, region, treatment) for region in own]
+        ablations += [
+            Ablation(target, region, treatment.removing_nothing() if region.kind in SWAPS else treatment)
+            for region in own
+        ]
     return ablations
 
 
@@ -101,7 +126,7 @@ def _check_not_empty(
 ) -> None:
     example = {shapes[name]: name for target in reversed(targets) for name in reversed(target.matrices)}
     for region in regions:
-        if region in (NO_REGION, OTHER_ORDER) or not region.rank_only:
+        if region in OF_NO_TARGET or not region.rank_only:
             continue
         for shape, name in example.items():
             picked = len(select(region, None, shape))

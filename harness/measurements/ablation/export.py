@@ -28,6 +28,7 @@ from harness.models.editing import Ablation, RealisedAblation, ablated, biases_o
 from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import LoadedModel, describe_model, load, load_tokenizer, require_head
+from harness.models.reference import Reference, describe_reference
 from harness.models.targets import expand_targets
 from harness.models.treatment import Sources, spectrum_of
 from harness.settings.validation import validated
@@ -64,8 +65,9 @@ def export(settings: StudySettings, factored: bool = False) -> Exported:
     """
     description = describe_model(settings.model)
     text = _calibration(settings, description)
-    ablation = the_ablation(settings, description, text)
-    model = _Source(settings, description, text)
+    reference = _reference(settings, description)
+    ablation = the_ablation(settings, description, text, reference)
+    model = _Source(settings, description, text, reference)
     return _export(model, ablation, _free_folder(settings.output), factored)
 
 
@@ -99,21 +101,26 @@ def export_cell(study: str | Path, cell: str, output: str | None, factored: bool
             f"model.name: {settings.model.name!r} (or this harness) is no longer what {study} was frozen for;"
             " restore it"
         )
-    model = _Source(settings, description, _calibration(settings, description))
+    reference = _reference(settings, description)
+    if chosen.ablation.treatment.reference != (None if reference is None else reference.digest):
+        raise InputError(f"reference.name: it is no longer what {study} was frozen for; restore it")
+    model = _Source(settings, description, _calibration(settings, description), reference)
     return _export(model, chosen.ablation, folder, factored)
 
 
 def the_ablation(
-    settings: StudySettings, description: ModelDescription, text: CalibrationText | None = None
+    settings: StudySettings, description: ModelDescription, text: CalibrationText | None = None,
+    reference: Reference | None = None,
 ) -> Ablation:
     """Return the one ablation that the settings mean, apart from controls. Raises InputError if there are several.
 
-    text: the calibration text of the settings, prepared for the model.
+    text: the calibration text of the settings, prepared for the model. reference: the reference model if the region is
+    a part of a change.
     """
     bare = skeleton(description.config, description.family)
     targets = expand_targets(settings.target, matrices_of(bare, description.family))
     regions = [region for region in settings.region.regions() if region.by != "control"]
-    treatment = settings.region.treatment.treatment(text)
+    treatment = settings.region.treatment.treatment(text, reference)
     ablations = [Ablation(target, region, treatment) for target in targets for region in regions]
     if len(ablations) != 1:
         labels = [f"{one.target.label}: {one.label}" for one in ablations]
@@ -136,11 +143,12 @@ def _free_folder(output: str | None) -> Path:
 
 @dataclass(frozen=True)
 class _Source:
-    """The model that is exported: its settings and description, and the calibration text or None."""
+    """The model that is exported: its settings and description, the calibration text and the reference, or None."""
 
     settings: StudySettings
     description: ModelDescription
     text: CalibrationText | None
+    reference: Reference | None
 
 
 def _calibration(settings: StudySettings, description: ModelDescription) -> CalibrationText | None:
@@ -150,6 +158,12 @@ def _calibration(settings: StudySettings, description: ModelDescription) -> Cali
     tokenizer = load_tokenizer(settings.model, description)
     context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind)
     return settings.region.treatment.prepared(context)
+
+
+def _reference(settings: StudySettings, description: ModelDescription) -> Reference | None:
+    if settings.region.treatment.of == "weight":
+        return None
+    return describe_reference(settings.reference, settings.model, description)
 
 
 def _export(model: _Source, ablation: Ablation, folder: Path, factored: bool) -> Exported:
@@ -163,7 +177,7 @@ def _export(model: _Source, ablation: Ablation, folder: Path, factored: bool) ->
     loaded = load(settings.model, description)
     require_head(loaded)
     _make_savable(loaded.model)
-    sources = sources_of(loaded, runtime, model.text)
+    sources = sources_of(loaded, runtime, model.text, reference=model.reference)
     factors = _kept_factors(loaded, ablation, sources) if factored else {}
     biases = biases_of(loaded, ablation, sources) if ablation.treatment.replace == "mean" else []
     require_biases(loaded.model, biases)
@@ -193,6 +207,9 @@ def _kept_factors(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> 
     The factors are float32 [out, n] and [n, in] for n kept values. Raises InputError if no matrix is smaller, or if the
     values are scaled and not removed.
     """
+    if ablation.treatment.of != "weight":
+        raise InputError(f"--factored: region.of={ablation.treatment.of} leaves a matrix at its full rank; export"
+                         " without --factored")
     if ablation.treatment.scale != 0:
         raise InputError("--factored: region.scale leaves a matrix at its full rank; export without --factored")
     edited = [matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices]
@@ -201,7 +218,7 @@ def _kept_factors(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> 
     factors = {}
     rank = kept_most = 0
     for matrix in edited:
-        decomposition = spectrum_of(matrix, ablation.treatment, sources)
+        decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
         indices = others(ablation.positions(decomposition, ranks.get(matrix.name)), min(matrix.shape))
         weight = matrix.read(loaded.model)
         if factors_are_smaller(matrix, len(indices), weight.dtype):
@@ -244,6 +261,7 @@ def _about(model: _Source, ablation: Ablation, realised: RealisedAblation) -> di
         "target": ablation.target.label,
         "matrices": list(ablation.target.matrices),
         "region": ablation.label,
+        "reference": None if model.reference is None else model.reference.settings.label,
         "calibration": None if model.text is None else {**model.text.protocol, "centred": model.text.centred},
         **dataclasses.asdict(realised),
     }

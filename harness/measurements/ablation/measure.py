@@ -23,6 +23,7 @@ from harness.evaluation.requests import DirectTask, ExampleScores, Scores, score
 from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.outcomes import Failed, Outcome, SampledPart, Scored
+from harness.measurements.ablation.region_settings import REFERENCE_MODEL
 from harness.measurements.ablation.rows import RowMaker
 from harness.measurements.ablation.scorers import SMALLER, Scorers
 from harness.measurements.ablation.sources import sources_of
@@ -129,7 +130,8 @@ class CellRun:
             self.sampler = Sampler(scored, self.runtime.adaptive, batch_tokens, study.settings.seed)
         self.scorers = Scorers(self.loaded, self.tasks, self.sampler, self.runtime, self.division)
         stream = min(self.scorers.stream_bytes(), self.runtime.stream_gib * 2**30)
-        self.sources = sources_of(self.loaded, self.runtime, study.prepared.calibration, stream)
+        self.sources = sources_of(self.loaded, self.runtime, study.prepared.calibration, stream,
+                                  study.prepared.reference)
         self.rows = RowMaker(study, self.loaded)
         self.baseline_of: dict[str, dict[str, ExampleScores]] = {}
         self.batches_of: dict[str, list[AnyBatch]] = {}  # those in which the baseline was measured
@@ -200,6 +202,8 @@ class CellRun:
         raise AssertionError  # the last try returns or raises
 
     def _edited(self, ablation: Ablation) -> AbstractContextManager[RealisedAblation | None]:
+        if ablation.region == REFERENCE_MODEL:
+            return self.sources.require_reference().whole_model()
         if not ablation.target.matrices:
             return nullcontext()
         return ablated(self.loaded, ablation, self.sources, self.runtime.edit)
@@ -221,6 +225,8 @@ class CellRun:
         """
         used: dict[str, Any] = {}
         try:
+            if cell.of_reference_model:
+                return self._of_reference_model(cell)
             return self._in_other_order(cell, 1.0, used) if cell.in_other_order else self._in_usual_order(cell, used)
         except LostStep:
             raise
@@ -231,6 +237,8 @@ class CellRun:
         used.clear()
         release_memory()
         try:
+            if cell.of_reference_model:
+                return self._of_reference_model(cell)
             if cell.in_other_order:
                 return self._in_other_order(cell, SMALLER, used)
             with self.scorers.in_smaller_batches(cell.task, cell.ablation.target.first_block):
@@ -245,6 +253,13 @@ class CellRun:
         used |= self.scorers.used(cell.task)
         scorer, share = self.scorers.of(cell.task), used.get("generation_batch_share", 1.0)
         return dataclasses.replace(self._measure(cell, scorer, cell.ablation.target.first_block, share), used=used)
+
+    def _of_reference_model(self, cell: Cell) -> Outcome:
+        """Measure the reference model on every example, from its own embeddings on and not from the frontier."""
+        options = dataclasses.replace(self.runtime.scoring(), reuse=False)
+        task = scored_tasks({cell.task: self.study.tasks[cell.task]})
+        scorer = self.division.agree("another model", lambda: Scorer(self.loaded, task, options, self.division))
+        return self._measure(cell, scorer, 0)
 
     def _in_other_order(self, cell: Cell, share: float, used: dict[str, Any]) -> Outcome:
         """Measure the control of the noise floor on every example: by another attention, and in other batches.
@@ -293,7 +308,7 @@ class CellRun:
         if cell.is_baseline:
             names = [task.name] if self.sampler is None else self.sampler.groups([task.name])
             self.batches_of[cell.task] = [batch for name in names for batch in scorer.packed[name].batches]
-        if self.sampler is None or not self.sampler.draws(task.name) or cell.in_other_order:
+        if self.sampler is None or not self.sampler.draws(task.name) or cell.exactly:
             return Scored(task.measure(score(task.name)))
         if cell.is_baseline:
             return Scored(self.sampler.measure_baseline(task.name, score))

@@ -9,11 +9,25 @@ from typing import Any
 from harness.errors import SettingError, wrong
 from harness.measurements.ablation.treatment_settings import TreatmentSettings
 from harness.settings.validation import chosen, plain, validated
-from harness.spectral.regions import CONTROLS, RULES, Nothing, OtherOrder, Region, RegionRule
+from harness.spectral.regions import (
+    CONTROLS,
+    OF_REFERENCE,
+    RULES,
+    Nothing,
+    OtherOrder,
+    ReferenceMatrices,
+    ReferenceModel,
+    Region,
+    RegionRule,
+)
 from harness.spectral.regions.fraction import FractionRule
 
 NO_REGION = Nothing()
 OTHER_ORDER = OtherOrder()
+REFERENCE_MATRICES, REFERENCE_MODEL = ReferenceMatrices(), ReferenceModel()
+# Controls that are measured once in a study, and not for each target.
+OF_NO_TARGET = (NO_REGION, OTHER_ORDER, REFERENCE_MATRICES, REFERENCE_MODEL)
+SWAPS = ("swap_values", "swap_vectors")  # controls that replace whole matrices of a target
 
 
 @dataclass
@@ -35,6 +49,9 @@ class RegionSettings:
         for control in self.controls:
             if not isinstance(control, str) or control not in CONTROLS:
                 raise wrong("controls", control, f"use one of {', '.join(CONTROLS)}")
+        of_reference = [control for control in self.controls if control in OF_REFERENCE]
+        if of_reference and self.treatment.of == "weight":
+            raise wrong("controls", of_reference[0], "it needs region.of=change or region.of=reference")
         if self.by == "mp" and self.treatment.metric == "activations":
             right = "the law of Marchenko and Pastur is not that of W C^(1/2), whose entries are not independent"
             raise wrong("metric", self.treatment.metric, right)
@@ -44,7 +61,7 @@ class RegionSettings:
         if "lower_bulk" in self.controls and self.by != "mp":
             raise wrong("controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
         if self._draws() and not self.random_seeds:
-            right = "the controls random and energy_matched need at least one, for example [0]"
+            right = "the controls that draw (random, energy_matched, rotated) need at least one, for example [0]"
             raise wrong("random_seeds", [], right)
         for seed in self.random_seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -62,7 +79,7 @@ class RegionSettings:
         """Yield an error if there are seeds that no control reads, and those of the treatment."""
         yield from self.treatment.unread()
         if self.random_seeds != [0] and not self._draws():
-            right = ("only the controls random and energy_matched read it; region.controls is"
+            right = ("only the controls random, energy_matched and rotated read it; region.controls is"
                      f" [{', '.join(self.controls)}]")
             yield wrong("random_seeds", self.random_seeds, right)
 
@@ -71,7 +88,9 @@ class RegionSettings:
         regions = list(self.rule.regions())
         controls = [made for name, control in CONTROLS.items() if name in self.controls
                     for made in control.of(regions, self.random_seeds)]
-        return list(dict.fromkeys([*regions, *controls]))
+        # What the norms, the embeddings and the head contribute is a row of every study of a change.
+        gap = [] if self.treatment.of == "weight" else [REFERENCE_MATRICES, REFERENCE_MODEL]
+        return list(dict.fromkeys([*regions, *controls, *gap]))
 
 
 def read_region(values: Any) -> RegionSettings:

@@ -56,6 +56,7 @@ class RowMaker:
             {**text.protocol, "centred": text.centred, "n_tokens": text.n_tokens}, sort_keys=True, default=str
         )
         self._values: dict[str, dict[str, float]] = {}
+        self.reference = study.prepared.reference and study.prepared.reference.settings.label
         self.block_of = {matrix.name: matrix.block for matrix in loaded.matrices}
         self.type_of = {matrix.name: matrix.layer_type for matrix in loaded.matrices}
 
@@ -110,6 +111,8 @@ class RowMaker:
                 "region_metric": treatment.metric, "region_keep": treatment.keep, "region_scale": treatment.scale,
                 "region_replace": treatment.replace,
                 "calibration": treatment.calibration and self.calibration,
+                "region_of": treatment.of, "reference": treatment.reference and self.reference,
+                "reference_digest": treatment.reference,
             }),
             **(dataclasses.asdict(realised) if realised else {}),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from harness.engine.settings import ClusterSettings
 from harness.errors import SettingError, wrong
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements.ablation.region_settings import RegionSettings, read_region, region_keys
-from harness.models.settings import ModelSettings
+from harness.models.settings import ModelSettings, ReferenceSettings
 from harness.models.targets import TargetSettings
 from harness.settings.constraints import ReadBy, at_least
 from harness.settings.output import require_folder
@@ -24,6 +25,7 @@ class StudySettings:
     """The settings of a study. Each group of YAML files in conf/ fills the field of its name."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     target: TargetSettings = field(default_factory=TargetSettings)
     region: Annotated[RegionSettings, ReadBy(read_region, region_keys)] = field(default_factory=RegionSettings)
     tasks: Annotated[dict[str, Task], ReadBy(tasks_of)] = field(default_factory=dict)
@@ -38,6 +40,17 @@ class StudySettings:
         if self.runtime.compile and self.region.treatment.calibration is not None:
             right = "the inputs of the matrices are seen by hooks, which compiled blocks leave out"
             raise wrong("runtime.compile", True, right)
+        of = self.region.treatment.of
+        if of != "weight" and self.reference.of(self.model) is None:
+            raise SettingError("reference.name", f"must be set, because region.of={of} is about the change from it")
+        if of != "weight" and self.runtime.edit == "branch":
+            raise wrong("runtime.edit", "branch", f"region.of={of} edits the weights; use weight")
+
+    def unread(self) -> Iterator[SettingError]:
+        """Yield an error if there is a reference that no region is about."""
+        if self.reference.name is not None and self.region.treatment.of == "weight":
+            yield wrong("reference.name", self.reference.name,
+                        "only region.of=change and region.of=reference read it (and harness spectra)")
 
 
 Settings = StudySettings

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from harness.errors import InputError, SettingError, wrong
 from harness.evaluation.calibration import MOST_COMMON, CalibrationText
 from harness.evaluation.requests import DirectTask, PreparedTask, TaskContext
+from harness.models.reference import Reference
 from harness.models.treatment import Treatment
 from harness.settings.constraints import ReadBy
 from harness.settings.validation import plain
@@ -42,6 +43,8 @@ class TreatmentSettings:
     centred: C is the covariance of the matrix's inputs, and not their second moment.
     calibration: the text over which the inputs are measured, as the settings of a task of kind text (or recall). With
         metric=weight it may be given, too: every row then says what the part contributes to the outputs.
+    of: what the region is a part of: the weight W; the change D = W - W_reference, by the spectrum of D; or the change
+        in directions of the reference, by the spectrum of W_reference.
     """
 
     metric: Literal["weight", "activations"] = "weight"
@@ -50,10 +53,13 @@ class TreatmentSettings:
     replace: Literal["zero", "mean"] = "zero"
     centred: bool = False
     calibration: Annotated[Task | None, ReadBy(_calibration_of)] = None
+    of: Literal["weight", "change", "reference"] = "weight"
 
     def __post_init__(self) -> None:
         if self.scale == 1:
             raise wrong("scale", self.scale, "a scale of 1 changes nothing; 0 removes the region")
+        if self.of != "weight" and (self.metric == "activations" or self.calibration is not None):
+            raise wrong("of", self.of, "a change is taken in the metric of the weights, without a calibration text")
         for key, value, needs in (("metric", self.metric, "activations"), ("replace", self.replace, "mean")):
             if self.calibration is None and value == needs:
                 right = "it needs a text: calibration=wikitext, or calibration=text region.calibration.data_files=..."
@@ -82,10 +88,14 @@ class TreatmentSettings:
         assert not isinstance(task, DirectTask)  # no task of these kinds measures the model itself
         return CalibrationText(task.requests, task.protocol.get("window") is not None, self.centred, task.protocol)
 
-    def treatment(self, text: CalibrationText | None) -> Treatment:
-        """Return the treatment of the regions of a study. text: the prepared calibration text."""
+    def treatment(self, text: CalibrationText | None, reference: Reference | None = None) -> Treatment:
+        """Return the treatment of the regions of a study.
+
+        text: the prepared calibration text. reference: the reference model if the regions are parts of a change.
+        """
         return Treatment(
-            self.metric, self.keep, self.scale, self.replace, self.centred, None if text is None else text.digest()
+            self.metric, self.keep, self.scale, self.replace, self.centred, None if text is None else text.digest(),
+            self.of, None if reference is None else reference.digest,
         )
 
 

@@ -28,7 +28,7 @@ from harness.measurements.ablation.cells import (
     task_digest,
 )
 from harness.measurements.ablation.costs import CostTable, ShardOfCells, costs_of
-from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
+from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER, REFERENCE_MODEL
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.treatment_settings import KEY, refuse_common_text
 from harness.models.branches import check_biasable, check_branchable
@@ -37,6 +37,7 @@ from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
+from harness.models.reference import Reference, describe_reference
 from harness.models.targets import BASELINE, UNEDITED, Target, expand_targets
 from harness.models.treatment import Treatment
 from harness.spectral.regions import Region, from_plain, to_plain
@@ -48,7 +49,8 @@ from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 class Prepared:
     """What is known of a model without its weights, and the tasks prepared for it by name.
 
-    calibration: the text over which the inputs of the matrices are measured, or None.
+    calibration: the text over which the inputs of the matrices are measured, or None. reference: the reference model,
+    or None if no region is a part of a change.
     """
 
     description: ModelDescription
@@ -56,6 +58,7 @@ class Prepared:
     tokenizer: Any
     tasks: dict[str, PreparedTask]
     calibration: CalibrationText | None = None
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +213,10 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) 
     if frozen - {None if prepared.calibration is None else prepared.calibration.digest()}:
         raise InputError(f"{KEY}: its text changed since {folder} was frozen; restore what it was or choose another"
                          " output")
+    digest = None if prepared.reference is None else prepared.reference.digest
+    if {cell.ablation.treatment.reference for cell in cells} - {None, digest}:
+        raise InputError(f"reference.name: it is no longer what {folder} was frozen for; restore it or choose another"
+                         " output")
     first = cells[0]
     if cell_id(numeric_settings(settings, prepared.description), first.ablation, digests[first.task]) != first.id:
         raise InputError(
@@ -270,7 +277,9 @@ def prepare(settings: StudySettings) -> Prepared:
     tasks = prepare_tasks(settings.tasks, context)
     text = settings.region.treatment.prepared(context)
     refuse_common_text(text, tasks)
-    return Prepared(description, matrices, tokenizer, tasks, text)
+    of_change = settings.region.treatment.of != "weight"
+    reference = describe_reference(settings.reference, settings.model, description) if of_change else None
+    return Prepared(description, matrices, tokenizer, tasks, text, reference)
 
 
 def build(
@@ -285,7 +294,9 @@ def build(
     shapes = {matrix.name: matrix.shape for matrix in prepared.matrices}
     if has_noise_floor(prepared.description):
         regions = list(dict.fromkeys([*regions, OTHER_ORDER]))
-    treatment = settings.region.treatment.treatment(prepared.calibration)
+    treatment = settings.region.treatment.treatment(prepared.calibration, prepared.reference)
+    if prepared.reference is not None and not prepared.reference.same_parameters:
+        regions = [region for region in regions if region != REFERENCE_MODEL]
     ablations = expand_ablations(targets, regions, shapes, treatment)
     digests = distinct_digests(prepared.tasks)
     ids = cell_ids(numeric_settings(settings, prepared.description), ablations, digests.values())

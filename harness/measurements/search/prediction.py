@@ -50,7 +50,7 @@ def predict(grid: Study, examples: Study, metrics: Sequence[str]) -> list[dict[s
     treatment = ablations[0].treatment  # a study has one for all its regions
 
     def decompose(matrix: Matrix) -> Decomposition:
-        return spectrum_of(matrix, treatment, sources)
+        return spectrum_of(matrix, ablations[0].region, treatment, sources)
 
     rows = []
     for name, task in examples.tasks.items():

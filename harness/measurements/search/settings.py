@@ -82,6 +82,8 @@ def check(settings: SearchSettings) -> None:
     examples, or a greedy composition has targets that span several blocks.
     """
     study_settings.check(settings)
+    if settings.region.treatment.of != "weight":
+        raise wrong("region.of", settings.region.treatment.of, "a search is over parts of the weights; use harness run")
     settings.runtime.require_batch_tokens("search")
     for name, task in settings.tasks.items():
         if isinstance(task, SplitTask) and task.part is not None:

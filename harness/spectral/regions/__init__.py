@@ -12,7 +12,20 @@ validation, the choice of positions, and the label. Another package adds a rule 
 """
 
 from harness.spectral.regions.compression import Compression
-from harness.spectral.regions.controls import CONTROLS, EnergyMatched, LowerBulk, Nothing, OtherOrder, Random
+from harness.spectral.regions.controls import (
+    CONTROLS,
+    OF_REFERENCE,
+    EnergyMatched,
+    LowerBulk,
+    Nothing,
+    OtherOrder,
+    Random,
+    ReferenceMatrices,
+    ReferenceModel,
+    Rotated,
+    SwapValues,
+    SwapVectors,
+)
 from harness.spectral.regions.decile import Decile
 from harness.spectral.regions.energy import Energy
 from harness.spectral.regions.fraction import Fraction
@@ -62,6 +75,7 @@ def _of(by: str) -> type[Fraction] | type[Energy]:
 
 __all__ = [
     "CONTROLS",
+    "OF_REFERENCE",
     "RULES",
     "Compression",
     "Decile",
@@ -76,8 +90,13 @@ __all__ = [
     "Nothing",
     "OtherOrder",
     "Random",
+    "ReferenceMatrices",
+    "ReferenceModel",
     "Region",
     "RegionRule",
+    "Rotated",
+    "SwapValues",
+    "SwapVectors",
     "bulk",
     "fraction_interval",
     "from_plain",

@@ -1,6 +1,7 @@
 """Control regions: removals that show how much of an effect any other removal would have had.
 
-Every control but `none` and `other_order` has a reference: the region with whose effect it is compared.
+A control whose effect is compared with that of one region has this region as its reference. The controls of a reference
+model (`OF_REFERENCE`) are for studies of the change from that model.
 """
 
 from __future__ import annotations
@@ -160,10 +161,93 @@ class LowerBulk:
         return stretch(max(start, stop - len(select(self.reference, sigma, shape))), stop)
 
 
+@dataclass(frozen=True)
+class Rotated:
+    """The reference's positions, with random directions in the place of those of the spectrum.
+
+    Of a change these are random directions of both sides with its singular values; of the reference's directions they
+    are as many random ones. The draw depends on the seed and on the matrix, and not on the region.
+    """
+
+    reference: Region
+    seed: int
+    by: ClassVar[str] = "control"
+    kind: ClassVar[str] = "rotated"
+    draws: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[Rotated]:
+        """Return one control for each seed and region."""
+        return [cls(region, seed) for seed in seeds for region in regions]
+
+    @property
+    def label(self) -> str:
+        return f"rotated ({self.reference.label}) seed {self.seed}"
+
+    @property
+    def rank_only(self) -> bool:
+        return self.reference.rank_only
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return select(self.reference, sigma, shape)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A control that puts something else in the place of whole matrices."""
+
+    by: ClassVar[str] = "control"
+    rank_only: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[Any]:
+        """Return one control for all regions."""
+        return [cls()]
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return stretch(0, min(shape))
+
+
+@dataclass(frozen=True)
+class SwapValues(_Whole):
+    """The singular vectors of the matrix with the singular values of the reference model's matrix."""
+
+    kind: ClassVar[str] = "swap_values"
+    label: ClassVar[str] = "own vectors, reference values"
+
+
+@dataclass(frozen=True)
+class SwapVectors(_Whole):
+    """The singular vectors of the reference model's matrix with the singular values of the matrix."""
+
+    kind: ClassVar[str] = "swap_vectors"
+    label: ClassVar[str] = "reference vectors, own values"
+
+
+@dataclass(frozen=True)
+class ReferenceMatrices(_Whole):
+    """All matrices of the reference model in the model, which keeps its own norms, embeddings and head."""
+
+    kind: ClassVar[str] = "reference_matrices"
+    label: ClassVar[str] = "matrices of the reference"
+
+
+@dataclass(frozen=True)
+class ReferenceModel(_Whole):
+    """All parameters of the reference model: what differs from `reference_matrices` is what the others contribute."""
+
+    kind: ClassVar[str] = "reference_model"
+    label: ClassVar[str] = "reference"
+
+
+# Controls that need the matrices of a reference model.
+OF_REFERENCE = ("rotated", "swap_values", "swap_vectors", "reference_matrices", "reference_model")
 # Name in region.controls -> its class. A study measures them after its regions, in this order.
 CONTROLS: dict[str, Any] = {
-    "random": Random, "energy_matched": EnergyMatched, "lower_bulk": LowerBulk, "none": Nothing,
-    "other_order": OtherOrder,
+    "random": Random, "energy_matched": EnergyMatched, "lower_bulk": LowerBulk, "rotated": Rotated,
+    "swap_values": SwapValues, "swap_vectors": SwapVectors, "reference_matrices": ReferenceMatrices,
+    "reference_model": ReferenceModel, "none": Nothing, "other_order": OtherOrder,
 }  # fmt: skip
 
 
