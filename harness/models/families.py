@@ -189,6 +189,7 @@ FAMILIES: Registry[Family] = Registry("harness.families", "a model type", {
     ),
     "mixtral": _MIXTURE,
     "qwen3_moe": _MIXTURE,  # some of its blocks may be dense
+    "olmo2": _LLAMA,
     "olmoe": _MIXTURE,
     "bert": _BERT,
     "roberta": _BERT,

@@ -40,6 +40,7 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": _GQA,
     "mixtral": {**_GQA, "num_local_experts": 3, "num_experts_per_tok": 2},
     "qwen3_moe": {**_WIDE, **_EXPERTS, "moe_intermediate_size": 20, "mlp_only_layers": [1]},
+    "olmo2": _GQA,
     "olmoe": {**_GQA, **_EXPERTS},
     "bert": _PLAIN,
     "roberta": _PLAIN,

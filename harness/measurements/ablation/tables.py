@@ -59,7 +59,7 @@ METRICS = (
     Column("region_keep", "bool", "Whether the region is kept, and all other singular values are removed or scaled."),
     Column("region_scale", "float64", "Factor of the removed values; 0 if they are really removed."),
     Column("region_replace", "string", "What the removed part becomes: `zero`, or `mean`: its mean, as a bias."),
-    Column("region_of", "string", "`weight`; `change`: a part of D = W - W_reference; `reference`: of D, in its directions."),
+    Column("region_of", "string", "`weight`; `change`: part of D = W - W_reference; `reference`: D in its directions."),
     Column("reference", "string", "The model that was subtracted: its name or folder; null for parts of the weights."),
     Column("reference_digest", "string", "Hash of its weights, or of its commit on the hub."),
     Column("calibration", "string", "JSON: the text over which the inputs of the matrices were measured."),

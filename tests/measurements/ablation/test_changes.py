@@ -216,12 +216,12 @@ def test_a_larger_vocabulary_has_no_row_of_the_whole_reference(base, text, tmp_p
 
 def test_ids_depend_on_the_reference_and_those_of_the_weights_do_not(base, tuned, text, tmp_path):
     def ids(*more, reference=base):
-        return {(cell.ablation.target.label, cell.ablation.label): cell.id
-                for cell in plan(compose_settings("ablation", words(tuned, reference, text, tmp_path / "out", *more))).units}
+        settings = compose_settings("ablation", words(tuned, reference, text, tmp_path / "out", *more))
+        return {(cell.ablation.target.label, cell.ablation.label): cell.id for cell in plan(settings).units}
 
     other = save_checkpoint(tmp_path / "other", seed=3)
-    change = ids("region=change", "region.deciles=[1]")
-    again, third = ids("region=change", "region.deciles=[1]"), ids("region=change", "region.deciles=[1]", reference=other)
+    asked = ("region=change", "region.deciles=[1]")
+    change, again, third = ids(*asked), ids(*asked), ids(*asked, reference=other)
     assert change == again
     assert {key for key in change if change[key] == third[key]} == {("baseline", "none")}
     undo = ids("region=undo", "region.deciles=[1]")
@@ -256,7 +256,8 @@ def test_an_export_of_the_change_of_an_adapter(base, tmp_path, text):
 
 def test_bad_settings_are_one_line(base, tuned, text, tmp_path, capsys):
     def refused(*more, without=""):
-        asked = [word for word in words(tuned, base, text, tmp_path / "out") if not (without and word.startswith(without))]
+        asked = [word for word in words(tuned, base, text, tmp_path / "out")
+                 if not (without and word.startswith(without))]
         capsys.readouterr()
         assert main(["run", "--quiet", *asked, *more]) == 2
         out, err = capsys.readouterr()
@@ -266,6 +267,6 @@ def test_bad_settings_are_one_line(base, tuned, text, tmp_path, capsys):
     assert refused("region.of=change", without="reference").startswith("reference.name: must be set, because region.of")
     assert refused("region=decile").startswith(f"reference.name: '{base}' is wrong; only region.of=change")
     assert refused("region=change", "runtime.edit=branch").startswith("runtime.edit: 'branch' is wrong")
-    assert refused("region=decile", "region.controls=[rotated]").startswith("region.controls: 'rotated' is wrong; it needs")
+    assert refused("region=decile", "region.controls=[rotated]").startswith("region.controls: 'rotated' is wrong; it")
     assert refused("region=change", "region.metric=activations").startswith("region.of: 'change' is wrong; a change is")
     assert refused("region=change", "region.of=weights").startswith("region.of: 'weights' is wrong; did you mean")
