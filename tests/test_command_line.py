@@ -127,15 +127,16 @@ def test_every_target(name, recall, checkpoint, tmp_path):
     types = {"all": ATTENTION + FEED_FORWARD, "mlp": FEED_FORWARD}[said.get("layer_types", ["all"])[0]]
     expected = {
         "matrix": {f"{block}.{layer_type}" for block in range(2) for layer_type in types},
+        "type_and_matrix": {*types, *(f"{block}.{layer_type}" for block in range(2) for layer_type in types)},
         "type": set(types), "block": {"block 0", "block 1"}, "all": {"all"},
     }[said["kind"]]
     local = checkpoint("gpt2", blocks=2)
     table = run(tmp_path, f"target={name}", "region=index", "region.intervals=['0:1']", *local)
     assert set(table.target) == {"baseline", "control", *expected}
     of_grid = table[~table.target.isin(["baseline", "control"])]
-    assert set(of_grid.target_kind) == {said["kind"]}
-    per_target = {"matrix": 1, "type": 2, "block": len(types), "all": 2 * len(types)}[said["kind"]]
-    assert set(of_grid.n_matrices) == {per_target}
+    assert set(of_grid.target_kind) == set(said["kind"].split("_and_"))
+    per_target = {"matrix": 1, "type": 2, "block": len(types), "all": 2 * len(types)}
+    assert all(of_grid.n_matrices == of_grid.target_kind.map(per_target))
 
 
 def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from harness.errors import InputError, wrong
@@ -13,9 +13,13 @@ from harness.models.matrices import Matrix
 
 @dataclass
 class TargetSettings:
-    """Which matrices a study edits, and which of them together."""
+    """Which matrices a study edits, and which of them together.
 
-    kind: Literal["matrix", "type", "block", "all"] = "matrix"
+    kind: "matrix", each alone; "type", each layer type in all blocks; "block", each block; "all" together;
+    "type_and_matrix", the first two in one study.
+    """
+
+    kind: Literal["matrix", "type", "block", "all", "type_and_matrix"] = "matrix"
     layer_types: list[str] = field(default_factory=lambda: ["all"])
     blocks: list[int] | None = None  # null: every block
 
@@ -84,6 +88,10 @@ def expand_targets(settings: TargetSettings, matrices: Sequence[Matrix]) -> list
             of_type.setdefault(matrix.layer_type, []).append(matrix)
         return [_joint("type", where + name, members, layer_type=name) for name, members in of_type.items()]
     what = "" if set(settings.layer_types) == {"all"} else " " + "+".join(settings.layer_types)
+    if settings.kind == "type_and_matrix":
+        kinds: tuple[Literal["type"], Literal["matrix"]] = ("type", "matrix")
+        found = [one for kind in kinds for one in expand_targets(replace(settings, kind=kind), matrices)]
+        return sorted(found, key=lambda target: target.first_block)
     if settings.kind == "block":
         of_block: dict[int, list[Matrix]] = {}
         for matrix in chosen:

@@ -13,6 +13,7 @@ from harness.engine.manifest import in_order
 from harness.errors import InputError, printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation import gallery
+from harness.measurements.ablation.damage import per_removed, tables
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
     by_target_and_region,
@@ -31,6 +32,7 @@ from harness.tables.store import corrupt_parts
 from harness.tables.text import (
     count,
     is_missing,
+    markdown_table,
     markdown_text,
     p_text,
     plus_minus,
@@ -79,7 +81,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print, fi
     out.mkdir(exist_ok=True)
     _write_csv(metrics, found, out / "metrics.csv")
     shown = gallery.draw(found, len(metrics), out) if figures else gallery.clear(out)
-    write_text(out / "report.md", _markdown(metrics, found, problems, shown))
+    write_text(out / "report.md", _markdown(metrics, found, problems, shown, folder))
     write(terminal_summary(metrics, problems, found=found))
     write(f"\n{out / 'report.md'}, metrics.csv and {count(shown.n_figures, 'figure')}")
     return out / "report.md"
@@ -183,7 +185,8 @@ def _text_table(one: MeasuredMetric, cells: pandas.DataFrame, width: int) -> lis
 
 
 def _markdown(
-    metrics: pandas.DataFrame, found: list[MeasuredMetric], problems: Sequence[str], shown: gallery.Gallery
+    metrics: pandas.DataFrame, found: list[MeasuredMetric], problems: Sequence[str], shown: gallery.Gallery,
+    folder: Path,
 ) -> str:
     lines = [f"# {markdown_text(headline(metrics))}", "", markdown_text(origin(metrics)), ""]
     lines += [f"> {markdown_text(line)}" for line in problems] + ([""] if problems else [])
@@ -231,6 +234,8 @@ def _markdown(
                 lines += [f"Best {n} of {len(order)} ablations:", "", *_markdown_texts(one, order.head(n)), ""]
                 lines += [f"Worst {n}:", "", *_markdown_texts(one, order.tail(n)[::-1]), ""]
             lines += _pivot(one)
+            for title, rows in tables(one, folder) if one.primary else ():
+                lines += [title, "", *markdown_table(_with_dashes(rows)).splitlines(), ""]
         for name, caption in figures:
             lines += [f"![{markdown_text(caption)}]({name})", ""]
     if shown.left_out:
@@ -268,16 +273,8 @@ def _pivot(one: MeasuredMetric) -> list[str]:
     return [*lines, ""]
 
 
-def per_removed(rows: pandas.DataFrame) -> pandas.DataFrame:
-    """Return rows of `metrics` with two more columns, which compare removals of unequal size.
-
-    delta_per_norm: delta / norm_removed. delta_per_output_energy: delta / output_norm_removed^2, which is null where no
-    calibration text was set. Both are null where nothing was removed.
-    """
-    norm = rows["norm_removed"].astype(float).where(lambda values: values > 0)
-    energy = rows["output_norm_removed"].astype(float).pow(2).where(lambda values: values > 0)
-    delta = rows["delta"].astype(float)
-    return rows.assign(delta_per_norm=delta / norm, delta_per_output_energy=delta / energy)
+def _with_dashes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: "-" if value is None else value for key, value in row.items()} for row in rows[:MARKDOWN_ROWS]]
 
 
 def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Path) -> None:
