@@ -48,7 +48,7 @@ def draw(found: Sequence[MeasuredMetric], n_rows: int, out: Path) -> Gallery:
     most = MAX_FIGURES if n_rows < LARGE else FIGURES_OF_LARGE
     with_cells = [one for one in found if len(one.cells)]
     # The first metrics of all tasks come before their second metrics, so that no task takes all the figures.
-    ranks = {id(one): rank for one, rank in zip(found, ranks_in_task(found))}
+    ranks = {id(one): rank for one, rank in zip(found, ranks_in_task(list(found)))}
     known = _read(out / RECORD)
     (out / RECORD).unlink(missing_ok=True)  # if drawing is interrupted, no file is taken for a complete one
     record: dict[str, list[list[str]]] = {}
@@ -110,7 +110,7 @@ def _digest(one: MeasuredMetric) -> str:
     whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
     here = Path(__file__)
     ours, shared = (here, here.with_name("figures.py"), here.with_name("summary.py")), (drawing, text)
-    for source in (*ours, *(Path(module.__file__) for module in shared)):
+    for source in (*ours, *(Path(str(module.__file__)) for module in shared)):
         whole.update(source.read_bytes())
     whole.update(version("matplotlib").encode())
     return whole.hexdigest()
