@@ -167,6 +167,9 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
         listed[f"decile {number} ({part[0]:.1f}-{part[1]:.1f})"] = (by, "decile", where)
     for share in said.get("keep", []):
         listed[f"laser {share:g}"] = (by, "small", slice(int(32 * share), 32))
+    if "ends" in said:
+        listed |= {f"component {i}": (by, "component", slice(i, i + 1 or None))
+                   for i in (*range(said["ends"]), *range(-said["ends"], 0))}
     for ranks in said.get("ranks", []):
         listed |= {f"compression {ratio:g}{' zero_sum' * (ranks == 'zero_sum')}": (by, ranks, None)
                    for ratio in said["ratios"]}

@@ -12,6 +12,8 @@ from harness.errors import InputError, SettingError
 from harness.spectral.regions import (
     CONTROLS,
     RULES,
+    Component,
+    Compression,
     Decile,
     Energy,
     EnergyMatched,
@@ -33,6 +35,7 @@ from harness.spectral.regions import (
     small,
     to_plain,
 )
+from harness.spectral.regions.component import ComponentRule
 from harness.spectral.regions.decile import DecileRule
 from harness.spectral.regions.energy import EnergyRule
 from harness.spectral.regions.fraction import FractionRule, boundary
@@ -283,9 +286,12 @@ REGIONS = [
     Decile(1), Decile(10), Laser(0.1), Laser(0), Index(0, 16), Index(None, 4), Index(-8, None),
     *(MarchenkoPastur(kind, estimator, margin) for kind in ("above", "inside", "below")
       for estimator, margin in (("gavish_donoho", False), ("bulk_fit", True))),
-    GavishDonoho("above"), GavishDonoho("below"),
+    GavishDonoho("above"), GavishDonoho("below"), Component(573), Component(-1), Compression(0.4),
+    Compression(0.4, "zero_sum"),
     Nothing(), OtherOrder(), OtherOrder(0.5), Random(small(0.1), 3), Random(Random(Index(0, 4), 1), 2),
     EnergyMatched(bulk(0.2, "energy"), 0), LowerBulk(MarchenkoPastur("above", "usvt", True)),
+    CONTROLS["rotated"](small(0.1), 3),
+    *(CONTROLS[name]() for name in ("swap_values", "swap_vectors", "reference_matrices", "reference_model")),
 ]  # fmt: skip
 
 
@@ -354,3 +360,13 @@ def test_rules_list_their_regions():
 def test_rules_refuse_what_cannot_be(make, message):
     with pytest.raises(SettingError, match=message):
         make()
+
+
+def test_components_of_both_ends_are_single_values():
+    regions = ComponentRule(ends=2, components=[7, -3, 1]).regions()
+    assert [region.position for region in regions] == [0, 1, 7, -3, -2, -1]
+    assert [picked(region, 9) for region in regions] == [[0], [1], [7], [6], [7], [8]]
+    assert picked(Component(9), 9) == picked(Component(-10), 9) == []
+    for wrong_ends in (-1, 0):
+        with pytest.raises(SettingError, match="ends"):
+            ComponentRule(ends=wrong_ends)

@@ -11,6 +11,7 @@ validation, the choice of positions, and the label. Another package adds a rule 
 "harness.regions".
 """
 
+from harness.spectral.regions.component import Component
 from harness.spectral.regions.compression import Compression
 from harness.spectral.regions.controls import (
     CONTROLS,
@@ -77,6 +78,7 @@ __all__ = [
     "CONTROLS",
     "OF_REFERENCE",
     "RULES",
+    "Component",
     "Compression",
     "Decile",
     "Energy",

@@ -32,10 +32,11 @@ RULES: Registry[type[RegionRule]] = Registry("harness.regions", "a region rule",
     "decile": "harness.spectral.regions.decile:DecileRule",
     "index": "harness.spectral.regions.index:IndexRule",
     "laser": "harness.spectral.regions.laser:LaserRule",
-    "compression": "harness.spectral.regions.compression:CompressionRule",
     "energy": "harness.spectral.regions.energy:EnergyRule",
     "mp": "harness.spectral.regions.marchenko_pastur:MarchenkoPasturRule",
     "gavish_donoho": "harness.spectral.regions.gavish_donoho:GavishDonohoRule",
+    "component": "harness.spectral.regions.component:ComponentRule",
+    "compression": "harness.spectral.regions.compression:CompressionRule",
 })  # fmt: skip
 
 
