@@ -1,6 +1,6 @@
-"""The null hypotheses of experiments/calibration are true, and its samples have the clusters that they say."""
+"""Null hypotheses of experiments/calibration are true, samples keep clusters whole, and the tests can refuse."""
 
-import runpy
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,13 @@ from harness.evaluation.statistics import paired
 from harness.tasks.clusters import BLOCKS
 from tests.studies import ROOT
 
-SCRIPT = runpy.run_path(str(ROOT / "experiments" / "calibration" / "calibration.py"))
+
+@pytest.fixture(scope="module")
+def modules():
+    """The modules of the experiment by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "experiments" / "calibration"))
+        yield {name: importlib.import_module(name) for name in ("nulls", "calibration", "small_models")}
 
 
 @pytest.fixture
@@ -22,21 +28,51 @@ def scores():
     return replace(baseline, score=baseline.score + 0.4 * weight + rng.standard_normal(300)), baseline
 
 
-def test_an_ablation_without_effect_has_the_metric_of_the_baseline(scores):
+def test_an_ablation_without_effect_has_the_metric_of_the_baseline(modules, scores):
     assert paired(*scores).delta > 1
-    found = paired(SCRIPT["without_effect"](*scores), scores[1])
+    found = paired(modules["nulls"].without_effect(*scores), scores[1])
     assert found.delta == pytest.approx(0, abs=1e-10)
     assert found.p_value == pytest.approx(1)
 
 
-def test_samples_keep_clusters_whole(scores):
-    clusters, rng = scores[1].clusters, np.random.default_rng(1)
-    examples, groups = SCRIPT["drawn_clusters"](clusters, 7, rng)
+def test_samples_keep_clusters_whole(modules, scores):
+    nulls, clusters, rng = modules["nulls"], scores[1].clusters, np.random.default_rng(1)
+    examples, groups = nulls.drawn_clusters(clusters, 7, rng)
     assert (np.bincount(groups) == 20).all() and len(np.unique(groups)) == 7
     assert all(len(set(clusters[examples[groups == one]])) == 1 for one in range(7))
-    examples, groups = SCRIPT["stretch"](clusters, 64, rng)
+    examples, groups = nulls.stretch(clusters, 64, rng)
     assert len(examples) == 64 and (np.bincount(groups) == 64 / BLOCKS).all()
-    first, second = SCRIPT["exchanged"](*scores, clusters, rng)
+    first, second = nulls.exchanged(*scores, clusters, rng)
     assert np.array_equal(first.score + second.score, scores[0].score + scores[1].score)
     swapped = first.score == scores[1].score
     assert 0 < swapped.mean() < 1 and all(len(set(swapped[clusters == one])) == 1 for one in range(15))
+
+
+def test_the_sample_of_everything_holds_the_truth_and_another_truth_is_missed(modules, scores):
+    ablated, baseline = scores
+    everything = np.arange(300), baseline.clusters
+    truth = np.exp(ablated.score.sum() / ablated.weight.sum()), paired(ablated, baseline).delta
+    held = modules["nulls"].held
+    assert held(ablated, baseline, everything, truth) == {name: {0.9: True, 0.95: True, 0.99: True}
+                                                          for name in ("value", "delta")}
+    assert not any(held(ablated, baseline, everything, (truth[0] * 9, truth[1] * 9))["delta"].values())
+
+
+@pytest.mark.parametrize(("discrete", "power", "refused"), [
+    (False, 1.0, "no"), (False, 1.3, "refused"), (False, 0.7, "refused"), (True, 0.7, "no"), (True, 1.3, "refused"),
+])
+def test_p_values_that_are_not_uniform_are_refused(modules, discrete, power, refused):
+    p = np.random.default_rng(2).random(800) ** power  # power above 1: too small
+    rows = [{"null": "a", "metric": "m", "p": one, "naive": one, "ratio": 1.0, "discrete": discrete} for one in p]
+    (line,) = modules["calibration"].summary(rows)
+    assert (line["refused"], line["p-values"]) == (refused, 800)
+    assert line["p < 0.05"] == np.mean(p < 0.05)
+
+
+def test_sentences_and_words_of_stories(modules):
+    story = "Tim had a dog. The dog ran away! He was sad."
+    pairs = modules["small_models"].next_sentences([story], 7, 1)
+    assert pairs == [{"source": "Tim had a dog.", "target": "The dog ran away!", "story": 7}]
+    asked = modules["small_models"].last_words([story], 2)
+    assert [(one["question"], one["answer"]) for one in asked] == [
+        ("Tim had a", "dog"), ("Tim had a dog. The dog ran", "away")]
