@@ -73,7 +73,7 @@ class Simulation(TorchDispatchMode):
         asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if asked is not None and asked.type in ("lazy", "cuda"):
             asked = torch.device("cuda", asked.index or 0)
-        self.operations.append(name)
+        self.operations.append("mm.dtype" if function is torch.ops.aten.mm.dtype else name)
         if there and name in _READING:
             self.waits.append(name)
         if name in _ANYWHERE:
@@ -93,7 +93,11 @@ class Simulation(TorchDispatchMode):
             kwargs["device"] = CPU
         kwargs.pop("pin_memory", None)
         bare = tree_map(lambda value: value.values if isinstance(value, SimulatedTensor) else value, (args, kwargs))
-        result = function(*bare[0], **bare[1])
+        if function is torch.ops.aten.mm.dtype:  # there is none for the CPU
+            left, right, dtype = (*bare[0], *bare[1].values())
+            result = left.to(dtype) @ right.to(dtype)
+        else:
+            result = function(*bare[0], **bare[1])
         written = function._schema.returns and function._schema.returns[0].alias_info
         if written and written.is_write:
             return kwargs.get("out", args[0])

@@ -1,7 +1,7 @@
 """Cells per second of two commits, and what a cell costs beside its scoring pass.
 
     git worktree add ../before COMMIT
-    python experiments/speed/cells.py --before ../before        # about three minutes of two CPUs
+    python experiments/speed/cells.py --before ../before        # about two minutes of two CPUs
 
 Each commit measures the same small study (tenths of up_proj and down_proj on windows of WikiText-2) with rows on disk,
 in processes of its own with one thread each, in turn: before, after, after, before, and so on. Overhead is what a cell
@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # model -> windows of 64 tokens, pairs of runs
-MODELS = {"stories260K": (32, 5), "stories15M": (4, 3)}
+MODELS = {"stories260K": (32, 2), "stories15M": (2, 1)}
 FIELDS = ("model", "pair", "version", "cells", "wall_ms", "cpu_ms", "own_cpu_ms", "score_wall_ms", "score_cpu_ms")
 
 
@@ -119,17 +119,19 @@ def main() -> None:
         return
     if args.before is None:
         parser.error("--before is needed")
-    checkouts, rows = {"before": args.before.resolve(), "after": args.after.resolve()}, []
-    for model, (_, pairs) in MODELS.items():
-        for pair in range(pairs):
-            for version in list(checkouts) if pair % 2 == 0 else list(checkouts)[::-1]:
-                found = in_process(checkouts[version], model, args.assets.resolve())
-                rows.append({"model": model, "pair": pair, "version": version, **found})
+    checkouts = {"before": args.before.resolve(), "after": args.after.resolve()}
+    rows: list[dict[str, Any]] = []
     with (HERE / "cells.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
-        writer.writerows({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
-                         for row in rows)
+        for model, (_, pairs) in MODELS.items():
+            for pair in range(pairs):
+                for version in list(checkouts) if pair % 2 == 0 else list(checkouts)[::-1]:
+                    found = in_process(checkouts[version], model, args.assets.resolve())
+                    rows.append({"model": model, "pair": pair, "version": version, **found})
+                    writer.writerow({key: round(value, 3) if isinstance(value, float) else value
+                                     for key, value in rows[-1].items()})
+                    file.flush()
     print(table(rows))
 
 

@@ -20,7 +20,9 @@ from harness.models.memory import decomposition_bytes, is_out_of_memory, release
 from harness.models.targets import Target
 
 SMALLEST = 256
-LARGEST = 1 << 20
+# Larger batches do not make a GPU faster, and a model of fewer parameters needs more tokens to keep it busy. This is on
+# paper; the stages "passes" and "cells" of experiments/speed/gpu.py measure it.
+LARGEST, LARGEST_OF_SMALL, SMALL = 1 << 15, 1 << 16, 10**9
 MARGIN = 1.25  # what is tried over what is then used, because memory becomes fragmented over hours
 # A process on the CPU that runs out of memory is killed without an error, and larger batches are slower there
 # (docs/speed.md).
@@ -30,14 +32,14 @@ LARGEST_ON_CPU = ScoringOptions.batch_tokens
 def largest_batch(
     loaded: LoadedModel, tasks: Mapping[str, ScoredTask], runtime: RuntimeSettings, targets: Sequence[Target] = ()
 ) -> int:
-    """Return the largest number of padded tokens per pass that fits into memory, a power of two up to LARGEST.
+    """Return the largest number of padded tokens per pass that fits into memory, a power of two.
 
     It fits if the largest batches of every task can be scored, with a margin, beside everything that a study keeps in
-    memory. It is not increased further once each task is a single batch. targets: what the study edits. Raises
-    InputError if SMALLEST does not fit.
+    memory. It is not increased further once each task is a single batch, and not above `largest_useful`. targets: what
+    the study edits. Raises InputError if SMALLEST does not fit.
     """
     found, budget = None, SMALLEST
-    while budget <= (LARGEST_ON_CPU if loaded.device.type == "cpu" else LARGEST):
+    while budget <= largest_useful(loaded):
         try:
             tried = dataclasses.replace(runtime, batch_tokens=int(budget * MARGIN))
             n_batches = _rehearse(loaded, tasks, tried, targets)
@@ -57,6 +59,14 @@ def largest_batch(
             " runtime.stream_gib, runtime.decomposition_gib or model.dtype, or model.device_map=auto"
         )
     return found
+
+
+def largest_useful(loaded: LoadedModel) -> int:
+    """Return the number of tokens per pass above which the device of the model is no faster."""
+    if loaded.device.type == "cpu":
+        return LARGEST_ON_CPU
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return LARGEST_OF_SMALL if parameters < SMALL else LARGEST
 
 
 def _rehearse(

@@ -20,6 +20,7 @@ from harness.spectral.regions import Nothing, large, small
 from tests.checkpoints import save_checkpoint, text_file
 from tests.evaluation.test_scoring import requests_for, task
 from tests.models.tiny import TINY, model_inputs, tiny_config, tiny_model
+from tests.simulated import FIRST, moved, simulated
 
 
 def decomposer(loaded: LoadedModel):
@@ -189,3 +190,35 @@ def test_through_the_command_line(tmp_path, capsys) -> None:
     assert main(refused) == 2
     refusal = capsys.readouterr().err
     assert "runtime.edit: branch cannot edit 1.gate_proj.e0" in refusal and refusal.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.aten.mm, "dtype"), reason="this torch has no product with another dtype")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu_low_precision_is_multiplied_as_it_is_and_summed_in_float32(dtype) -> None:
+    """On a simulated device, where products and sums are those of the CPU, so that nothing at all may differ."""
+    name, region, found = "2.up_proj", small(0.2), []
+    for on_device in (False, True):
+        loaded = loaded_from(tiny_model("llama", dtype))
+        loaded.model.set_attn_implementation("eager")
+        with simulated() as devices:
+            if on_device:
+                moved(loaded.model)
+                loaded.device = FIRST
+            scorer = Scorer(loaded, {"task": task(requests_for("llama"))}, ScoringOptions(60))
+            with ablated(loaded, ablation([name], region), decomposer(loaded), "branch"):
+                found.append(scorer.score("task").logprob.tolist())
+            taken = devices.operations.count("mm.dtype")
+        assert taken == (len(scorer.packed["task"].batches) if on_device and dtype != torch.float32 else 0)
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_real_gpu_it_is_the_float32_product_up_to_the_order_of_the_sum(dtype) -> None:
+    from harness.models.branches import _linear_in_float32
+
+    x, weight = (torch.randn(shape, device="cuda").to(dtype) for shape in ((3, 50, 256), (128, 256)))
+    exact = x.double() @ weight.double().T
+    ours = _linear_in_float32(x, weight)
+    assert ours.dtype == torch.float32 and float((ours - exact).abs().max()) < 1e-4

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 TOKENS_PER_GENERATED_EXAMPLE = 512
 # A float64 eigendecomposition reaches about an eighth of the rate of float32 products (experiments/speed).
 DECOMPOSITION_WEIGHT = 8.0
+# In low precision, which means a GPU, it reaches a few thousandths of the rate of bfloat16 products. This is on paper,
+# of an H200; the stage "decompositions" of experiments/speed/gpu.py measures it.
+DECOMPOSITION_WEIGHT_IN_LOW_PRECISION = 250.0
 
 
 def edit_flops(out: int, width: int, n_removed: int) -> float:
@@ -49,6 +52,7 @@ class CostTable:
     other: task -> the cost of a pass in other batches, which a study in low precision makes for its noise floor.
     calibration: the cost of the pass over the calibration text with its second moments, which every shard makes unless
         it finds them on disk. calibration_bytes: the size of these second moments.
+    decomposition_weight: how many times as long an operation of a decomposition takes as one of a pass.
     """
 
     passes: dict[str, tuple[float, ...]]
@@ -59,6 +63,7 @@ class CostTable:
     other: dict[str, float] = field(default_factory=dict)
     calibration: float = 0.0
     calibration_bytes: int = 0
+    decomposition_weight: float = DECOMPOSITION_WEIGHT
 
     def cell(self, cell: Cell) -> float:
         """Return the cost of scoring one cell."""
@@ -120,7 +125,9 @@ def costs_of(study: Study) -> CostTable:
     flops = metric_flops if in_metric else decomposition_flops
     decompositions = {m.name: flops(*m.shape) for m in study.matrices}
     calibration, size = _calibration(study, cost)
-    return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size)
+    low = study.description.dtype != "float32"
+    weight = DECOMPOSITION_WEIGHT_IN_LOW_PRECISION if low else DECOMPOSITION_WEIGHT
+    return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size, weight)
 
 
 def _calibration(study: Study, cost: ModelCost) -> tuple[float, int]:
@@ -196,7 +203,7 @@ class ShardOfCells:
             cost += sum(advance[task][ahead] - advance[task][self.frontier] for task in self.tasks)
             cost += sum(advance[task][ahead] for task in new)
         missing = load.matrices - self.matrices
-        return cost + DECOMPOSITION_WEIGHT * sum(self.costs.decompositions[name] for name in missing)
+        return cost + self.costs.decomposition_weight * sum(self.costs.decompositions[name] for name in missing)
 
     def add(self, load: CellLoad) -> None:
         """Add a load to the shard."""

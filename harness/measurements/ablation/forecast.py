@@ -22,7 +22,7 @@ from harness.spectral.decomposition import decompose, decomposition_flops
 from harness.spectral.regions import select
 
 # Rates are measured on matrices of at most this rank, so that planning takes only about a second.
-LARGEST_MEASURED = 512
+LARGEST_MEASURED = {"cpu": 512, "cuda": 2048}  # a GPU reaches its rate on large matrices only
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype, shape: tuple[int, in
     """Measure the present rates of this machine.
 
     shape: (out, in) of a typical matrix. Decompositions and edits are measured on one that is scaled down to a rank of
-    at most LARGEST_MEASURED.
+    at most LARGEST_MEASURED of the device.
     """
-    scale = max(1.0, min(shape) / LARGEST_MEASURED)
+    scale = max(1.0, min(shape) / LARGEST_MEASURED.get(device.type, 512))
     out, width = (max(1, int(side / scale)) for side in shape)
     generator = torch.Generator(device).manual_seed(0)
     activations, weight = (torch.randn(size, device=device, generator=generator).to(dtype)

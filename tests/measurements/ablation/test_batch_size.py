@@ -3,21 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.cli import main
 from harness.engine.slurm import submit
 from harness.errors import InputError
 from harness.evaluation import batch_size
-from harness.evaluation.batch_size import LARGEST_ON_CPU, SMALLEST, largest_batch
+from harness.evaluation.batch_size import LARGEST_ON_CPU, SMALLEST, largest_batch, largest_useful
 from harness.measurements import ABLATION, compose_settings, find
 from harness.measurements.ablation import measure
 from harness.measurements.ablation.forecast import forecast
 from harness.measurements.ablation.tables import read_metrics
-from harness.models.loading import load
+from harness.models.loading import load, loaded_from
 from tests.checkpoints import ioi_file, save_checkpoint, text_file
 from tests.processes import run_ranks
 from tests.studies import MODEL, assert_same_tables, config_of, environment, run_here, run_settings, settings
@@ -66,6 +68,20 @@ def test_no_larger_than_one_batch_of_each_task(tmp_path):
 def test_no_larger_than_a_processor_needs(tmp_path):
     loaded, tasks, runtime = loaded_study([*FOUND, "tasks.recall.n_sequences=400"], tmp_path / "study")
     assert largest_batch(loaded, tasks, runtime) == LARGEST_ON_CPU < 400 * 32 * 2
+
+
+def test_the_most_that_is_useful_follows_the_device_and_the_model():
+    """Without a GPU only its size is asked for, of models that have no values."""
+    def of(device, **sizes):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+        return largest_useful(replace(loaded_from(model), device=torch.device(device)))
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    eight_billion = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    assert of("cpu", **small) == LARGEST_ON_CPU == 8192
+    assert of("cuda:0", **small) == 65536
+    assert of("cuda:0", **eight_billion) == 32768
 
 
 def test_where_nothing_fits_one_line_says_so(tmp_path):
