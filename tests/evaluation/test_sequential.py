@@ -1,11 +1,15 @@
 """Coverage of the always-valid intervals over simulated finite sets, looked at again and again; against scipy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import integrate, stats
 
+from harness.evaluation.requests import ExampleScores
 from harness.evaluation.sequential import (
     TUNED_FOR,
     _t_boundary,
@@ -13,6 +17,7 @@ from harness.evaluation.sequential import (
     mean_interval,
     zero_mean_evidence,
 )
+from harness.evaluation.statistics import paired
 
 CONFIDENCE = 0.95
 SIZE = 600
@@ -221,3 +226,19 @@ def test_values_that_vary_more_where_covariates_are_large_are_covered_too():
             assert found.high - found.estimate == pytest.approx(half, rel=1e-9)
             narrower += jackknife > 1.05 * equal
     assert missed <= 30 + 2 * math.sqrt(27) and narrower > 50
+
+
+@given(st.integers(0, 10**6), st.integers(3, 60), st.booleans(), st.sampled_from([0.9, 0.95, 0.99]))
+@settings(max_examples=60, deadline=None)
+def test_p_at_one_look_is_not_smaller_than_that_of_a_t_test(seed, n, clustered, confidence):
+    """Over the same clusters, of any size. What docs/precision.md says; the smallest p of several looks may be."""
+    rng = np.random.default_rng(seed)
+    clusters = rng.integers(0, max(2, n // 3), n) if clustered else None
+    draws = rng.normal(rng.normal(0, 1), 1, n)
+    p = min(1.0, 1 / zero_mean_evidence(draws, confidence, clusters))
+    if clusters is None:
+        assert p >= stats.ttest_1samp(draws, 0).pvalue
+    elif len(np.unique(clusters)) > 1:
+        none = ExampleScores(np.zeros(n), np.ones(n), clusters=clusters)
+        expected = paired(replace(none, score=draws), none).p_value
+        assert expected is not None and p >= expected * (1 - 1e-9)
