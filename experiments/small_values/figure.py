@@ -29,7 +29,7 @@ def draw(
             rows = rows.sort_values("decile")
             panel.errorbar(rows.decile, rows.delta, rows.delta_stderr, color=colour, marker=marker, markersize=4,
                            linewidth=1.2, capsize=2, label=f"removed tenth {called}")
-        drawn = controls[(controls.metric == "weight") & (controls.target == target) & (controls.control == "random")]
+        drawn = controls[(controls.control == "random") & (controls.target == target)]
         if len(drawn):
             one = drawn.iloc[0]
             panel.errorbar([10.6], [one.delta_mean],
@@ -55,12 +55,12 @@ def draw(
     last, panel = matrices[matrices.decile == 10], axes[7]
     for target in TYPES:
         rows = last[last.layer_type == target]
-        panel.errorbar(rows.overlap, rows.delta, rows.delta_stderr, fmt=MARKERS[target], color=COLOURS[target],
+        panel.errorbar(rows.excess, rows.delta, rows.delta_stderr, fmt=MARKERS[target], color=COLOURS[target],
                        markersize=4.5, linewidth=0.7, markeredgecolor="0.2", markeredgewidth=0.4, label=target)
     one = correlated.iloc[0]
     panel.set_title(f"42 matrices, tenth 10 of W:\nSpearman {one.spearman:.2f} [{one.low:.2f}, {one.high:.2f}]",
                     fontsize="medium")
-    panel.set_xlabel("mean overlap of its vectors\nwith the activations")
+    panel.set_xlabel("overlap with the activations\n(standard deviations of random vectors)")
     panel.axhline(0, color="0.6", linewidth=0.8)
     panel.grid(color="0.92", linewidth=0.8)
     panel.set_axisbelow(True)

@@ -75,34 +75,32 @@ def jobs(assets: Path, random_model: Path) -> list[Job]:
 
     matrix = ["target=matrix", "region=decile", f"region.deciles={TENTHS}", "region.controls=[]"]
     by_type = ["target=type", "region=decile"]
-    draws = ["region.deciles=[10]", "region.controls=[random,energy_matched]", "region.random_seeds=[0,1,2]"]
+    mlp = "target.layer_types=[mlp]"
     smollm = [
-        "target=type", "target.layer_types=[down_proj]", "region=decile", "region.deciles=[1,8,9,10]",
-        "region.controls=[]", "+tasks.wikitext.kind=text", "+tasks.wikitext.window=512", "+tasks.wikitext.limit=4",
+        "target=type", "target.layer_types=[down_proj]", "region=decile", "region.deciles=[9,10]",
+        "region.controls=[]", "+tasks.wikitext.kind=text", "+tasks.wikitext.window=512", "+tasks.wikitext.limit=2",
         f"+tasks.wikitext.data_files={assets}/data/wikitext-2-raw/test.jsonl", "calibration=text",
         f"region.calibration.data_files={assets}/data/wikitext-2-raw/validation.jsonl",
-        "region.calibration.window=512", "region.calibration.limit=8",
+        "region.calibration.window=512", "region.calibration.limit=4",
     ]  # fmt: skip
     return [
         job("type-weight", by_type, both, large),
         job("type-activations-16x", by_type, both, large, activations),
         job("matrix-weight", matrix, few, large),
-        job("matrix-activations", matrix, few, large, activations),
         job("spectra", spectra, "init=both", command="spectra"),
-        job("outliers-type", "target=type", "region=mp", "region.mp=[above,below]", "region.controls=[none,lower_bulk]",
-            some, large),
-        job("outliers-matrix", "target=matrix", "region=mp", "region.mp=[above,below]",
-            "region.controls=[lower_bulk]", few, large),
-        *(job(f"type-activations-{size}", by_type, "region.deciles=[8,9,10]", some,
+        job("outliers", "target=type", "region=mp", "region.mp=[above,below]", "region.controls=[lower_bulk]", few,
+            large),
+        *(job(f"type-activations-{size}", by_type, mlp, "region.deciles=[8,9,10]", "region.controls=[]", some,
               calibration(assets, SIZES[size]), activations) for size in ("1x", "4x")),
-        job("type-activations-wikitext", by_type, "target.layer_types=[mlp]", "region.deciles=[1,8,9,10]", both,
+        job("draws", by_type, "target.layer_types=[v_proj,mlp]", "region.deciles=[10]",
+            "region.controls=[random,energy_matched]", "region.random_seeds=[0,1,2]", few, large),
+        job("random-weight", by_type, "region.deciles=[1,9,10]", "region.controls=[]", few, large,
+            model=str(random_model)),
+        job("type-activations-wikitext", by_type, mlp, "region.deciles=[9,10]", "region.controls=[]", both,
             calibration(assets, SIZES["16x"], "wikitext"), activations),
-        job("draws-weight", by_type, draws, some, large),
-        job("draws-activations", by_type, draws, some, large, activations),
-        *(job(f"random-{metric}", by_type, "region.deciles=[1,5,8,9,10]", few, large, f"region.metric={metric}",
-              model=str(random_model)) for metric in ("weight", "activations")),
         *(job(f"smollm2-{metric}", smollm, f"region.metric={metric}", model="smollm2")
           for metric in ("weight", "activations")),
+        job("matrix-activations", matrix, few, large, activations),
     ]  # fmt: skip
 
 

@@ -19,9 +19,8 @@ from harness.tables.store import read_table
 TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHOWN = ("down_proj", "up_proj")  # of the trial's table
 METRIC = "nll"  # nats per token
-DRAWS, SEED = 10_000, 0  # of the bootstrap
+DRAWS, SEED = 2_000, 0  # of the bootstrap
 WEIGHT, ACTIVATIONS = "type-weight", "type-activations-16x"
-SIZES = ("type-activations-1x", "type-activations-4x", ACTIVATIONS)
 
 
 class Study:
@@ -73,8 +72,10 @@ def deciles(studies: dict[str, Study]) -> pd.DataFrame:
 def exceptions(name: str, study: Study) -> pd.DataFrame:
     """Return, for each text and target, whether the smallest tenth harms more than some larger one.
 
-    Each pair of decile 10 with a larger decile is tested over the same windows, one-sided. p is that of the pair with
-    the smallest one, corrected for all pairs of this target (Holm).
+    Each pair of decile 10 with a larger decile is tested over the same windows, one-sided. `p_some` is that of the pair
+    with the smallest one, corrected for all pairs of this target (Holm). An exception is a target whose decile 10 harms
+    by itself (p < 0.05) and more than some larger decile (p_some < 0.05). `inversions` counts neighbouring deciles of
+    which the smaller values harm more.
     """
     rows = []
     for (text, target), cells in study.deciles().groupby(["task", "target"], sort=False):
@@ -88,12 +89,14 @@ def exceptions(name: str, study: Study) -> pd.DataFrame:
         corrected = dict(zip(larger, holm(one_sided)))
         beaten = [d for d in larger if tests[d][0] > 0]
         order = sorted(damage)
+        own = cells[cells.decile == 10].p_value.iloc[0]
+        harms = damage[10] > 0 and own < 0.05
         rows.append({
             "study": name, "text": text, "target": target, "layer_type": cells.layer_type.iloc[0],
-            "delta_10": damage[10], "delta_9": damage[9], "difference_10_9": tests[9][0],
+            "delta_10": damage[10], "p_10": own, "delta_9": damage[9], "difference_10_9": tests[9][0],
             "difference_stderr": tests[9][1], "p_10_9": tests[9][2],
             "harms_more_than": " ".join(map(str, beaten)), "p_some": min(corrected.values()),
-            "exception": bool(min(corrected.values()) < 0.05),
+            "exception": bool(harms and min(corrected.values()) < 0.05),
             "inversions": sum(damage[b] > damage[a] for a, b in itertools.pairwise(order)),
             "spearman": spearmanr(order, [damage[d] for d in order]).statistic,
         })  # fmt: skip
@@ -119,15 +122,20 @@ def rank_correlation(values: np.ndarray) -> float:
 
 
 def overlaps(folder: Path) -> pd.DataFrame:
-    """Return the overlap of the input vectors of each tenth of each matrix with the activations, by init."""
+    """Return the overlap of the input vectors of each tenth of each matrix with the activations, by init.
+
+    excess: the mean over the vectors of (overlap - mean) / standard deviation, those of random vectors of the same
+    length, because the overlap of a random vector depends on its length. share_above: the share of vectors above 3.
+    """
     vectors, matrices = read_spectra(folder, "vectors"), read_spectra(folder, "matrices")
     vectors = vectors[(vectors.side == "input") & vectors.overlap.notna()]
     vectors = vectors.merge(matrices[["spectrum_id", "rank", "overlap_null_mean", "overlap_null_std"]])
     vectors["decile"] = np.minimum(10, 1 + np.floor(10 * (vectors["index"] + 0.5) / vectors["rank"])).astype(int)
-    vectors["above"] = vectors.overlap > vectors.overlap_null_mean + 3 * vectors.overlap_null_std
+    vectors["excess"] = (vectors.overlap - vectors.overlap_null_mean) / vectors.overlap_null_std
+    vectors["above"] = vectors.excess > 3
     found = vectors.groupby(["init", "matrix", "block", "layer_type", "decile"], sort=False).agg(
-        overlap=("overlap", "mean"), overlap_max=("overlap", "max"), share_above=("above", "mean"),
-        null=("overlap_null_mean", "first"), band=("overlap_null_std", "first"),
+        overlap=("overlap", "mean"), excess=("excess", "mean"), excess_max=("excess", "max"),
+        share_above=("above", "mean"),
     )
     return found.reset_index()
 
@@ -136,9 +144,9 @@ def matrices(cells: pd.DataFrame, overlap: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each matrix and decile: damage in both metrics, removed norms, and the overlap."""
     weight = cells[cells.study == "matrix-weight"]
     activations = cells[cells.study == "matrix-activations"][["target", "decile", "delta", "delta_stderr"]]
-    found = weight.merge(activations, on=["target", "decile"], suffixes=("", "_activations"))
+    found = weight.merge(activations, how="left", on=["target", "decile"], suffixes=("", "_activations"))
     trained = overlap[overlap.init == "trained"].rename(columns={"matrix": "target"})
-    found = found.merge(trained[["target", "decile", "overlap", "overlap_max", "share_above", "null"]],
+    found = found.merge(trained[["target", "decile", "overlap", "excess", "excess_max", "share_above"]],
                         on=["target", "decile"])
     # How much larger the inputs are in the removed directions than in a random one.
     shares = found.output_energy_removed / found.energy_removed
@@ -156,7 +164,7 @@ def correlations(found: pd.DataFrame) -> pd.DataFrame:
                      "high": high})
 
     last = found[found.decile == 10]
-    names = {"overlap": "overlap (mean)", "overlap_max": "overlap (largest)", "share_above": "share above the band",
+    names = {"excess": "overlap (mean)", "excess_max": "overlap (largest)", "share_above": "share above the band",
              "alignment": "output energy per energy", "norm_removed": "norm removed",
              "output_norm_removed": "output norm removed"}
     for column, called in names.items():
@@ -165,12 +173,14 @@ def correlations(found: pd.DataFrame) -> pd.DataFrame:
     ninth = found[found.decile == 9].set_index("target")
     both = last.set_index("target").join(ninth, rsuffix="_9")
     more = pd.DataFrame({"delta": both.delta - both.delta_9})
-    for column in ("overlap", "overlap_max", "share_above", "alignment"):
+    for column in ("excess", "excess_max", "share_above", "alignment"):
         more[column] = both[column] - both[f"{column}_9"]
         add("of decile 10 less that of decile 9", f"the same of {names[column]}", "matrices", more[[column, "delta"]],
             rank_correlation)
-    mlp = last[last.layer_type.isin(["gate_proj", "up_proj", "down_proj"])]
-    add("of decile 10 of W, mlp", names["overlap"], "matrices", mlp[["overlap", "delta"]], rank_correlation)
+    # Layer types differ in both, so that ranks within a layer type are compared, too.
+    for column in ("excess", "share_above", "alignment", "output_norm_removed"):
+        within = last.groupby("layer_type")[[column, "delta"]].rank()
+        add("of decile 10 of W, ranked within its layer type", names[column], "matrices", within, rank_correlation)
     # Within a matrix: which quantity orders the deciles by damage?
     for few, called in ((range(1, 11), "all deciles"), (range(7, 11), "deciles 7 to 10")):
         part = found[found.decile.isin(few)]
@@ -181,11 +191,10 @@ def correlations(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def outliers(studies: dict[str, Study], name: str) -> pd.DataFrame:
+def outliers(study: Study) -> pd.DataFrame:
     """Return, for each target, the damage of its values above and below the bulk and of as many from the lower bulk."""
-    study, rows = studies[name], []
-    for (target, layer_type), cells in (study.rows.groupby(["target", "layer_type"], sort=False)
-                                        if len(study.rows) else ()):
+    rows = []
+    for (target, layer_type), cells in study.rows.groupby(["target", "layer_type"], sort=False):
         by_region = {row.region: row for row in cells.itertuples()}
         for side in ("above", "below"):
             one = next((row for label, row in by_region.items() if label.startswith(f"mp {side}")), None)
@@ -195,33 +204,29 @@ def outliers(studies: dict[str, Study], name: str) -> pd.DataFrame:
                 continue
             more, stderr, p = difference(study, one.cell_id, control.cell_id)
             rows.append({
-                "study": name, "target": target, "layer_type": layer_type, "outliers": side,
-                "n_removed": int(one.n_removed), "n_values": int(one.n_values), "delta": one.delta,
-                "delta_stderr": one.delta_stderr, "n_lower_bulk": int(control.n_removed),
-                "delta_lower_bulk": control.delta, "delta_lower_bulk_stderr": control.delta_stderr,
-                "difference": more, "difference_stderr": stderr, "p_value": p,
-                "output_energy_removed": one.output_energy_removed,
-                "output_energy_lower_bulk": control.output_energy_removed,
+                "target": target, "layer_type": layer_type, "outliers": side, "n_removed": int(one.n_removed),
+                "n_values": int(one.n_values), "delta": one.delta, "delta_stderr": one.delta_stderr,
+                "n_lower_bulk": int(control.n_removed), "delta_lower_bulk": control.delta,
+                "delta_lower_bulk_stderr": control.delta_stderr, "difference": more, "difference_stderr": stderr,
+                "p_value": p, "delta_per_norm": one.delta / one.norm_removed,
+                "delta_per_norm_lower_bulk": control.delta / control.norm_removed,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def controls(studies: dict[str, Study]) -> pd.DataFrame:
+def controls(study: Study) -> pd.DataFrame:
     """Return the damage of decile 10 of a type beside draws of as many values, and of values of as much energy."""
     rows = []
-    for metric in ("weight", "activations"):
-        study = studies[f"draws-{metric}"]
-        for target, cells in study.rows.groupby("target", sort=False) if len(study.rows) else ():
-            own = cells[cells.decile.notna()]
-            for kind in ("random", "energy_matched"):
-                drawn = cells[cells.region_kind == kind]
-                if len(own) and len(drawn):
-                    rows.append({
-                        "metric": metric, "target": target, "delta_10": own.delta.iloc[0],
-                        "delta_10_stderr": own.delta_stderr.iloc[0], "control": kind, "draws": len(drawn),
-                        "delta_mean": drawn.delta.mean(), "delta_min": drawn.delta.min(),
-                        "delta_max": drawn.delta.max(),
-                    })  # fmt: skip
+    for target, cells in study.rows.groupby("target", sort=False):
+        own = cells[cells.decile.notna()]
+        for kind in ("random", "energy_matched"):
+            drawn = cells[cells.region_kind == kind]
+            if len(own) and len(drawn):
+                rows.append({
+                    "target": target, "delta_10": own.delta.iloc[0], "delta_10_stderr": own.delta_stderr.iloc[0],
+                    "control": kind, "draws": len(drawn), "delta_mean": drawn.delta.mean(),
+                    "delta_min": drawn.delta.min(), "delta_max": drawn.delta.max(),
+                })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -261,10 +266,9 @@ def write(folder: Path, here: Path) -> None:
     of_matrices = matrices(cells, overlap)
     correlated = correlations(of_matrices)
     excepted = pd.concat([exceptions(name, study) for name, study in studies.items()])
-    parts = [outliers(studies, name) for name in ("outliers-type", "outliers-matrix") if name in studies]
     tables = {
         "deciles": cells, "exceptions": excepted, "matrices": of_matrices, "correlations": correlated,
-        "overlaps": overlap, "outliers": pd.concat(parts), "controls": controls(studies),
+        "overlaps": overlap, "outliers": outliers(studies["outliers"]), "controls": controls(studies["draws"]),
         "additivity": additivity(cells),
     }  # fmt: skip
     for name, table in tables.items():

@@ -167,7 +167,8 @@ def test_an_exception_is_found_where_it_was_put(tables) -> None:
 
         def deciles(self):
             return pd.DataFrame({"task": "t", "target": "down_proj", "layer_type": "down_proj", "decile": list(damage),
-                                 "delta": list(damage.values()), "cell_id": [str(d) for d in damage]})
+                                 "delta": list(damage.values()), "cell_id": [str(d) for d in damage],
+                                 "p_value": [float(d <= 0) for d in damage.values()]})
 
     one = tables.exceptions("made", Made()).iloc[0]
     assert one.exception and one.harms_more_than == "8 9" and one.inversions == 1
@@ -175,3 +176,6 @@ def test_an_exception_is_found_where_it_was_put(tables) -> None:
     damage[10] = 0.05
     one = tables.exceptions("made", Made()).iloc[0]
     assert not one.exception and one.harms_more_than == "" and one.inversions == 0
+    damage |= {9: -0.4, 10: -0.1}  # it helps less than decile 9, which is no harm
+    one = tables.exceptions("made", Made()).iloc[0]
+    assert not one.exception and one.harms_more_than == "9" and one.p_some < 0.05
