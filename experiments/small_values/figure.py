@@ -60,11 +60,15 @@ def draw(
     one = correlated.iloc[0]
     panel.set_title(f"42 matrices, tenth 10 of W:\nSpearman {one.spearman:.2f} [{one.low:.2f}, {one.high:.2f}]",
                     fontsize="medium")
-    panel.set_xlabel("overlap with the activations\n(standard deviations of random vectors)")
+    panel.set_xlabel("overlap with the activations\n(s.d. of random vectors)")
     panel.axhline(0, color="0.6", linewidth=0.8)
     panel.grid(color="0.92", linewidth=0.8)
     panel.set_axisbelow(True)
-    panel.legend(fontsize="x-small", frameon=False, ncols=1, handletextpad=0.1)
-    handles, labels = axes[0].get_legend_handles_labels()
+    panel.legend(fontsize="x-small", frameon=False, loc="upper right", handletextpad=0.1, labelspacing=0.3)
+    for name in ("0.up_proj", "0.gate_proj"):
+        for row in last[last.target == name].itertuples():
+            panel.annotate(name, (row.excess, row.delta), (-4, 5), textcoords="offset points", fontsize="x-small",
+                           ha="right")
+    handles, labels = axes[6].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     save_figure(figure, path)

@@ -75,7 +75,8 @@ def exceptions(name: str, study: Study) -> pd.DataFrame:
     Each pair of decile 10 with a larger decile is tested over the same windows, one-sided. `p_some` is that of the pair
     with the smallest one, corrected for all pairs of this target (Holm). An exception is a target whose decile 10 harms
     by itself (p < 0.05) and more than some larger decile (p_some < 0.05). `inversions` counts neighbouring deciles of
-    which the smaller values harm more.
+    which the smaller values harm more, and `significant` names those with p < 0.05 after correction for all
+    neighbours.
     """
     rows = []
     for (text, target), cells in study.deciles().groupby(["task", "target"], sort=False):
@@ -89,6 +90,9 @@ def exceptions(name: str, study: Study) -> pd.DataFrame:
         corrected = dict(zip(larger, holm(one_sided)))
         beaten = [d for d in larger if tests[d][0] > 0]
         order = sorted(damage)
+        neighbours = list(itertools.pairwise(order))
+        steps = [difference(study, at[b], at[a]) for a, b in neighbours]
+        p_steps = holm([p / 2 if delta > 0 else 1 - p / 2 for delta, _, p in steps])
         own = cells[cells.decile == 10].p_value.iloc[0]
         harms = damage[10] > 0 and own < 0.05
         rows.append({
@@ -97,7 +101,8 @@ def exceptions(name: str, study: Study) -> pd.DataFrame:
             "difference_stderr": tests[9][1], "p_10_9": tests[9][2],
             "harms_more_than": " ".join(map(str, beaten)), "p_some": min(corrected.values()),
             "exception": bool(harms and min(corrected.values()) < 0.05),
-            "inversions": sum(damage[b] > damage[a] for a, b in itertools.pairwise(order)),
+            "inversions": sum(delta > 0 for delta, _, _ in steps),
+            "significant": " ".join(f"{b}>{a}" for (a, b), p in zip(neighbours, p_steps) if p < 0.05),
             "spearman": spearmanr(order, [damage[d] for d in order]).statistic,
         })  # fmt: skip
     return pd.DataFrame(rows)

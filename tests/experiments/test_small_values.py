@@ -172,6 +172,7 @@ def test_an_exception_is_found_where_it_was_put(tables) -> None:
 
     one = tables.exceptions("made", Made()).iloc[0]
     assert one.exception and one.harms_more_than == "8 9" and one.inversions == 1
+    assert one.significant == "10>9"
     assert one.difference_10_9 == pytest.approx(0.25, abs=0.03) and one.p_10_9 < 1e-6
     damage[10] = 0.05
     one = tables.exceptions("made", Made()).iloc[0]
