@@ -113,13 +113,33 @@ def commands(asked: str) -> dict[str, Command]:
     return {**COMMANDS, **others}
 
 
+def _columns() -> int:
+    """Return the width of help. argparse would ask shutil, whose import takes a twentieth of `harness --help`."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked) - 2
+    try:
+        return (os.get_terminal_size(sys.stdout.fileno()).columns or 80) - 2
+    except (AttributeError, ValueError, OSError):  # the output is no terminal
+        return 78
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns())
+
+
+class _RawFormatter(_Formatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 def _parser(known: dict[str, Command], argv: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser for a command line. Only commands that are in it get their own arguments, which takes time."""
-    parser = argparse.ArgumentParser(prog="harness", description=DESCRIPTION, epilog=OTHERS)
+    parser = argparse.ArgumentParser(prog="harness", description=DESCRIPTION, epilog=OTHERS, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"harness {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in known.items():
-        one = subparsers.add_parser(name, help=command.help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        one = subparsers.add_parser(name, help=command.help, formatter_class=_RawFormatter)
         if name not in argv:
             continue
         one.set_defaults(measurement=command.settings)
