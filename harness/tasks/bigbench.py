@@ -17,12 +17,13 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
+from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import by_column
 from harness.tasks.settings import PromptTask
 
 
 @dataclass
-class BigbenchTask(PromptTask):
+class BigbenchTask(ChatTask, PromptTask):
     """A task of BIG-bench in JSON form: multiple choice, or open questions."""
 
     split: str = "train"
@@ -62,7 +63,7 @@ class BigbenchTask(PromptTask):
             if closed and target not in choices:
                 raise InputError(f"{key}: the answer {target!r} is none of the choices {choices}")
             for answer in choices or [target]:
-                requests.append(tokenization.pair_request(key, context, prompt, " " + answer, self.bos))
+                requests.append(self.ask(key, context, prompt, answer, self.bos))
                 owners.append(i)
                 rights.append(answer == target)
         owner, right = np.array(owners), np.array(rights)
@@ -75,6 +76,7 @@ class BigbenchTask(PromptTask):
             "context_length": context.context_length,
             "n_examples": len(numbers),
             "n_several_answers_left_out": len(found) - len(usable),
+            **self.chat_protocol(context),
             **self.part_protocol(),
         }
         ones = np.ones(len(numbers))

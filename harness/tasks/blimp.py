@@ -17,6 +17,7 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.settings.plain_values import NAME_RULE, is_name
 from harness.tasks import data, masked, tokenization
+from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import described, numbered
 from harness.tasks.settings import FilesTask, SplitTask
 
@@ -25,10 +26,11 @@ HUB_SPLIT = "train"  # nyu-mll/blimp has no other split
 
 
 @dataclass
-class BlimpTask(FilesTask, SplitTask):
+class BlimpTask(ChatTask, FilesTask, SplitTask):
     """Minimal pairs: whether the grammatical sentence is the more probable one."""
 
     subsets: list[str] = field(default_factory=list)  # names of paradigms; empty: all that the data hold
+    user_prompt: str = "Write a sentence."  # the user's turn in a chat, to which each sentence is an answer
     kind: ClassVar[str] = "blimp"
     measured_on: ClassVar[tuple[str, ...]] = ("causal", "masked")
 
@@ -57,7 +59,7 @@ class BlimpTask(FilesTask, SplitTask):
                 key = f"tasks.{name} {paradigm} row {number}"
                 data.refuse_empty(f"tasks.{name} {paradigm}", [(number, row)], COLUMNS)
                 for column in COLUMNS:
-                    sentence = _sentence(key, context, row[column], mask)
+                    sentence = self._sentence(key, context, row[column], mask)
                     requests += sentence
                     counts.append(len(sentence))
                 ids.append(f"{paradigm}/{number}")
@@ -68,11 +70,13 @@ class BlimpTask(FilesTask, SplitTask):
             "digest": data.digest(
                 row[column] for pairs in paradigms.values() for _, row in pairs for column in COLUMNS
             ),
-            **({"prefix_token": tokenization.prefix_token(context.tokenizer), "leading_space": True}
+            **({} if self.chat else
+               {"prefix_token": tokenization.prefix_token(context.tokenizer), "leading_space": True}
                if mask is None else {"mask_token_id": mask}),
             "paradigms": {paradigm: len(pairs) for paradigm, pairs in paradigms.items()},
             "n_examples": len(ids),
             **({} if clusters is None else described(clusters, "paradigms")),
+            **self.chat_protocol(context),
             **self.part_protocol(),
         }
         lengths = np.array(counts)
@@ -95,11 +99,17 @@ class BlimpTask(FilesTask, SplitTask):
         example_of = np.arange(len(ids)).repeat(2).repeat(lengths)
         return ScoredTask(name, protocol, requests, ids, measure, example_of=example_of)
 
+    def chat_protocol(self, context: TaskContext) -> dict[str, Any]:
+        """Return what the protocol says of the template, the user's turn among it."""
+        found = super().chat_protocol(context)
+        return {"chat": {**found["chat"], "user_prompt": self.user_prompt}} if found else {}
 
-def _sentence(key: str, context: TaskContext, text: str, mask: int | None) -> list[Request]:
-    if mask is not None:
-        return masked.sentence_requests(key, context, text, mask)
-    return [tokenization.pair_request(key, context, "", " " + text)]
+    def _sentence(self, key: str, context: TaskContext, text: str, mask: int | None) -> list[Request]:
+        if self.chat:
+            return [self.ask(key, context, self.user_prompt, text)]
+        if mask is not None:
+            return masked.sentence_requests(key, context, text, mask)
+        return [tokenization.pair_request(key, context, "", " " + text)]
 
 
 def _paradigms(key: str, task: BlimpTask) -> dict[str, list[tuple[int, dict[str, Any]]]]:

@@ -6,7 +6,7 @@ comparison with generic words ("Madrid is located in" -> "Spain" or "the") is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
+from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import by_column
 from harness.tasks.settings import PromptTask
 
@@ -22,7 +23,7 @@ TARGET_COLUMNS = ("ground_truth", "attribute", "target_true")
 
 
 @dataclass
-class FactualTask(PromptTask):
+class FactualTask(ChatTask, PromptTask):
     """Factual recall: the first token of the true object, compared with generic words."""
 
     split: str = "train"
@@ -55,10 +56,10 @@ class FactualTask(PromptTask):
         chosen = self.choose(f"tasks.{name}", found, lambda row: prompt_and_target(f"tasks.{name}", row)[0])
         numbers = [number for number, _ in chosen]
         facts = [prompt_and_target(f"tasks.{name} row {number}", row) for number, row in chosen]
-        generic = generic_tokens(context.tokenizer, self.generic_words)
+        generic = self._generic_tokens(f"tasks.{name}", context)
         requests = []
         for number, (prompt, target) in zip(numbers, facts):
-            whole = tokenization.pair_request(f"tasks.{name} row {number}", context, prompt, " " + target, self.bos)
+            whole = self.ask(f"tasks.{name} row {number}", context, prompt, target, self.bos)
             last = whole.positions[0]
             asked = np.array([whole.targets[0], *generic], dtype=np.int64)
             requests.append(Request(whole.tokens[: last + 1], np.full(len(asked), last), asked))
@@ -69,6 +70,7 @@ class FactualTask(PromptTask):
             "n_examples": len(facts),
             "generic_words": list(self.generic_words),
             "generic_tokens": generic,
+            **self.chat_protocol(context),
             **self.part_protocol(),
         }
 
@@ -101,11 +103,16 @@ class FactualTask(PromptTask):
         task = ScoredTask(name, protocol, requests, ids, measure, needs_rank=True)
         return by_column(task, f"tasks.{name}", self.cluster_column, [row for _, row in chosen])
 
+    def _generic_tokens(self, key: str, context: TaskContext) -> list[int]:
+        """Return the distinct first tokens of the generic words after another word, in the order of the words.
 
-def generic_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
-    """Return the distinct first tokens of " " + word after another word, in the order of the words."""
-    first = (tokenization.encode_pair(tokenizer, "a", " " + word)[1][0] for word in words)
-    return list(dict.fromkeys(int(token) for token in first))
+        In a chat they begin the assistant's turn, as the targets do.
+        """
+        if self.chat:
+            pairs = (self.encode_pair(key, context, "a", word.strip()) for word in self.generic_words)
+        else:
+            pairs = (tokenization.encode_pair(context.tokenizer, "a", " " + word) for word in self.generic_words)
+        return list(dict.fromkeys(int(answer[0]) for _, answer in pairs))
 
 
 def prompt_and_target(key: str, row: Mapping[str, Any]) -> tuple[str, str]:

@@ -16,12 +16,13 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
+from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import by_column
 from harness.tasks.settings import PromptTask
 
 
 @dataclass
-class IoiTask(PromptTask):
+class IoiTask(ChatTask, PromptTask):
     """Indirect-object identification: the name that should follow, compared with the name that should not."""
 
     split: str = "train"
@@ -50,7 +51,7 @@ class IoiTask(PromptTask):
             key = f"tasks.{name} row {number}"
             prompt, answer = row["prompt"].rstrip(), row["answer"].strip()
             pair = [
-                tokenization.pair_request(key, context, prompt, " " + who, self.bos)
+                self.ask(key, context, prompt, who, self.bos)
                 for who in (answer, other_name(key, prompt, answer))
             ]
             requests += pair
@@ -64,6 +65,7 @@ class IoiTask(PromptTask):
             "n_examples": len(chosen),
             "n_shared_first_token": int((differs != 0).sum()),
             "n_prefix_names": int((differs < 0).sum()),
+            **self.chat_protocol(context),
             **self.part_protocol(),
         }
 

@@ -14,12 +14,13 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
+from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import by_column
 from harness.tasks.settings import PromptTask
 
 
 @dataclass
-class LambadaTask(PromptTask):
+class LambadaTask(ChatTask, PromptTask):
     """The last word of a passage: accuracy and perplexity."""
 
     kind: ClassVar[str] = "lambada"
@@ -41,8 +42,7 @@ class LambadaTask(PromptTask):
             if not word.strip() or word != word.rstrip():
                 raise InputError(f"tasks.{name} row {number}: column 'text' must end with the word that is asked for,"
                                  f" not with {row['text'][-40:]!r}")
-            key = f"tasks.{name} row {number}"
-            requests.append(tokenization.pair_request(key, context, passage, " " + word, self.bos))
+            requests.append(self.ask(f"tasks.{name} row {number}", context, passage, word, self.bos))
         protocol = {
             "data": self.source(),
             "digest": data.digest(row["text"] for _, row in chosen),
@@ -50,6 +50,7 @@ class LambadaTask(PromptTask):
             "context_length": context.context_length,
             "n_examples": len(chosen),
             "n_tokens": sum(len(request.targets) for request in requests),
+            **self.chat_protocol(context),
             **self.part_protocol(),
         }
 

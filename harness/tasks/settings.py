@@ -26,6 +26,9 @@ class Task:
     kind: ClassVar[str]
     measured_on: ClassVar[tuple[str, ...]] = ("causal",)
 
+    def __post_init__(self) -> None:
+        """Check the settings. Raises SettingError."""
+
     @abstractmethod
     def prepare(self, name: str, context: TaskContext) -> PreparedTask:
         """Return the task prepared for one model.
@@ -47,6 +50,7 @@ class FilesTask(Task):
     data_files: str | None = None  # .jsonl .json .csv .parquet .txt
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_file("data_files", self.data_files)
 
 

@@ -36,7 +36,8 @@ from harness.evaluation.requests import (
     continuation_request,
 )
 from harness.settings.constraints import at_least
-from harness.tasks import data, tokenization
+from harness.tasks import chat, data, tokenization
+from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import window_clusters
 from harness.tasks.settings import DataTask, LimitedTask, check_bos
 
@@ -44,7 +45,7 @@ DEFAULT_WINDOW = 2048
 
 
 @dataclass
-class TextTask(DataTask, LimitedTask):
+class TextTask(ChatTask, DataTask, LimitedTask):
     """Perplexity of any text: the rows of a column are joined by `separator` and cut into windows."""
 
     column: str = "text"
@@ -53,6 +54,7 @@ class TextTask(DataTask, LimitedTask):
     stride: Annotated[int, at_least(1)] | None = None  # tokens; null: window (no overlap)
     # Whether every window begins with BOS. auto: as the tokenizer begins a text; true: with EOS if there is no BOS.
     bos: bool | str = "auto"
+    user_prompt: str = "Write a text."  # the user's turn in a chat, to which each window is an answer
     kind: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
@@ -68,14 +70,18 @@ class TextTask(DataTask, LimitedTask):
         token is left to score, or the tokenizer has no token that could begin a window, and as `DataSource.rows` does.
         """
         tokenization.require_tokenizer(name, context.tokenizer)
-        window, stride = _window_and_stride(name, self, context.context_length)
-        prefix = tokenization.prefix_of(name, context.tokenizer, self.bos)
+        if self.chat:
+            prefix = chat.encode(context.tokenizer, self.render(f"tasks.{name}", context, self.user_prompt))
+        else:
+            prefix = tokenization.prefix_of(name, context.tokenizer, self.bos)
+        # The last token of a window is never fed, so that a prefix of one token takes no room.
+        window, stride = _window_and_stride(name, self, context.context_length - max(0, len(prefix) - 1))
         found = self.rows(f"tasks.{name}", [self.column])
         text = self.separator.join(row[self.column] for row in found)
         if not text.strip():
             raise InputError(f"tasks.{name}: column {self.column!r} holds no text in any row")
         cut = 0
-        if prefix:  # a text that already begins with this token gets no second one
+        if prefix and not self.chat:  # a text that already begins with this token gets no second one
             cut = len(text) - len(text.removeprefix(context.tokenizer.decode(prefix)))
             text = text[cut:]
         tokens, edges, exact = _tokenise(context.tokenizer, text)
@@ -108,7 +114,7 @@ class TextTask(DataTask, LimitedTask):
             "digest": data.digest([covered]),
             "window": window,
             "stride": stride,
-            **({"bos": True, "prefix_token": prefix[0]} if prefix else {"bos": False}),
+            **self._beginning(context, prefix),
             "n_windows": len(spans),
             "n_tokens": int(counts["tokens"].sum()),
             "n_words": int(counts["words"].sum()),
@@ -132,6 +138,12 @@ class TextTask(DataTask, LimitedTask):
             }
 
         return ScoredTask(name, protocol, requests, [str(i) for i in range(len(spans))], measure)
+
+    def _beginning(self, context: TaskContext, prefix: list[int]) -> dict[str, Any]:
+        """Return what the protocol says of the tokens with which every window begins."""
+        if self.chat:
+            return {"chat": {**self.chat_protocol(context)["chat"], "user_prompt": self.user_prompt}}
+        return {"bos": True, "prefix_token": prefix[0]} if prefix else {"bos": False}
 
 
 def windows(n_tokens: int, window: int, stride: int, prefixed: bool) -> Iterator[tuple[int, int, int]]:

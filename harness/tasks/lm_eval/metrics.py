@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,19 +23,22 @@ from harness.evaluation.requests import ExampleScores
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "em")
 
 
-def documents(task: Any, limit: int | None) -> list[list[Any]]:
+def documents(task: Any, limit: int | None, chat: Mapping[str, Any] | None = None) -> list[list[Any]]:
     """Return the Instances of lm-eval for the first `limit` documents (null: all), one list for each, with prompts.
 
-    This changes the task, and must be called only once for each.
+    chat: arguments of `fewshot_context` by which the prompts are in a chat template; None or empty: plain text. This
+    changes the task, and must be called only once for each.
     """
-    found = []
+    chat, found = chat or {}, []
     _remember_documents(task)
     with _templates_compiled_once():
         for doc_id, doc in enumerate(itertools.islice(task.task_docs, limit)):
-            context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+            context = task.fewshot_context(
+                doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc), **chat
+            )
             instances = task.construct_requests(
                 doc=doc, ctx=context, metadata=(task.config.task, doc_id, task.config.repeats),
-                apply_chat_template=False, chat_template=None,
+                apply_chat_template=bool(chat), chat_template=chat.get("chat_template"),
             )
             found.append(instances if isinstance(instances, list) else [instances])
     return found

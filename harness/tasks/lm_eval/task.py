@@ -20,6 +20,7 @@ from harness.optional import require
 from harness.settings.constraints import at_least
 from harness.settings.plain_values import refuse_long_path
 from harness.tasks import tokenization
+from harness.tasks.chat import ChatTask, renderer
 from harness.tasks.clusters import by_column, cluster_numbers
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
 from harness.tasks.lm_eval import identity, index
@@ -30,7 +31,7 @@ SCORED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 
 
 @dataclass(kw_only=True)
-class LmEvalTask(LimitedTask):
+class LmEvalTask(ChatTask, LimitedTask):
     """A task, group or tag of lm-evaluation-harness. task: its name there."""
 
     task: str
@@ -39,13 +40,20 @@ class LmEvalTask(LimitedTask):
     include_path: str | None = None  # folder with task YAML files of the user
     seed: Annotated[int, at_least(0)] = 1234  # seed of the few-shot sampler
     metrics: Metrics = field(default_factory=list)  # metrics of Hugging Face evaluate, if the task generates text
+    fewshot_as_turns: bool = True  # in a chat: whether each few-shot example is a turn of its own
     cluster_column: str | None = None  # field of a document that those of one cluster share, such as their passage
     kind: ClassVar[str] = "lm_eval"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         refuse_long_path("include_path", self.include_path)
         for split, path in self.data_files.items():
             require_file(f"data_files.{split}", path)
+
+    def chat_protocol(self, context: TaskContext) -> dict[str, Any]:
+        """Return what the protocol says of the template, and whether few-shot examples are turns."""
+        found = super().chat_protocol(context)
+        return {"chat": {**found["chat"], "fewshot_as_turns": self.fewshot_as_turns}} if found else {}
 
     def prepare(self, name: str, context: TaskContext) -> PreparedTask:
         """Return the task with one example for each document.
@@ -68,7 +76,7 @@ class LmEvalTask(LimitedTask):
         for task in found.tasks.values():
             _check(name, task, self, alone=found.single)
         parts = [_part(name, task_name, task, self, context) for task_name, task in found.tasks.items()]
-        protocol = identity.protocol(self, parts, found.groups)
+        protocol = identity.protocol(self, parts, found.groups) | self.chat_protocol(context)
         if found.single and parts[0].task.OUTPUT_TYPE == "generate_until":
             from harness.tasks.lm_eval import generation
 
@@ -148,7 +156,7 @@ def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: Task
     key = f"tasks.{name}"
     try:
         definition = identity.definition(task)
-        docs = lm_eval_metrics.documents(task, asked.limit)
+        docs = lm_eval_metrics.documents(task, asked.limit, _chat(key, asked, context))
         if not docs:
             raise InputError(f"{key}: {task_name!r} has no documents")
         lm_eval_metrics.check_answers(key, task, docs)
@@ -176,6 +184,14 @@ def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: Task
         if not requests:
             raise InputError(f"{key}: the documents of {task_name!r} hold no text to score")
     return Part(task_name, task, definition, docs, by_metric, requests, offsets)
+
+
+def _chat(key: str, asked: LmEvalTask, context: TaskContext) -> dict[str, Any]:
+    """Return the arguments by which lm-eval asks in a chat template, or nothing."""
+    if not asked.chat:
+        return {}
+    return {"system_instruction": asked.system_prompt, "apply_chat_template": True,
+            "fewshot_as_multiturn": asked.fewshot_as_turns, "chat_template": renderer(key, context)}
 
 
 def _documents_of_requests(part: Part) -> np.ndarray:
