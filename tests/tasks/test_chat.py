@@ -122,6 +122,7 @@ def test_windows_leave_room_for_the_template(context, files):
     ({"chat_template": "{{ raise_exception('no system') }}"}, {"chat": True}, "refuses the turns user (no system)"),
     ({"chat_template": "{{ messages[0]['nothing'] * 1 }}"}, {"chat": True}, "the chat template refuses the turns"),
     ({}, {"system_prompt": "x"}, "system_prompt: 'x' is wrong; only chat=true reads it"),
+    ({}, {"chat": True, "bos": False}, "bos: False is wrong; the chat template says where BOS is"),
 ])
 def test_what_is_refused_is_one_line(change, more, message, context, files):
     own = tokenizer()
@@ -173,9 +174,9 @@ def test_the_turns_of_a_real_aligned_model(smollm, tmp_path):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("turns", [True, False])
-@pytest.mark.parametrize("system, shots", [(None, 0), ("Answer the question.", 2)])
-@pytest.mark.parametrize("name", ["arc_easy", "gsm8k"])
+@pytest.mark.parametrize("name, system, shots, turns", [
+    ("arc_easy", None, 0, True), ("arc_easy", "Answer the question.", 2, True), ("gsm8k", "Be brief.", 2, False),
+])
 def test_lm_eval_asks_the_same(name, system, shots, turns, smollm, assets):
     """The prompts and tokens of lm-eval's own task with lm-eval's own model class, by its own methods."""
     pytest.importorskip("lm_eval")
