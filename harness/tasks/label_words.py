@@ -12,13 +12,14 @@ import numpy as np
 from harness.errors import InputError, wrong
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.tasks import data, tokenization
+from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import by_column
 from harness.tasks.labelled import LabelledText
 from harness.tasks.settings import RowsTask
 
 
 @dataclass
-class LabelWordsTask(RowsTask):
+class LabelWordsTask(ChatTask, RowsTask):
     """The most probable of some words after a text that a template makes of a row, one word for each label."""
 
     split: str = "validation"
@@ -62,6 +63,7 @@ class LabelWordsTask(RowsTask):
             "bos": tokenization.adds_bos(context.tokenizer),
             "context_length": context.context_length,
             "n_examples": len(picked),
+            **self.chat_protocol(context),
             **self.part_protocol(),
         }
         ones, every = np.ones(len(picked)), np.arange(len(picked))
@@ -120,7 +122,10 @@ class LabelWordsTask(RowsTask):
         tokens: list[int] = []
         words = []
         for word in self.words.values():
-            tokens, of_word = tokenization.encode_pair(context.tokenizer, text, word)
+            if self.chat:  # the word begins the assistant's turn
+                tokens, of_word = self.encode_pair(key, context, text, word.lstrip())
+            else:
+                tokens, of_word = tokenization.encode_pair(context.tokenizer, text, word)
             if len(of_word) != 1:
                 raise InputError(f"{key.split(' ')[0]}.words: {word!r} is {len(of_word)} tokens after {text[-20:]!r};"
                                  " use words of one token each")

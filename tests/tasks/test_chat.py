@@ -41,6 +41,7 @@ def files(tmp_path) -> dict[str, dict[str, object]]:
         "factual": [{"prompt": "the cat sat on the", "ground_truth": "mat"}],
         "bigbench": [{"inputs": "it was", "targets": ["red"], "multiple_choice_targets": ["red", "blue"]}],
         "text": [{"text": " ".join(WORDS)}],
+        "label_words": [{"sentence": "the cat sat", "label": 1}],
         "blimp": [{"sentence_good": "the cat sat", "sentence_bad": "the sat cat"}],
     }
     found: dict[str, dict[str, object]] = {}
@@ -49,6 +50,7 @@ def files(tmp_path) -> dict[str, dict[str, object]]:
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
         found[kind] = {"data_files": str(path)}
     found["factual"]["generic_words"] = ["the", "a"]
+    found["label_words"] |= {"template": "{sentence} it was", "words": {"0": " red", "1": " blue"}}
     return found
 
 
@@ -89,7 +91,16 @@ def test_factual_asks_for_words_at_the_beginning_of_the_turn(context, files):
     assert task.requests[0].targets.tolist() == words
 
 
-@pytest.mark.parametrize("kind", [*ASKED, "factual"])
+def test_label_words_begin_the_turn(context, files):
+    task = prepared("label_words", context, files["label_words"], chat=True)
+    own = context.tokenizer
+    expected = own.apply_chat_template([{"role": "user", "content": "the cat sat it was"}], tokenize=True,
+                                       add_generation_prompt=True, return_dict=False)
+    assert task.requests[0].tokens.tolist() == expected
+    assert task.requests[0].targets.tolist() == own.convert_tokens_to_ids(["red", "blue"])
+
+
+@pytest.mark.parametrize("kind", [*ASKED, "factual", "label_words"])
 def test_off_nothing_changes_and_on_everything_is_in_the_id(kind, context, files):
     off = prepared(kind, context, files[kind])
     assert "chat" not in off.protocol
