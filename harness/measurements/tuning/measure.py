@@ -91,7 +91,7 @@ class _Run:
             if unit.training in self.failed:
                 raise self.failed[unit.training]
             tuned = self._tuned(unit)
-            self.context.describe(f"{unit.order} seed {unit.seed}: {unit.ablation.region.label}")
+            self.context.describe(f"{unit.order} seed {unit.seed}: {unit.ablation.label}")
             removed = tuned.realised
             if unit.order == "tune_prune":
                 with ablated(tuned.loaded, unit.ablation, tuned.decompose) as removed:
@@ -131,7 +131,7 @@ class _Run:
         trained = load_trained(model, folder)
         fresh = trained is None
         if trained is None:
-            self.context.describe(f"training seed {unit.seed}" + f" without {unit.ablation.region.label}" * before)
+            self.context.describe(f"training seed {unit.seed}" + f" after {unit.ablation.label}" * before)
             start = replace(self.base, model=model)
             model, trained = train(
                 start, self.plan.examples, self.plan.settings.tune, unit.seed, folder, self.context.progress
@@ -199,4 +199,4 @@ class _Run:
 
 def _key(unit: Tuning) -> dict[str, Any]:
     return {"tuning_id": unit.id, "order": unit.order, "target": unit.ablation.target.label,
-            "region": "none" if unit.order == "tune" else unit.ablation.region.label, "seed": unit.seed}
+            "region": "none" if unit.order == "tune" else unit.ablation.label, "seed": unit.seed}

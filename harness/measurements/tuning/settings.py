@@ -130,6 +130,10 @@ def check(settings: TuneSettings) -> None:
         if getattr(settings.model, key) is not None:
             right = "a model is fine-tuned from safetensors, on one device; leave it unset"
             raise wrong(f"model.{key}", getattr(settings.model, key), right)
+    for key, value in settings.region.treatment.plain().items():
+        if key not in ("keep", "scale"):
+            right = "before and after a tuning, regions of the weights' own spectrum are removed, kept or scaled"
+            raise wrong(f"region.{key}", value, f"{right}; leave it at its default")
     if not settings.tasks:
         raise SettingError("task", "[] is wrong; choose the task that the model is trained on, for example task=sst2")
     task = settings.tasks[settings.trained_task()]

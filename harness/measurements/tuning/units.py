@@ -99,7 +99,8 @@ def plan(settings: TuneSettings) -> TunePlan:
     examples = _examples(settings, trained, context)
     shapes = {matrix.name: matrix.shape for matrix in matrices}
     regions = [region for region in settings.region.regions() if region not in (NO_REGION, OTHER_ORDER)]
-    ablations = expand_ablations(expand_targets(settings.target, matrices), regions, shapes)
+    treatment = settings.region.treatment.treatment(None)
+    ablations = expand_ablations(expand_targets(settings.target, matrices), regions, shapes, treatment)
     base = {
         "version": NUMBERS_VERSION, "model": description.identity, "trained": trained,
         "attn_implementation": settings.model.attn_implementation, "examples": _digest(examples),
@@ -185,7 +186,8 @@ def _units(
     planned += [(order, edit, seed) for edit in edits for order in ("tune_prune", "prune_tune") if order in orders
                 for seed in seeds]
     for order, ablation, seed in planned:
-        what = [sorted(ablation.target.matrices), None if order == "tune" else region_key(ablation.region)]
+        edit = None if order == "tune" else region_key(ablation.region, ablation.treatment)
+        what = [sorted(ablation.target.matrices), edit]
         pruned = what if order == "prune_tune" else None
         training = digest(canonical({**base, "seed": seed, "pruned": pruned}))
         unit_id = digest(canonical({"training": training, "order": order, "ablation": what, "tasks": asked}))

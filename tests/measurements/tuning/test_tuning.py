@@ -193,6 +193,15 @@ def test_lora_is_what_peft_merges(encoder, data, tmp_path):
         assert sigma[1] > 1e-6 and sigma[2] < 1e-4 * sigma[0]
 
 
+def test_kept_and_scaled_regions_are_other_units(encoder, data):
+    plans = [TUNING.units.plan(compose_settings(TUNING, of_encoder(encoder, data, *more)))
+             for more in ([], ["region.keep=true"], ["region.scale=0.5"])]
+    ids = [{unit.id for unit in plan.units if unit.order != "tune"} for plan in plans]
+    assert all(len(one) == 8 for one in ids) and len(set.union(*ids)) == 24
+    assert plans[1].units[-1].ablation.label.endswith(", kept")
+    assert {unit.id for unit in plans[0].units if unit.order == "tune"} <= {unit.id for unit in plans[1].units}
+
+
 def test_effects_are_the_paired_t_test_over_seeds():
     rng = np.random.default_rng(0)
     rows = [{"task": "t", "metric": "m", "order": order, "target": "all", "region": region, "seed": seed,
@@ -242,12 +251,14 @@ def test_a_training_that_fails_is_rows_and_the_others_go_on(encoder, data, tmp_p
     (["tune.lora_rank=4"], "tune.lora_rank"),
     (["tune.data_files=null"], "tune.data_files: give the file with the training rows"),
     (["tune.task=nothing"], "tune.task: 'nothing' is wrong; name a task that can be trained on"),
+    (["region.metric=activations", "calibration=text", "region.calibration.data_files={data}/train.jsonl"],
+     "region.metric: 'activations' is wrong; before and after a tuning"),
     (["model.dtype=bfloat16"], "weights are trained in float32"),
     (["model.name=recall"], "the embedded model has no text"),
     (["tune.data_files=/no/such.jsonl"], "no such file"),
 ])
 def test_wrong_settings_are_one_line(more, message, encoder, data, capsys):
-    assert main(["tune", *of_encoder(encoder, data), *more]) == 2
+    assert main(["tune", *of_encoder(encoder, data), *(word.format(data=data) for word in more)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
 
