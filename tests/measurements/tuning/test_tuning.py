@@ -17,6 +17,7 @@ from harness.cli import main
 from harness.engine.run import RunOptions, run, run_plan
 from harness.errors import InputError
 from harness.measurements import TUNING, compose_settings
+from harness.measurements.ablation.treatment_settings import TreatmentSettings
 from harness.measurements.tuning import measure, training
 from harness.measurements.tuning.effects import effect_of, effects
 from harness.models.loading import load
@@ -251,16 +252,22 @@ def test_a_training_that_fails_is_rows_and_the_others_go_on(encoder, data, tmp_p
     (["tune.lora_rank=4"], "tune.lora_rank"),
     (["tune.data_files=null"], "tune.data_files: give the file with the training rows"),
     (["tune.task=nothing"], "tune.task: 'nothing' is wrong; name a task that can be trained on"),
-    (["region.metric=activations", "calibration=text", "region.calibration.data_files={data}/train.jsonl"],
-     "region.metric: 'activations' is wrong; before and after a tuning"),
     (["model.dtype=bfloat16"], "weights are trained in float32"),
     (["model.name=recall"], "the embedded model has no text"),
     (["tune.data_files=/no/such.jsonl"], "no such file"),
 ])
 def test_wrong_settings_are_one_line(more, message, encoder, data, capsys):
-    assert main(["tune", *of_encoder(encoder, data), *(word.format(data=data) for word in more)]) == 2
+    assert main(["tune", *of_encoder(encoder, data), *more]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and message in said
+
+
+def test_what_a_tuning_would_not_do_is_refused(encoder, data):
+    settings = compose_settings(TUNING, of_encoder(encoder, data))
+    text = sh.task("text", data_files=f"{data}/train.jsonl", column="sentence").task
+    settings.region.treatment = TreatmentSettings(metric="activations", calibration=text)
+    with pytest.raises(InputError, match="region.metric: 'activations' is wrong; before and after a tuning"):
+        TUNING.settings.check(settings)
 
 
 def test_several_processes_are_refused(encoder, data):
