@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 # What a chat template changes in the protocol of a task, beside the key `chat` itself: the prompts and their tokens.
 _FOLLOWS_FROM_CHAT = {"chat", "bos", "prefix_token", "leading_space", "n_tokens", "documents", "n_shared_first_token",
-                      "n_prefix_names"}  # fmt: skip
-TEMPLATE = "the chat template"
+                      "n_prefix_names", "generic_tokens", "tokenizer"}  # fmt: skip
+# What a checkpoint brings along when it writes text: its end tokens, say. The prompts are the same.
+_OF_CHECKPOINT = {"generation"}
 Key = tuple[str, str, str]  # metric, target, region
 
 
@@ -164,11 +165,11 @@ class _Pair:
     def _join_task(self, task: str) -> None:
         same = self.a.asked[task] == self.b.asked[task]
         if not same:
-            reason = self._why_other_tokens(task)
-            if reason != TEMPLATE:
+            allowed, reason = self._why_other_tokens(task)
+            if not allowed:
                 return self._leave_out(task, None, reason)
-            self.joined.notes.append(f"{task}: {self.a.model} and {self.b.model} were asked with different chat"
-                                     " templates, or one of them without; see protocol_a and protocol_b.")
+            self.joined.notes.append(f"{task}: {self.a.model} and {self.b.model} {reason}; see protocol_a and"
+                                     " protocol_b.")
         cells = [_Cells(study, task) for study in (self.a, self.b)]
         for key in dict.fromkeys([*cells[0].rows, *cells[1].rows]):
             lacking = [study.model for study, there in zip((self.a, self.b), cells) if key not in there.rows]
@@ -179,17 +180,20 @@ class _Pair:
             if refused is not None:
                 self._leave_out(task, key, refused)
 
-    def _why_other_tokens(self, task: str) -> str:
+    def _why_other_tokens(self, task: str) -> tuple[bool, str]:
+        """Return whether the models may be compared although they were asked differently, and how they were asked."""
         protocols = [study.protocol(task) for study in (self.a, self.b)]
         differing = [key for key in sorted({*protocols[0], *protocols[1]})
                      if protocols[0].get(key) != protocols[1].get(key)]
-        if "chat" in differing and set(differing) <= _FOLLOWS_FROM_CHAT:
-            return TEMPLATE
+        if "chat" in differing and set(differing) <= _FOLLOWS_FROM_CHAT | _OF_CHECKPOINT:
+            return True, "were asked with different chat templates, or one of them without"
+        if differing and set(differing) <= _OF_CHECKPOINT:
+            return True, "wrote text with the different settings of generation of their checkpoints"
         if not differing:
-            return "the tokens differ although the text is the same: the models have different tokenizers"
+            return False, "the tokens differ although the text is the same: the models have different tokenizers"
         says = ", ".join(f"{key} ({_short(protocols[0].get(key))}, {_short(protocols[1].get(key))})"
                          for key in differing)
-        return f"the tasks asked different tokens: their protocols differ in {says}"
+        return False, f"the tasks asked different tokens: their protocols differ in {says}"
 
     def _add(self, task: str, key: Key, a: _Cells, b: _Cells, same: bool) -> str | None:
         """Add the row of one pair of cells, or return why there is none."""

@@ -165,6 +165,15 @@ def test_a_template_on_one_side_compares_means_and_refuses_perplexities(pair, tm
     assert not set(refused.metric) & set(of_task.metric)
 
 
+def test_checkpoints_that_end_their_texts_differently_are_compared(pair, tmp_path):
+    def other_end(content):
+        content["tasks"]["recall"] |= {"digest": "other"}
+        content["tasks"]["recall"]["protocol"]["generation"] = {"eos_token_id": [1, 2]}
+
+    found = sh.compare(pair[0], changed(pair[1], tmp_path / "end", other_end), output=tmp_path / "out", figures=False)
+    assert "recall" in set(found.rows.task) and any("settings of generation" in line for line in found.summary)
+
+
 @pytest.mark.parametrize("words, message", [
     (["{a}"], "at least two studies"),
     (["{a}", "{a}"], "hold the same study"),
