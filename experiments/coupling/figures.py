@@ -68,7 +68,7 @@ def ablation_figure(rows: pd.DataFrame, path: Path) -> None:
         panel.axvline(0, **NULL)
         panel.set_title(title, fontsize="medium")
     right.axhline(0, **NULL)
-    right.set_title("change of coupling against change of the loss", fontsize="medium")
+    right.set_title("coupling against the loss", fontsize="medium")
     for panel in (middle, right):
         panel.set_xscale("symlog", linthresh=0.01)
         panel.set_xlim(-0.01, 4 * rows["nll_delta"].max())
