@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything of this experiment, on one CPU thread: about half an hour on an idle core. Interrupt it and run it again as you like.
+# Everything of this experiment, on one CPU thread. Interrupt it and run it again as you like.
 #   bash experiments/base_and_tuned/run.sh ASSETS OUT [stage ...]
 # ASSETS: a folder with models/stories15M, data/sst2 and data/tinystories. The real pair comes from the package index.
 set -euo pipefail
@@ -7,7 +7,7 @@ here="$(dirname "$0")"
 assets="$(realpath "$1")"; out="$2"; shift 2
 python="${PYTHON:-python}"
 stages=("${@:-}")
-[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora top undo graft own lora)
+[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora spectra_doubled top undo graft own lora)
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
@@ -37,10 +37,18 @@ spectra_full() { "$python" -m harness spectra "${tuned[@]}" "${changes[@]}" outp
 spectra_lora() {
     "$python" -m harness spectra "${adapted[@]}" "${changes[@]}" output="$out/spectra-lora"
 }
+# the same change doubled: more of its first vectors are intruders
+spectra_doubled() {
+    mkdir -p "$out/lora_doubled"
+    cp "$out/lora/adapter_model.safetensors" "$out/lora_doubled"
+    sed 's/"lora_alpha": 8/"lora_alpha": 16/' "$out/lora/adapter_config.json" > "$out/lora_doubled/adapter_config.json"
+    "$python" -m harness spectra --quiet model=adapter model.adapter="$out/lora_doubled" model.name="$base" "${changes[@]}" \
+        changes.controls=[rotated] output="$out/spectra-doubled"
+}
 # the base and the largest k components of the change, k components at random, and the k values in random directions
 top() {
     "$python" -m harness run "${tuned[@]}" "${ask[@]}" task=[] region=index region.of=change region.keep=true \
-        "region.intervals=['0:1','0:4','0:16','0:64']" \
+        "region.intervals=['0:1','0:8','0:64']" \
         region.controls=[random,rotated,swap_values,swap_vectors] output="$out/top"
 }
 # the change inside each tenth of the base's directions is undone, or is all that is left; beside random directions
@@ -55,4 +63,4 @@ lora() {
 }
 
 for stage in "${stages[@]}"; do "$stage"; done
-if [ "${#stages[@]}" = 9 ]; then "$python" "$here/figures.py" "$out" "$here"; fi
+if [ "${#stages[@]}" = 10 ]; then "$python" "$here/figures.py" "$out" "$here"; fi
