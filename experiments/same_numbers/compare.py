@@ -87,11 +87,14 @@ ON_PURPOSE = (
     Purpose("words and bytes are those of the scored tokens", _of_words),
     Purpose("standard errors and p-values over clusters", _clustered, OF_CLUSTERS),
 )
-# Texts, not numbers: they have new keys, and `settings` of a cell is part of its id.
-TEXTS = {"cell_id", "protocol", "settings"}
+# Texts, not numbers: ids, and protocols of tasks, which have new keys.
+TEXTS = {"cell_id", "spectrum_id", "protocol", "settings", "covariance"}
 BY_LABELS = {
     "metrics": ("target", "region", "task", "metric"),
     "examples": ("target", "region", "task", "metric", "example_id"),
+    "matrices": ("checkpoint", "init", "matrix"),
+    "singular_values": ("checkpoint", "init", "matrix", "index"),
+    "vectors": ("checkpoint", "init", "matrix", "side", "index"),
 }
 CELLS = {
     "metrics": ("cell_id", "task", "metric"),
@@ -219,8 +222,10 @@ def compare(study: Small, folders: dict[str, Path]) -> list[dict[str, object]]:
 
 
 def labelled(folder: Path, table: str) -> pd.DataFrame:
-    """A table of cells with the labels of each cell in place of its id."""
+    """A table with the labels of each cell, or of each matrix, beside its id."""
     frame = find(folder, table)
+    if "spectrum_id" in frame:  # which has them
+        return frame
     if "target" not in frame:
         part, _, _ = table.rpartition("/")
         labels = find(folder, f"{part}/metrics" if part else "metrics")
