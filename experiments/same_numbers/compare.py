@@ -65,7 +65,8 @@ def _other_ablation(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
     """Rows of which the region holds other singular values."""
     if "n_removed" not in before:  # spectra
         return pd.Series(False, before.index)
-    return before["n_removed"] != after["n_removed"]
+    one, other = before[WHICH_VALUES].astype(float), after[WHICH_VALUES].astype(float)
+    return ~((one == other) | (one.isna() & other.isna())).all(axis=1)
 
 
 def _of_words(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
@@ -89,6 +90,7 @@ ON_PURPOSE = (
 )
 # Texts, not numbers: ids, and protocols of tasks, which have new keys.
 TEXTS = {"cell_id", "spectrum_id", "protocol", "settings", "covariance"}
+WHICH_VALUES = ["n_removed", "fraction_start", "fraction_stop"]
 BY_LABELS = {
     "metrics": ("target", "region", "task", "metric"),
     "examples": ("target", "region", "task", "metric", "example_id"),
@@ -229,7 +231,7 @@ def labelled(folder: Path, table: str) -> pd.DataFrame:
     if "target" not in frame:
         part, _, _ = table.rpartition("/")
         labels = find(folder, f"{part}/metrics" if part else "metrics")
-        of_cell = labels[["cell_id", "target", "region", "n_removed"]].drop_duplicates("cell_id")
+        of_cell = labels[["cell_id", "target", "region", *WHICH_VALUES]].drop_duplicates("cell_id")
         frame = frame.merge(of_cell, on="cell_id")
     return frame
 
