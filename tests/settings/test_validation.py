@@ -104,11 +104,12 @@ def test_the_values_handed_in_are_left_alone():
     # names out of a list
     ({"model": {"dtype": "float23"}}, "model.dtype: 'float23' is wrong; did you mean 'float32'? use one of auto,"
      " float32, bfloat16, float16"),
-    ({"target": {"kind": "x"}}, "target.kind: 'x' is wrong; use one of matrix, type, block, all"),
+    ({"target": {"kind": "x"}}, "target.kind: 'x' is wrong; use one of matrix, type, block, all,"
+     " type_and_matrix"),
     ({"region": {"by": "mp", "mp": ["above", "belov"]}}, "region.mp: 'belov' is wrong; did you mean 'below'? use one of"
      " above, inside, below"),
     ({"region": {"by": "fractoin"}}, "region.by: 'fractoin' is not a region rule; did you mean 'fraction'? use one of"
-     " fraction, decile, index, laser, energy, mp, gavish_donoho"),
+     " fraction, decile, index, laser, energy, mp, gavish_donoho, component, compression"),
     ({"tasks": {"t": {"kind": "textt"}}}, "tasks.t.kind: 'textt' is not a kind of task; did you mean 'text'? use one of"
      f" {', '.join(TASKS.names())}"),
     ({"tasks": {"t": {}}}, f"tasks.t.kind: None is not a kind of task; use one of {', '.join(TASKS.names())}"),
