@@ -98,7 +98,8 @@ def test_the_values_handed_in_are_left_alone():
      " weight_decay, batch_size, steps, checkpoint, seed, cache_dir"),
     ({"target": {"xyz": 1}}, "target.xyz: unknown key; known here: kind, layer_types, blocks"),
     ({"tasks": {"t": {"kind": "ioi", "limmit": 1}}}, "tasks.t.limmit: unknown key; did you mean 'limit'? known here:"
-     " limit, part, selection_share, dataset, data_files, dataset_config, split, cluster_column"),
+     " limit, part, selection_share, dataset, data_files, dataset_config, split, cluster_column, bos, chat,"
+     " system_prompt"),
     ({"region": {"by": "decile", "decile": [1]}}, "region.decile: unknown key; did you mean 'deciles'? known here:"
      " deciles"),
     # names out of a list
