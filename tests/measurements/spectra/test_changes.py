@@ -143,5 +143,5 @@ def test_bad_settings_are_one_line(base, tmp_path, capsys):
     assert refused(f"reference.name={base}", "changes.seeds=[]").startswith("changes.seeds: [] is wrong")
     assert refused(f"reference.name={base}", "changes.controls=[shuffled]").startswith("changes.controls: 'shuffled'")
     assert refused(f"reference.name={base}", "init=random").startswith("init: 'random' is wrong; new weights")
-    assert refused("reference=nobody").startswith("reference: there is no 'nobody'; there are pretrained")
+    assert refused("reference=nobody").startswith("reference: there is no 'nobody'; ")
     assert not (tmp_path / "out").exists()
