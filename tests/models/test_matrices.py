@@ -96,7 +96,8 @@ BY_HAND = {
         | _linear("model.decoder.layers.1", v_proj="self_attn.v_proj", o_proj="self_attn.out_proj")
         | _linear("model.decoder.layers.1", up_proj="fc1", down_proj="fc2"),
     ),
-    **{name: ("1", _llama()) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")},
+    **{name: ("1", _llama())
+       for name in ("llama", "mistral", "olmo2", "qwen2", "qwen3", "gemma2", "gemma3_text")},
     "gemma3": ("1", _llama("model.language_model.layers.1")),
     "phi3": (
         "1",
