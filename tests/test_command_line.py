@@ -15,6 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from harness.cli import COMMANDS, main
 from harness.engine.manifest import MANIFEST
 from harness.measurements import compose_settings
+from harness.measurements.ablation.cells import ADAPTIVE_VERSION
 from harness.measurements.ablation.tables import TABLES, cell_states
 from tests.checkpoints import ioi_file, save_checkpoint, text_file
 from tests.processes import start_harness
@@ -234,7 +235,7 @@ def test_every_runtime(name, checkpoint, tmp_path):
     assert (edited.n < edited.n_available).any() == (precision == "adaptive") == edited.ci_low.notna().any()
     assert all(("adaptive" in one) == (precision == "adaptive") for one in settings)
     if precision == "adaptive":
-        assert all(one["adaptive"] == said["adaptive"] for one in settings)
+        assert all(one["adaptive"] == {**said["adaptive"], "version": ADAPTIVE_VERSION} for one in settings)
         assert edited.n.min() >= said["adaptive"]["min_examples"]
     # only the control of the noise floor is scored in other batches; its row says which, and that they differ
     asked, floor = said.get("batch_tokens", 512), table.region_kind == "other_order"
