@@ -41,7 +41,7 @@ RANDOM_PROMPTS = {"stories260K": 8, "stories15M": 4, "SmolLM2": 2}
 RANDOM_SEEDS = {"stories260K": 4, "stories15M": 2, "SmolLM2": 2}
 LINE_SEEDS = {"stories260K": 20, "stories15M": 5, "SmolLM2": 2}
 SOME_BLOCKS = {"stories15M": [0, 3, 5], "SmolLM2": [0, 15, 29]}
-TRAINING_SEEDS = (0, 1)
+TRAINING_SEEDS = (0, 1, 2)
 
 
 class Experiment:
@@ -208,6 +208,7 @@ def main() -> None:
         **{f"trial-{name}": lambda name=name: part(f"trial-{name}", lambda: trial(experiment, name)) for name in K},
         "training": lambda: part("training", lambda: growing(experiment)),
         "ablations": lambda: part("ablations", lambda: ablations(experiment)),
+        "ablations-stories15M": lambda: part("ablations-stories15M", lambda: ablations(experiment, "stories15M")),
         "exactness": lambda: exact_parts(experiment),
         "cost": lambda: costs(experiment),
     }
@@ -222,8 +223,9 @@ def draw() -> None:
     there = {path.stem: pd.read_csv(path) for path in HERE.glob("*.csv")}
     if "training" in there:
         figures.training_figure(there["training"], HERE / "training.png")
-    if "ablations" in there:
-        figures.ablation_figure(there["ablations"], HERE / "ablations.png")
+    for name in ("ablations", "ablations-stories15M"):
+        if name in there:
+            figures.ablation_figure(there[name], HERE / f"{name}.png")
     trials = [there[f"trial-{name}"] for name in K if f"trial-{name}" in there]
     if trials:
         figures.trial_figure(pd.concat(trials), HERE / "trial.png")

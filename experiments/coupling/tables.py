@@ -138,6 +138,7 @@ SECTIONS = (
     ("Line-shape score of random weights", "random_lines", _lines),
     ("A training from scratch, K = 5; standard errors over seeds", "training", _training),
     ("Removing the largest and the smallest tenth of each layer type, stories260K, K = 5", "ablations", _ablations),
+    ("The same for stories15M", "ablations-stories15M", _ablations),
     ("Processor seconds of one Jacobian, SmolLM2", "cost_jacobians", _jacobian_cost),
     ("Processor seconds of decompositions and pairs, SmolLM2, K = 10, 30 and 50", "cost_pairs", _pair_cost),
 )

@@ -45,9 +45,10 @@ def test_the_page_of_tables_and_the_figures_are_made_of_the_csv_files(tmp_path) 
     module("tables").write_tables(tmp_path)
     assert (tmp_path / "tables.md").read_text() == (FOLDER / "tables.md").read_text()
     figures = module("figures")
-    for name in ("training", "ablations", "trial"):
-        rows = pd.concat([pd.read_csv(path) for path in FOLDER.glob(f"{name}*.csv")])
-        draw = {"training": figures.training_figure, "ablations": figures.ablation_figure,
-                "trial": figures.trial_figure}[name]
+    trials = pd.concat([pd.read_csv(path) for path in FOLDER.glob("trial-*.csv")])
+    for name, rows, draw in (("training", table("training"), figures.training_figure),
+                             ("ablations", table("ablations"), figures.ablation_figure),
+                             ("ablations-stories15M", table("ablations-stories15M"), figures.ablation_figure),
+                             ("trial", trials, figures.trial_figure)):
         draw(rows, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000 and (FOLDER / f"{name}.png").is_file()
