@@ -22,7 +22,7 @@ RIGHT = {
             "target.layer_types=[v_proj]", "region=decile", "region.deciles=[1]"],
     "plan": RECALL, "status": ["{folder}"], "report": ["{folder}"], "compact": ["{folder}"], "work": ["{folder}"],
     "spectra": ["--help"], "search": ["--help"], "submit": ["--help"], "export": ["--help"],
-    "compare": ["--help"], "tune": ["--help"],
+    "compare": ["--help"], "tune": ["--help"], "coupling": ["--help"],
 }  # fmt: skip
 WRONG = {
     **{name: ["seed=±σ"] for name, command in COMMANDS.items() if command.settings},

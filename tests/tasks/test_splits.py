@@ -61,7 +61,7 @@ def test_an_empty_part_and_a_bad_setting_are_refused():
 class Tokenizer:
     bos_token, bos_token_id, eos_token, eos_token_id = "<s>", 0, "</s>", 1
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, add_special_tokens=True, verbose=True):
         return [0] * add_special_tokens + [2 + ord(c) for c in text]
 
 

@@ -119,7 +119,7 @@ def _of_treatment(given: dict[str, Any]) -> dict[str, Any]:
     `keep` is true or false for the treatment, and a list for the rule of LASER. Raises SettingError if that rule is
     given true.
     """
-    if given["by"] == "laser" and given.get("keep") is True:
+    if given.get("by") == "laser" and given.get("keep") is True:
         right = "for region=laser it lists the ranks that are kept; use region=fraction with region.keep=true"
         raise wrong("keep", True, right)
     own = {one.name for one in fields(TreatmentSettings)}
