@@ -35,7 +35,7 @@ def maker():
     task = ScoredTask("text", {"window": 8}, [], [f"e{i}" for i in range(4)], lambda scores: {})
     description = SimpleNamespace(identity={"digest": "d"}, config=SimpleNamespace(model_type="llama"), dtype="float32")
     study = SimpleNamespace(id="study", settings=StudySettings(), description=description, tasks={"text": task},
-                            prepared=SimpleNamespace(calibration=None))
+                            prepared=SimpleNamespace(calibration=None, reference=None))
     matrices = [SimpleNamespace(name=name, block=int(name[0]), layer_type=name[2:]) for name in TARGET.matrices]
     return RowMaker(study, SimpleNamespace(blocks=[None] * 4, matrices=matrices, device=torch.device("cpu")))
 
