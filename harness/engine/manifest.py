@@ -27,7 +27,7 @@ from harness.errors import InputError
 from harness.files import write_json
 from harness.settings.validation import plain
 from harness.tables.identity import MANIFEST, load_manifest, said_by
-from harness.tables.schema import UNIT_ID
+from harness.tables.schema import UNIT_ID, TableSet
 
 if TYPE_CHECKING:
     import pandas
@@ -228,6 +228,19 @@ def in_order(folder: str | os.PathLike, rows: pandas.DataFrame, key: str) -> pan
     place = {unit_id: i for i, (unit_id, _) in enumerate(read_manifest(folder).units)}
     places = rows[key].map(place).fillna(len(place))
     return rows.iloc[places.argsort(kind="stable")].reset_index(drop=True)
+
+
+def read_in_order(folder: str | os.PathLike, tables: TableSet, name: str) -> pandas.DataFrame:
+    """The rows of a table of the units that are done, in the order of the run.
+
+    Rows of a unit that is not done, which a crash may leave in all tables but the first, are left out. Raises
+    SchemaVersionError."""
+    from harness.tables.store import read_table, unit_states
+
+    rows = read_table(folder, tables, name)
+    if name != tables.primary.name:
+        rows = rows[rows[tables.key].isin(unit_states(folder, tables))].reset_index(drop=True)
+    return in_order(folder, rows, tables.key)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from harness.engine.plan import Plan
 from harness.engine.ranks import Ranks
 from harness.evaluation.division import Division
 from harness.tables.schema import TableSet
 from harness.tables.writer import Rows
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _ignore(text: str) -> None:
@@ -37,6 +40,17 @@ class Measured:
 
 class SpoiledRun(Exception):
     """What the units of a run shared, such as the weights, was found to have changed under way."""
+
+
+def require_same_weights(model: torch.nn.Module, as_loaded: str) -> None:
+    """Raise SpoiledRun unless the weights of a model still have the digest that `parameters_digest` gave before."""
+    from harness.models.identity import parameters_digest
+
+    if parameters_digest(model) != as_loaded:
+        raise SpoiledRun(
+            "the weights in memory were not the same at the end of the run as at its beginning, so that no number of"
+            " the run can be trusted; run it again"
+        )
 
 
 @dataclass(frozen=True)

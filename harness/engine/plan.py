@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from harness.engine.ranks import Ranks
 from harness.engine.settings import ClusterSettings
+from harness.errors import InputError
 
 
 class Unit(Protocol):
@@ -87,6 +88,18 @@ class Plan:
     def title(self) -> str:
         """The words by which `harness status` names the run."""
         return f"model {self.settings.model.label}"
+
+    def restored(self, folder: Path, manifest: Mapping[str, Any]) -> Self:
+        """Return this plan, which was made again from the settings of a manifest, with the folder of that manifest.
+
+        Raises InputError if it is not the frozen one, because weights, data or the harness have changed since.
+        """
+        if self.id != manifest["id"]:
+            raise InputError(
+                f"model.name: {self.settings.model.name!r}, its data or this harness is no longer what {folder} was"
+                " frozen for; restore it or choose another output"
+            )
+        return replace(self, folder=folder)
 
     def frozen(self) -> dict[str, Any]:
         """Further keys of the manifest, as JSON: what else `restore` needs to make the same plan."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -237,6 +237,15 @@ def load(
     _check_finite(model, settings.name)
     tokenizer = tokenizer or load_tokenizer(settings, description)
     return LoadedModel(model, tokenizer, description, matrices_of(model), blocks_of(model), device, missing)
+
+
+def train_embedded(models: Iterable[ModelSettings]) -> None:
+    """Train each embedded model among these, where that is not done yet, so that not every job trains it."""
+    for settings in models:
+        if settings.embedded:
+            from harness.models.recall_training import ensure_trained
+
+            ensure_trained(settings.recall, pick_device(settings.device))
 
 
 def require_head(loaded: LoadedModel) -> None:

@@ -8,7 +8,6 @@ singular vectors from the Haar measure, and `noise`, which has independent Gauss
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from harness.spectral import statistics
 from harness.spectral.decomposition import Decomposition, decompose
 from harness.spectral.random_matrix import mp_region_bounds
 from harness.spectral.regions.fraction import boundary
+from harness.spectral.seeding import generator_of
 from harness.spectral.vectors import vector_chunks
 
 CONTROLS = ("rotated", "noise")
@@ -246,7 +246,5 @@ def _gaussian(like: Tensor, seed: int, name: str) -> Tensor:
 
     It is drawn on the CPU, so that it is the same on every device.
     """
-    text = f"{seed}:{name}:{like.shape[0]}x{like.shape[1]}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = generator_of(f"{seed}:{name}:{like.shape[0]}x{like.shape[1]}")
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)

@@ -6,9 +6,10 @@ pyarrow is imported only when an Arrow schema is asked for.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
 
@@ -53,6 +54,11 @@ class Table:
     def names(self) -> tuple[str, ...]:
         """Return the names of the columns, in order."""
         return self._names
+
+    def keyed(self, described: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return columns of this table together with those of `described`, which says what they are of, that it has."""
+        names = self.names()
+        return {**{name: value for name, value in described.items() if name in names}, **columns}
 
     @cached_property
     def _names(self) -> tuple[str, ...]:

@@ -124,6 +124,12 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else markdown_text(str(value))
 
 
+def markdown_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of texts, of which the first is the head, as the lines of a Markdown table."""
+    head, *others = rows
+    return ["| " + " | ".join(map(markdown_text, row)) + " |" for row in [head, ["---"] * len(head), *others]]
+
+
 def aligned(rows: Sequence[Sequence[str]], n_left: int) -> list[str]:
     """Return rows of texts as lines with aligned columns: the first `n_left` to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from harness.engine.manifest import MANIFEST, manifest_there, reading
-from harness.engine.measurement import Context, Measured, SpoiledRun
+from harness.engine.measurement import Context, Measured, require_same_weights
 from harness.engine.ranks import Ranks
 from harness.errors import InputError
 from harness.evaluation.adaptive import Sampler
@@ -101,15 +101,7 @@ def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[M
         context.describe(f"{ablation.target.label}: {ablation.label}")
         run.scorers.advance(ablation.target.first_block)
         yield from run.ablation(ablation, members)
-    context.division.agree("verifying the weights", lambda: _verify(loaded, as_loaded))
-
-
-def _verify(loaded: LoadedModel, as_loaded: str) -> None:
-    if parameters_digest(loaded.model) != as_loaded:
-        raise SpoiledRun(
-            "the weights in memory were not the same at the end of the run as at its beginning, so that no number of"
-            " the run can be trusted; run it again"
-        )
+    context.division.agree("verifying the weights", lambda: require_same_weights(loaded.model, as_loaded))
 
 
 class CellRun:

@@ -35,7 +35,7 @@ from harness.models.branches import check_biasable, check_branchable
 from harness.models.description import ModelDescription, generation_values
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
-from harness.models.loading import describe_model, load_tokenizer, pick_device
+from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
 from harness.models.matrices import Matrix
 from harness.models.reference import Reference, describe_reference
 from harness.models.targets import BASELINE, UNEDITED, Target, expand_targets
@@ -150,10 +150,7 @@ class Study(Plan):
 
     def before_jobs(self) -> None:
         """Train the embedded model once, so that not every job trains it."""
-        if self.settings.model.embedded:
-            from harness.models.recall_training import ensure_trained
-
-            ensure_trained(self.settings.model.recall, pick_device(self.settings.model.device))
+        train_embedded([self.settings.model])
 
     def with_settings(self, settings: StudySettings) -> Study:
         """Return the study of other settings for the same model and tasks. Its cells may have other ids."""

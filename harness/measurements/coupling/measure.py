@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness.engine.measurement import Context, Measured, SpoiledRun
+from harness.engine.measurement import Context, Measured, require_same_weights
 from harness.engine.ranks import Ranks
 from harness.engine.run import error_row
 from harness.errors import InputError
@@ -43,20 +43,16 @@ def measure(plan: CouplingPlan, units: Sequence[Unit], context: Context) -> Iter
     for index, members in sorted(by_weights.items()):
         weights = plan.weights[index]
         if loaded is None or last is None or not last.same_model(weights):
-            _verify(loaded, before)
+            if loaded is not None:
+                require_same_weights(loaded.model, before)
             loaded = None  # so that there are never two models in memory
             loaded = _open(plan, weights, context.progress)
             before = parameters_digest(loaded.model)
             decompose = DecompositionCache(loaded, DECOMPOSITION_BYTES)
         last = weights
         yield from _measure_weights(plan, weights, members, context, loaded, decompose)
-    _verify(loaded, before)
-
-
-def _verify(loaded: LoadedModel | None, before: str) -> None:
-    if loaded is not None and parameters_digest(loaded.model) != before:
-        raise SpoiledRun("the weights in memory were not the same at the end of the run as at its beginning, so that no"
-                         " number of the run can be trusted; run it again")
+    if loaded is not None:
+        require_same_weights(loaded.model, before)
 
 
 def _open(plan: CouplingPlan, weights: Weights, progress: bool) -> LoadedModel:
@@ -119,17 +115,11 @@ def _measure_prompt(
         found = rows_of(loaded, plan.settings, unit.prompt, plan.way)
         return Measured(unit, {
             "jacobians": [{**described, **row, "status": "ok"} for row in found.jacobians],
-            "couplings": _keyed("couplings", described, found.couplings),
-            "trajectories": [_keyed("trajectories", described, row) for row in found.trajectories],
-            "points": _keyed("points", described, found.points),
+            "couplings": TABLES["couplings"].keyed(described, found.couplings),
+            "trajectories": [TABLES["trajectories"].keyed(described, row) for row in found.trajectories],
+            "points": TABLES["points"].keyed(described, found.points),
         }, described)
     except InputError:
         raise
     except Exception as error:  # an error of one prompt must neither stop the others nor leave it without a row
         return Measured(unit, {"jacobians": [error_row(described, error)]}, described)
-
-
-def _keyed(table: str, described: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a table together with the columns that identify the prompt."""
-    names = TABLES[table].names()
-    return {**{name: value for name, value in described.items() if name in names}, **columns}

@@ -14,7 +14,16 @@ from harness.measurements.coupling.summary import of_blocks, of_trajectories, su
 from harness.measurements.coupling.tables import read_coupling
 from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw
-from harness.tables.text import aligned, count, figure_text, file_stem, markdown_text, plus_minus, safe_for_csv
+from harness.tables.text import (
+    aligned,
+    count,
+    figure_text,
+    file_stem,
+    markdown_lines,
+    markdown_text,
+    plus_minus,
+    safe_for_csv,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -58,7 +67,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
             problems.append(NO_FIGURES)
         lines += [*map(markdown_text, head), ""]
         for cells in tables:
-            lines += [*_markdown(cells), ""]
+            lines += [*markdown_lines(cells), ""]
         write("\n".join(map(printable, [*head, "", *aligned(tables[0], 5), "", *aligned(tables[1], 1), *problems])))
     else:
         write("\n".join(map(printable, problems)))
@@ -124,11 +133,6 @@ def _way_cells(ways: pandas.DataFrame) -> list[list[str]]:
         [row["weights"], *(plus_minus(row[name], row[f"{name}_stderr"]) for name in names), f"{row['lss_null']:.3f}"]
         for _, row in ways.iterrows()
     )]
-
-
-def _markdown(cells: list[list[str]]) -> list[str]:
-    head, *rows = cells
-    return ["| " + " | ".join(map(markdown_text, line)) + " |" for line in [head, ["---"] * len(head), *rows]]
 
 
 def _draw(

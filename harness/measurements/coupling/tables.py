@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from harness.engine.manifest import in_order
+from harness.engine.manifest import read_in_order
 from harness.tables.schema import PROVENANCE, Column, Table, TableSet, required
-from harness.tables.store import read_table, unit_states
 
 if TYPE_CHECKING:
     import pandas
@@ -108,12 +107,8 @@ TABLES = TableSet(
 
 
 def read_coupling(folder: str | os.PathLike, table: str) -> pandas.DataFrame:
-    """Return the rows of a table in the order of the run.
+    """Return the rows of a table of everything that is done, in the order of the run.
 
-    Rows of a prompt that is not done, which a crash may leave in all tables but the first, are left out. Raises
-    SchemaVersionError.
+    Raises SchemaVersionError.
     """
-    rows = read_table(folder, TABLES, table)
-    if table != TABLES.primary.name:
-        rows = rows[rows[TABLES.key].isin(unit_states(folder, TABLES))].reset_index(drop=True)
-    return in_order(folder, rows, TABLES.key)
+    return read_in_order(folder, TABLES, table)

@@ -19,7 +19,7 @@ from harness.measurements.spectra.units import checkpoint_settings
 from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
 from harness.models.families import blocks_of, matrices_of, skeleton
-from harness.models.loading import describe_model, load_tokenizer, pick_device
+from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
 from harness.models.prefix import takes_cache
 from harness.models.reference import describe_reference
 from harness.models.settings import ModelSettings
@@ -102,12 +102,7 @@ class CouplingPlan(Plan):
 
     def before_jobs(self) -> None:
         """Train the embedded model once, so that not every job trains it."""
-        if self.settings.model.embedded:
-            from harness.models.recall_training import ensure_trained
-
-            for weights in self.weights:
-                if weights.init == "trained":
-                    ensure_trained(weights.model.recall, pick_device(weights.model.device))
+        train_embedded(weights.model for weights in self.weights if weights.init == "trained")
 
 
 def plan(settings: CouplingSettings) -> CouplingPlan:
@@ -132,8 +127,7 @@ def plan(settings: CouplingSettings) -> CouplingPlan:
         Unit(_unit_id(settings, one, prompt, way), index, prompt, one.label)
         for index, one in enumerate(weights) for prompt in prompts
     )
-    name = "recall" if settings.model.embedded else Path(settings.model.name).name
-    folder = folder_of(settings.output, f"coupling-{name}-{run_id(unit.id for unit in units)[:8]}")
+    folder = folder_of(settings.output, f"coupling-{settings.model.stem}-{run_id(unit.id for unit in units)[:8]}")
     return CouplingPlan(folder=folder, settings=settings, units=units, weights=weights, way=way, n_blocks=n_blocks,
                         width=width, task=task)
 
@@ -141,13 +135,7 @@ def plan(settings: CouplingSettings) -> CouplingPlan:
 def restore(folder: Path, manifest: Mapping[str, Any], settings: CouplingSettings) -> CouplingPlan:
     """Return the plan that was frozen in a folder. Raises InputError if weights or data have changed since."""
     pick_device(settings.model.device)
-    again = dataclasses.replace(plan(settings), folder=folder)
-    if again.id != manifest["id"]:
-        raise InputError(
-            f"model.name: {settings.model.name!r}, its data or this harness is no longer what {folder} was frozen for;"
-            " restore it or choose another output"
-        )
-    return again
+    return plan(settings).restored(folder, manifest)
 
 
 def describe(plan: CouplingPlan) -> str:

@@ -117,13 +117,7 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: SearchSettings)
     """Return the plan that was frozen in a folder. Raises InputError if weights or data have changed since."""
     settings.runtime.require_batch_tokens("work")
     pick_device(settings.model.device)
-    again = plan(dataclasses.replace(settings, output=str(folder)))
-    if again.id != manifest["id"]:
-        raise InputError(
-            f"model.name: {settings.model.name!r}, its data or this harness is no longer what {folder} was frozen for;"
-            " restore it or choose another output"
-        )
-    return again
+    return plan(dataclasses.replace(settings, output=str(folder))).restored(folder, manifest)
 
 
 def describe(plan: SearchPlan) -> str:

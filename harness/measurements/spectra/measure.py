@@ -118,15 +118,15 @@ def _measure_matrix(
         decomposition = decompose(weight)
         decomposed = time.perf_counter()
         row, values = spectrum_of(weight, decomposition, settings.estimator, settings.tracy_widom)
-        rows: dict[str, Rows] = {"singular_values": _keyed("singular_values", described, values)}
+        rows: dict[str, Rows] = {"singular_values": TABLES["singular_values"].keyed(described, values)}
         if settings.vectors:
             summary, columns = vectors_of(weight, decomposition, inputs, row["n_above"], row["n_below"])
             row |= summary
-            rows["vectors"] = _keyed("vectors", described, columns)
+            rows["vectors"] = TABLES["vectors"].keyed(described, columns)
         statistics = time.perf_counter() - decomposed
         if pair is not None:
             for name, of_pair in pair.rows(matrix, weight).items():
-                rows[name] = [_keyed(name, described, row) for row in of_pair]
+                rows[name] = [TABLES[name].keyed(described, row) for row in of_pair]
         row |= {
             "status": "ok", "device": device, "seconds_decomposition": decomposed - started,
             "seconds_statistics": statistics,
@@ -136,9 +136,3 @@ def _measure_matrix(
         raise
     except Exception as error:  # an error of one matrix must neither stop the others nor leave it without a row
         return Measured(unit, {"matrices": [error_row(described, error)]}, described)
-
-
-def _keyed(table: str, described: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a table together with the columns that identify the matrix."""
-    names = TABLES[table].names()
-    return {**{name: value for name, value in described.items() if name in names}, **columns}

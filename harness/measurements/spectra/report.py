@@ -14,7 +14,7 @@ from harness.measurements.spectra.figures import checkpoint_figure, outlier_figu
 from harness.measurements.spectra.tables import read_spectra
 from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw
-from harness.tables.text import aligned, count, figure_text, file_stem, markdown_text, safe_for_csv
+from harness.tables.text import aligned, count, figure_text, file_stem, markdown_lines, markdown_text, safe_for_csv
 
 if TYPE_CHECKING:
     import pandas
@@ -50,7 +50,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     figures = [*_draw(folder, ok, out), *changes.draw(out)] if can_draw() else []
     problems += [] if can_draw() else [NO_FIGURES]
     changes.write_csv(out)
-    lines = ["# Spectra", "", *map(markdown_text, _headline(ok)), "", *_markdown_table(summary), ""]
+    lines = ["# Spectra", "", *map(markdown_text, _headline(ok)), "", *markdown_lines(_cells(summary)), ""]
     lines += changes.markdown()
     lines += [f"- {markdown_text(problem)}" for problem in problems]
     lines += [line for figure in figures for line in (f"![{figure}]({figure})", "")]
@@ -143,12 +143,6 @@ def _cells(summary: pandas.DataFrame) -> list[list[str]]:
 
 def _text_table(summary: pandas.DataFrame) -> list[str]:
     return aligned(_cells(summary), n_left=2)
-
-
-def _markdown_table(summary: pandas.DataFrame) -> list[str]:
-    head, *rows = _cells(summary)
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(map(markdown_text, line)) + " |" for line in lines]
 
 
 def _draw(folder: Path, matrices: pandas.DataFrame, out: Path) -> list[str]:

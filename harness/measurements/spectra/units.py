@@ -15,7 +15,7 @@ from harness.evaluation.requests import DirectTask, ScoredTask, TaskContext
 from harness.measurements.spectra.settings import SpectraSettings
 from harness.models.description import ModelDescription
 from harness.models.families import matrices_of, skeleton
-from harness.models.loading import describe_model, load_tokenizer, pick_device
+from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
 from harness.models.matrices import Matrix
 from harness.models.reference import Reference, describe_reference
 from harness.models.settings import ModelSettings
@@ -95,12 +95,7 @@ class SpectraPlan(Plan):
 
     def before_jobs(self) -> None:
         """Train the embedded model once, so that not every job trains it."""
-        if self.settings.model.embedded:
-            from harness.models.recall_training import ensure_trained
-
-            for weights in self.weights:
-                if weights.init == "trained":
-                    ensure_trained(weights.model.recall, pick_device(weights.model.device))
+        train_embedded(weights.model for weights in self.weights if weights.init == "trained")
 
 
 def plan(settings: SpectraSettings) -> SpectraPlan:
@@ -121,13 +116,7 @@ def plan(settings: SpectraSettings) -> SpectraPlan:
 def restore(folder: Path, manifest: Mapping[str, Any], settings: SpectraSettings) -> SpectraPlan:
     """Return the plan that was frozen in a folder. Raises InputError if weights or data have changed since."""
     pick_device(settings.model.device)
-    again = dataclasses.replace(plan(settings), folder=folder)
-    if again.id != manifest["id"]:
-        raise InputError(
-            f"model.name: {settings.model.name!r}, its data or this harness is no longer what {folder} was frozen for;"
-            " restore it or choose another output"
-        )
-    return again
+    return plan(settings).restored(folder, manifest)
 
 
 def describe(plan: SpectraPlan) -> str:

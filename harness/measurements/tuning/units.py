@@ -108,7 +108,7 @@ def plan(settings: TuneSettings) -> TunePlan:
     }
     asked = {name: task_digest(task) for name, task in tasks.items()}
     units = tuple(_units(settings, ablations, base, asked))
-    folder = folder_of(settings.output, f"tune-{Path(settings.model.name).name}-{run_id(u.id for u in units)[:8]}")
+    folder = folder_of(settings.output, f"tune-{settings.model.stem}-{run_id(u.id for u in units)[:8]}")
     return TunePlan(folder=folder, settings=settings, units=units, description=description, matrices=matrices,
                     tokenizer=tokenizer, tasks=tasks, examples=examples)
 
@@ -116,13 +116,7 @@ def plan(settings: TuneSettings) -> TunePlan:
 def restore(folder: Path, manifest: Mapping[str, Any], settings: TuneSettings) -> TunePlan:
     """Return the plan that was frozen in a folder. Raises InputError if weights or data have changed since."""
     pick_device(settings.model.device)
-    again = dataclasses.replace(plan(settings), folder=folder)
-    if again.id != manifest["id"]:
-        raise InputError(
-            f"model.name: {settings.model.name!r}, its data or this harness is no longer what {folder} was frozen for;"
-            " restore it or choose another output"
-        )
-    return again
+    return plan(settings).restored(folder, manifest)
 
 
 def describe(plan: TunePlan) -> str:

@@ -6,7 +6,6 @@ model (`OF_REFERENCE`) are for studies of the change from that model.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from harness.spectral.regions.marchenko_pastur import MarchenkoPastur
 from harness.spectral.regions.region import Region, select, stretch
+from harness.spectral.seeding import generator_of
 
 
 @dataclass(frozen=True)
@@ -252,9 +252,7 @@ CONTROLS: dict[str, Any] = {
 
 
 def _shuffled(seed: int, shape: tuple[int, int], count: int) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}:{shape[0]}x{shape[1]}:{count}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randperm(min(shape), generator=generator)
+    return torch.randperm(min(shape), generator=generator_of(f"{seed}:{shape[0]}x{shape[1]}:{count}"))
 
 
 def _drawn_from(order: Tensor, reference: Tensor, disjoint: bool) -> Tensor:
