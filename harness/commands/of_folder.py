@@ -47,7 +47,7 @@ def compact(arguments: argparse.Namespace) -> int:
     for measurement, folder in _runs_in(arguments.folder):
         with told_in_one_line(folder):
             merged = compact(folder, measurement.tables)
-        print(", ".join(f"{table}: {n} files merged" for table, n in merged.items()))
+        print(", ".join(f"{table}: {n} files merged" for table, n in merged.items() if n) or "no files to merge")
     return 0
 
 

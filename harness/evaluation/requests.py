@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from harness.evaluation.division import Division
+    from harness.models.description import ModelDescription
     from harness.models.loading import LoadedModel
 
 
@@ -100,7 +101,7 @@ class TaskContext:
 
     tokenizer, model_config: those of transformers. context_length: in tokens. kind: of the model's family, "causal",
     "masked", "seq2seq" or "classification". generation: what the checkpoint says of generating text, as
-    `harness.models.identity.generation_values` returns it; empty for a model that does not generate.
+    `harness.models.description.generation_values` returns it; empty for a model that does not generate.
     """
 
     tokenizer: Any
@@ -108,6 +109,14 @@ class TaskContext:
     context_length: int
     kind: str
     generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, description: ModelDescription, tokenizer: Any) -> TaskContext:
+        """Return what a task may know of the model of a description."""
+        from harness.models.description import generation_values
+
+        return cls(tokenizer, description.config, description.context_length, description.family.kind,
+                   generation_values(description.generation))
 
 
 @dataclass(frozen=True)

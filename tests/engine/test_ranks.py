@@ -179,7 +179,8 @@ def test_killed_rank_of_a_divided_cell(tmp_path):
     clean, folder = run_here(FEW, tmp_path / "clean"), tmp_path / "study"
     done = launched_program(TROUBLE.format(when="len(calls) == 6", act="os.kill(os.getpid(), 9)"), FEW, folder)
     assert done.returncode != 0
-    assert n_rows(folder) == 1  # the baseline
+    # the launcher then kills the process that writes, which may still hold the row of the baseline
+    assert n_rows(folder) in (0, 1)
     run_here(FEW, folder)
     assert_same_tables(folder, clean)
 

@@ -156,7 +156,7 @@ def _calibration(settings: StudySettings, description: ModelDescription) -> Cali
     if settings.region.treatment.calibration is None:
         return None
     tokenizer = load_tokenizer(settings.model, description)
-    context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind)
+    context = TaskContext.of(description, tokenizer)
     return settings.region.treatment.prepared(context)
 
 

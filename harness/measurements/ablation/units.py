@@ -32,7 +32,7 @@ from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.treatment_settings import KEY, refuse_common_text
 from harness.models.branches import check_biasable, check_branchable
-from harness.models.description import ModelDescription, generation_values
+from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
@@ -267,10 +267,7 @@ def prepare(settings: StudySettings) -> Prepared:
     check_kinds(settings.tasks, description.config, family_of(description.config).kind)
     matrices = matrices_of(skeleton(description.config, description.family), description.family)
     tokenizer = load_tokenizer(settings.model, description)
-    generation = generation_values(description.generation)
-    context = TaskContext(
-        tokenizer, description.config, description.context_length, description.family.kind, generation
-    )
+    context = TaskContext.of(description, tokenizer)
     tasks = prepare_tasks(settings.tasks, context)
     text = settings.region.treatment.prepared(context)
     refuse_common_text(text, tasks)

@@ -237,7 +237,7 @@ def _prepare_task(settings: CouplingSettings, weights: Weights) -> ScoredTask:
     description = weights.description
     check_kinds(settings.tasks, description.config, description.family.kind)
     tokenizer = load_tokenizer(weights.model, description)
-    context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind)
+    context = TaskContext.of(description, tokenizer)
     ((name, prepared),) = prepare_tasks(settings.tasks, context).items()
     if isinstance(prepared, DirectTask):
         raise InputError(f"tasks.{name}: it measures the model itself and has no prompts; use a task such as wikitext")

@@ -203,7 +203,7 @@ def _prepare_task(settings: SpectraSettings, weights: Weights) -> ScoredTask | N
         raise InputError(f"tasks.{name}: the covariance of an encoder-decoder's activations is not supported; leave out"
                          " the task")
     tokenizer = load_tokenizer(weights.model, description)
-    context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind)
+    context = TaskContext.of(description, tokenizer)
     prepared = task.prepare(name, context)
     assert not isinstance(prepared, DirectTask)  # the settings accept only the kinds text and recall
     return prepared

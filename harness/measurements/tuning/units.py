@@ -18,7 +18,7 @@ from harness.evaluation.requests import PreparedTask, TaskContext
 from harness.measurements.ablation.cells import expand_ablations, region_key, task_digest
 from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.tuning.settings import TuneSettings
-from harness.models.description import ModelDescription, generation_values
+from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
@@ -93,8 +93,7 @@ def plan(settings: TuneSettings) -> TunePlan:
     check_kinds(settings.tasks, description.config, family_of(description.config).kind)
     matrices = matrices_of(skeleton(description.config, description.family), description.family)
     tokenizer = load_tokenizer(settings.model, description)
-    context = TaskContext(tokenizer, description.config, description.context_length, description.family.kind,
-                          generation_values(description.generation))
+    context = TaskContext.of(description, tokenizer)
     tasks = prepare_tasks(settings.tasks, context)
     examples = _examples(settings, trained, context)
     shapes = {matrix.name: matrix.shape for matrix in matrices}
