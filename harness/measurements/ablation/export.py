@@ -33,6 +33,7 @@ from harness.models.targets import expand_targets
 from harness.models.treatment import Sources, spectrum_of
 from harness.settings.validation import validated
 from harness.spectral.ablation import low_rank_factors, others
+from harness.tables.labels import region_words
 from harness.tasks.registry import wants_classifier
 
 ABOUT = "ablation.json"
@@ -51,7 +52,7 @@ class Exported:
         size = sum(path.stat().st_size for path in self.folder.iterdir())
         factors = f", {self.n_factored} as low-rank factors" if self.n_factored else ""
         return (
-            f"{self.ablation.target.label}: {self.ablation.label} ({self.realised.n_removed} of"
+            f"{self.ablation.target.label}: {region_words(self.ablation.label)} ({self.realised.n_removed} of"
             f" {self.realised.n_values} singular values, {len(self.ablation.target.matrices)} matrices{factors})"
             f" in {self.folder}, {size / 1e6:.1f} MB"
         )
@@ -123,7 +124,7 @@ def the_ablation(
     treatment = settings.region.treatment.treatment(text, reference)
     ablations = [Ablation(target, region, treatment) for target in targets for region in regions]
     if len(ablations) != 1:
-        labels = [f"{one.target.label}: {one.label}" for one in ablations]
+        labels = [f"{one.target.label}: {region_words(one.label)}" for one in ablations]
         listed = ", ".join(labels[:6]) + (f", ... {labels[-1]}" if len(labels) > 6 else "")
         raise InputError(
             f"export: one ablation can be saved, and these settings mean {len(labels)} ({listed});"

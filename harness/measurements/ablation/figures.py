@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.measurements.ablation.summary import MeasuredMetric, is_control, region_order
 from harness.tables.drawing import MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure
 from harness.tables.frames import groups_of, rows_of
+from harness.tables.labels import region_words
 from harness.tables.text import figure_text, layer_key
 
 if TYPE_CHECKING:
@@ -232,7 +233,8 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
             noise = np.ma.masked_where(~(np.abs(grid) < one.noise_floor), grid)
             edges = np.arange(len(types) + 1) - 0.5, np.arange(len(blocks) + 1) - 0.5
             panel.pcolor(*edges, noise, hatch="////", alpha=0)
-        panel.set_title("\n".join(textwrap.wrap(figure_text(region), max(14, 6 * len(types)))), fontsize="medium")
+        title = textwrap.wrap(figure_text(region_words(region)), max(14, 6 * len(types)))
+        panel.set_title("\n".join(title), fontsize="medium")
         under = i + columns >= len(regions)
         # Ticks take most of the time of a figure, so that only the panels at its left and lower edges have them.
         names = [figure_text(one) for one in types] if under else []
@@ -267,7 +269,8 @@ def _series(cells: pandas.DataFrame) -> list[tuple[str, pandas.DataFrame]]:
 def _tick(region: str, cells: pandas.DataFrame) -> str:
     """Return the label of a region on the x axis, which for a decile is only its interval."""
     by = cells.loc[cells["region"] == region, "region_by"].iloc[0]
-    return region.split("(")[-1].rstrip(")") if by == "decile" else region
+    words = region_words(region)
+    return words.split("(")[-1].rstrip(")") if by == "decile" else words
 
 
 def _heat_map_regions(cells: pandas.DataFrame) -> tuple[list[str], int]:

@@ -20,6 +20,7 @@ from harness.models.loading import TORCH_DTYPES, pick_device
 from harness.spectral.ablation import edit
 from harness.spectral.decomposition import decompose, decomposition_flops
 from harness.spectral.regions import select
+from harness.tables.labels import region_words
 
 # Rates are measured on matrices of at most this rank, so that planning takes only about a second.
 LARGEST_MEASURED = {"cpu": 512, "cuda": 2048}  # a GPU reaches its rate on large matrices only
@@ -134,7 +135,7 @@ def describe_study(study: Study) -> str:
     description, settings = study.description, study.settings
     cost = forecast(study)
     targets = dict.fromkeys(cell.ablation.target.label for cell in study.units if not cell.is_baseline)
-    regions = dict.fromkeys(cell.ablation.label for cell in study.units if not cell.is_baseline)
+    regions = dict.fromkeys(region_words(cell.ablation.label) for cell in study.units if not cell.is_baseline)
     lines = [
         f"study {study.id}  folder {study.folder}",
         f"model {settings.model.label} ({description.config.model_type}, {description.dtype},"

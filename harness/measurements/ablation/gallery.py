@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.files import write_json
 from harness.measurements.ablation.summary import MeasuredMetric, ranks_in_task
-from harness.tables import drawing, text
+from harness.tables import drawing, labels, text
 
 MAX_FIGURES = 8
 LARGE, FIGURES_OF_LARGE = 4_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
@@ -90,9 +90,13 @@ def _drawn(one: MeasuredMetric, out: Path, heat: bool) -> list[tuple[str, str]]:
     if heat:
         shown = heat_map_figure(of_columns, out / f"{stem}-blocks.png")
         figures.append(
-            (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {', '.join(shown)}{tenths}")
+            (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {_words(shown)}{tenths}")
         )
     return figures
+
+
+def _words(regions: Sequence[str]) -> str:
+    return ", ".join(map(labels.region_words, regions))
 
 
 def _has_heat_map(one: MeasuredMetric) -> bool:
@@ -109,7 +113,7 @@ def _digest(one: MeasuredMetric) -> str:
     whole = hashlib.sha256(repr((one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
     whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
     here = Path(__file__)
-    ours, shared = (here, here.with_name("figures.py"), here.with_name("summary.py")), (drawing, text)
+    ours, shared = (here, here.with_name("figures.py"), here.with_name("summary.py")), (drawing, labels, text)
     for source in (*ours, *(Path(str(module.__file__)) for module in shared)):
         whole.update(source.read_bytes())
     whole.update(version("matplotlib").encode())

@@ -34,6 +34,7 @@ from harness.models.identity import module_identity, parameters_digest
 from harness.models.loading import MEMORY, LoadedModel, load, require_head
 from harness.models.memory import is_out_of_memory, release_memory
 from harness.spectral.regions import OtherOrder
+from harness.tables.labels import region_words
 
 
 class NonFiniteLoss(RuntimeError):
@@ -98,7 +99,7 @@ def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[M
     yield from run.baselines({cell.id for cell in cells if cell.is_baseline})
     run.calibrate({name for cell in cells for name in cell.ablation.target.matrices})
     for ablation, members in group_by_ablation([cell for cell in cells if not cell.is_baseline]):
-        context.describe(f"{ablation.target.label}: {ablation.label}")
+        context.describe(f"{ablation.target.label}: {region_words(ablation.label)}")
         run.scorers.advance(ablation.target.first_block)
         yield from run.ablation(ablation, members)
     context.division.agree("verifying the weights", lambda: require_same_weights(loaded.model, as_loaded))

@@ -23,11 +23,13 @@ from harness.measurements.ablation.summary import (
     ranked,
     region_order,
     target_order,
+    ties,
 )
 from harness.measurements.ablation.tables import TABLES, read_metrics
 from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw
 from harness.tables.frames import rows_of
+from harness.tables.labels import nominal_interval, percent, region_words
 from harness.tables.store import corrupt_parts
 from harness.tables.text import (
     count,
@@ -50,13 +52,15 @@ WIDE = 72  # a terminal with fewer columns has no room for the adjusted p-values
 TERMINAL_ROWS = 24  # a study with at most so many cells is printed completely
 MARKDOWN_ROWS, MARKDOWN_COLUMNS = 120, 24
 CSV_COLUMNS = (
-    "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "region_kind",
-    "fraction_start", "fraction_stop", "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
+    "cell_id", "task", "metric", "status", "target", "target_kind", "block", "layer_type", "region", "label",
+    "region_kind", "nominal_start", "nominal_stop", "fraction_start", "fraction_stop",
+    "value", "stderr", "n", "baseline", "delta", "delta_stderr", "p_value",
     "q_value", "ci_low", "ci_high", "n_available", "precision", "higher_is_better", "n_removed", "energy_removed",
     "norm_removed", "output_energy_removed", "output_norm_removed", "delta_per_norm", "delta_per_output_energy",
     "realised_removal", "seconds", "noise_floor",
 )  # fmt: skip
-
+CELL_DIGITS = 10  # of the id of a cell, which are enough for `harness export --cell`
+Q = "q is p adjusted for the {} of this metric (Benjamini-Hochberg)"
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print, figures: bool = True) -> Path | None:
@@ -69,7 +73,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print, fi
     is written. The study may be unfinished, or all its cells may have failed. Raises SchemaVersionError.
     """
     folder = Path(folder)
-    metrics = read_metrics(folder)
+    metrics = in_order(folder, read_metrics(folder), TABLES.key)
     if metrics.empty:
         write(f"{folder}: no cell has been measured yet")
         return None
@@ -125,7 +129,7 @@ def terminal_summary(
             lines.append(f"  baseline {plus_minus(one.baseline['value'], one.baseline['stderr'])}")
             lines += [f"  {one.note}"] if one.note else []
         if one.control is not None:
-            lines.append(f"  control: {_control(one.control)}")
+            lines.append(f"  {_control(one.control)}")
         lines += [f"  {one.floor_note}"] if one.floor_note else []
         if len(one.cells) == 0:
             continue
@@ -134,8 +138,10 @@ def terminal_summary(
         else:
             order = ranked(one)
             n = min(BEST, len(order) // 2)
-            lines += [f"  best {n} of {len(order)}:", *_text_table(one, order.head(n), width)]
-            lines += [f"  worst {n}:", *_text_table(one, order.tail(n)[::-1], width)]
+            lines += [f"  best {n} of {len(order)}{ties(order, n)}:", *_text_table(one, order.head(n), width)]
+            lines += [f"  worst {n}{ties(order[::-1], n)}:", *_text_table(one, order[::-1].head(n), width)]
+        if width >= WIDE and one.cells["q_value"].notna().any():
+            lines.append(f"  {Q.format(count(int(one.cells['q_value'].notna().sum()), 'ablation'))}")
     if problems:
         lines += ["", *(line[: max(width, 40)] for line in problems)]
     return "\n".join(map(printable, lines))
@@ -161,7 +167,7 @@ def _text_table(one: MeasuredMetric, cells: pandas.DataFrame, width: int) -> lis
     body = [
         (
             row.target,
-            row.region,
+            region_words(row.region),
             plus_minus(row.value, row.stderr),
             _delta(one, row),
             p_text(row.p_value),
@@ -194,6 +200,9 @@ def _markdown(
         "The number after `±` is the standard error; that of a delta is paired over the same examples. "
         "p is the two-sided p-value of one cell alone; q is p adjusted for the number of ablations of that task and "
         "metric (Benjamini-Hochberg): of the cells with q below 0.05, about one in twenty or fewer moved by chance. "
+        "`asked` is the interval of the rank that the region means and `removed` the one that a matrix with a whole "
+        "number of singular values has, in percent, 0 being the largest value. `cell` is the beginning of the id of a "
+        "cell, for `harness export --study FOLDER --cell ID`. "
         "`delta / norm` is the delta per removed Frobenius norm; metrics.csv has it, and the delta per removed energy "
         "of the outputs where a calibration text was set, for every row. "
         "All rows, also those of other metrics, are in [metrics.csv](metrics.csv) and in `../metrics/`.",
@@ -225,14 +234,15 @@ def _markdown(
             over = "" if is_missing(one.baseline["n"]) else f" over {int(one.baseline['n'])} examples"
             lines += [f"Baseline: **{baseline}**{over}{f'; {one.note}' if one.note else ''}.", ""]
         if one.control is not None:
-            lines += [f"Control: {_control(one.control)}.", ""]
+            lines += [f"{_control(one.control).capitalize()}.", ""]
         lines += [f"{one.floor_note}.".capitalize(), ""] if one.floor_note else []
         if len(one.cells):
             if one.primary:
                 order = ranked(one)
                 n = min(BEST, len(order))
-                lines += [f"Best {n} of {len(order)} ablations:", "", *_markdown_texts(one, order.head(n)), ""]
-                lines += [f"Worst {n}:", "", *_markdown_texts(one, order.tail(n)[::-1]), ""]
+                lines += [f"Best {n} of {len(order)} ablations{ties(order, n)}:", ""]
+                lines += [*_markdown_texts(one, order.head(n)), ""]
+                lines += [f"Worst {n}{ties(order[::-1], n)}:", "", *_markdown_texts(one, order[::-1].head(n)), ""]
             lines += _pivot(one)
             for title, rows in tables(one, folder) if one.primary else ():
                 lines += [title, "", *markdown_table(_with_dashes(rows)).splitlines(), ""]
@@ -246,17 +256,25 @@ def _markdown(
 
 def _markdown_texts(one: MeasuredMetric, cells: pandas.DataFrame) -> list[str]:
     adaptive = is_adaptive(cells)
-    lines = ["| target | region | value | delta | delta / norm | p | q |", "|---|---|--:|--:|--:|--:|--:|"]
-    if adaptive:
-        lines = [lines[0] + " n |", lines[1] + "--:|"]
+    heads = ["target", "region", "asked", "removed", "value", "delta", "delta / norm", "p", "q"]
+    heads += [*(["n"] if adaptive else []), "cell"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---" + "|--:" * (len(heads) - 3) + "|---|"]
     for row in rows_of(per_removed(cells)):
         value = plus_minus(row.value, row.stderr)
         per_norm = "-" if is_missing(row.delta_per_norm) else f"{row.delta_per_norm:.3g}"
-        delta = f"{_delta(one, row)} | {per_norm}"
-        chances = f"{p_text(row.p_value)} | {p_text(row.q_value)}"
-        line = f"| {markdown_text(row.target)} | {markdown_text(row.region)} | {value} | {delta} | {chances} |"
-        lines.append(f"{line} {_used(row)} |" if adaptive else line)
+        texts = [
+            markdown_text(row.target), markdown_text(region_words(row.region)), _stretch(*nominal_interval(row.region)),
+            _stretch(row.fraction_start, row.fraction_stop), value, _delta(one, row), per_norm, p_text(row.p_value),
+            p_text(row.q_value), *([_used(row)] if adaptive else []), f"`{row.cell_id[:CELL_DIGITS]}`",
+        ]
+        lines.append("| " + " | ".join(texts) + " |")
     return lines
+
+
+def _stretch(start: float | None, stop: float | None) -> str:
+    if start is None or stop is None or is_missing(start) or is_missing(stop):
+        return "-"
+    return f"{percent(round(start, 5))}-{percent(round(stop, 5))} %"
 
 
 def _pivot(one: MeasuredMetric) -> list[str]:
@@ -267,14 +285,16 @@ def _pivot(one: MeasuredMetric) -> list[str]:
     for row in rows_of(one.cells[["target", "region", "value", "stderr", "delta"]]):
         text = plus_minus(row.value, row.stderr)
         texts[row.target, row.region] = f"({text})" if one.is_noise(row.delta) else text
-    lines = ["| target | " + " | ".join(map(markdown_text, regions)) + " |", "|---" + "|--:" * len(regions) + "|"]
+    heads = [markdown_text(region_words(region)) for region in regions]
+    lines = ["| target | " + " | ".join(heads) + " |", "|---" + "|--:" * len(regions) + "|"]
     for target in targets:
         lines.append(f"| {markdown_text(target)} | " + " | ".join(texts.get((target, r), "") for r in regions) + " |")
     return [*lines, ""]
 
 
 def _with_dashes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: "-" if value is None else value for key, value in row.items()} for row in rows[:MARKDOWN_ROWS]]
+    shown = [{key: "-" if value is None else value for key, value in row.items()} for row in rows[:MARKDOWN_ROWS]]
+    return [{**row, **{key: region_words(row[key]) for key in ("region", "outliers") if key in row}} for row in shown]
 
 
 def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Path) -> None:
@@ -284,7 +304,11 @@ def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Pat
 
     q_values = [one.cells["q_value"] for one in found]
     floors = [pandas.Series(one.noise_floor, one.cells.index, float) for one in found]
+    nominal = {label: nominal_interval(label) for label in metrics["region"].unique()}
     metrics = per_removed(metrics).assign(
+        label=metrics["region"].map(region_words),
+        nominal_start=metrics["region"].map({label: start for label, (start, _) in nominal.items()}).astype(float),
+        nominal_stop=metrics["region"].map({label: stop for label, (_, stop) in nominal.items()}).astype(float),
         q_value=pandas.concat(q_values) if q_values else math.nan,
         noise_floor=pandas.concat(floors) if floors else math.nan,
     )
@@ -298,8 +322,10 @@ def _write_csv(metrics: pandas.DataFrame, found: list[MeasuredMetric], path: Pat
 
 def _control(control: pandas.Series) -> str:
     delta, n = control["delta"], int(control["n_matrices"])
+    verdict = "not possible" if is_missing(delta) else "passed" if delta == 0 else "failed"
     moved = "unknown" if is_missing(delta) else f"{delta:.3g}"
-    return f"decomposing {n} {'matrix' if n == 1 else 'matrices'} and removing nothing changes it by {moved}"
+    matrices = f"{n} {'matrix' if n == 1 else 'matrices'}"
+    return f"sanity check {verdict}: {matrices} decomposed, nothing removed, {moved} change"
 
 
 def _problems(folder: Path, metrics: pandas.DataFrame) -> list[str]:

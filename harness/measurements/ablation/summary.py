@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from harness.tables.frames import rows_of
+from harness.tables.labels import model_name
 from harness.tables.text import count, is_missing, layer_key
 
 if TYPE_CHECKING:
@@ -191,6 +192,19 @@ def ranked(one: MeasuredMetric) -> pandas.DataFrame:
     return cells.dropna(subset=[by]).sort_values(by, ascending=not one.higher_is_better, kind="stable")
 
 
+def ties(order: pandas.DataFrame, n: int) -> str:
+    """Return what must be said if others are as good as the last of the first `n` rows of an order, else nothing.
+
+    order: the rows as `ranked` returns them, or from their end.
+    """
+    by = "delta" if order["delta"].notna().any() else "value"
+    values = order[by].astype(float).tolist()
+    if not 0 < n < len(values):
+        return ""
+    more = sum(math.isclose(value, values[n - 1], rel_tol=1e-9, abs_tol=1e-15) for value in values[n:])
+    return f" ({count(more, 'more ablation')} {'ties' if more == 1 else 'tie'} with the last of them)" if more else ""
+
+
 def _natural(label: str) -> list:
     return [(0, float(p), "") if re.fullmatch(r"[\d.]*\d[\d.]*", p) and p.count(".") < 2 else (1, 0.0, p)
             for p in re.split(r"(\d+(?:\.\d+)?)", label) if p]  # fmt: skip
@@ -217,7 +231,7 @@ def headline(metrics: pandas.DataFrame) -> str:
     """Return the first line of a report: the study, its models, and how many cells it has."""
     cells = metrics.drop_duplicates("cell_id")
     failed = metrics.loc[metrics["status"] == "error", "cell_id"].nunique()
-    models = ", ".join(sorted(set(cells["model"])))
+    models = ", ".join(sorted({model_name(*of_cell) for of_cell in zip(cells["model"], cells["gguf_file"])}))
     baselines = int(is_baseline(cells).sum())
     return (
         f"Study {', '.join(sorted(set(cells['study_id'])))} of {models}: "

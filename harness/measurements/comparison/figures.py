@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.measurements.ablation.summary import region_order, target_order
 from harness.tables.drawing import MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure
+from harness.tables.labels import region_words
 from harness.tables.text import figure_text, is_missing, shorten
 
 if TYPE_CHECKING:
@@ -160,4 +161,5 @@ def _or_zero(value: float | None) -> float:
 
 
 def _tick(region: str) -> str:
-    return region.split("(")[-1].rstrip(")") if region.startswith("decile ") else region
+    words = region_words(region)
+    return words.split("(")[-1].rstrip(")") if region.startswith("decile ") else words

@@ -13,6 +13,7 @@ from harness.files import replacing, told_in_one_line, write_text
 from harness.measurements.comparison.pairing import Joined, StudyOf, join, read_studies
 from harness.measurements.comparison.tables import TABLES
 from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.labels import region_words
 from harness.tables.text import count, file_stem, is_missing, markdown_text, p_text, plus_minus, safe_for_csv, signed
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def _sentences(rows: list[dict[str, Any]]) -> list[str]:
                  f" {_hurt(len(sure) - more)} {a} more than {b}, and {len(known) - len(sure)} do not differ (p below"
                  f" {LEVEL} after Holm's correction).")
     most = max(cells, key=lambda row: abs(row["difference"]))
-    lines.append(f"  The largest difference: removing {most['region']} from {most['target']} changes {a} by"
-                 f" {signed(most['delta_a'], None)} and {b} by {signed(most['delta_b'], None)}, a difference of"
+    lines.append(f"  The largest difference is that of {most['target']}, {region_words(most['region'])}. It changes"
+                 f" {a} by {signed(most['delta_a'], None)} and {b} by {signed(most['delta_b'], None)}, a difference of"
                  f" {signed(most['difference'], most['difference_stderr'])} (p {p_text(most['p_holm'])} after the"
                  " correction).")
     return lines
@@ -189,7 +190,7 @@ def _markdown(
         rows = [row for row in joined.rows if (row["task"], row["metric"]) == (task, metric)]
         lines += ["| b | target | region | delta a | delta b | difference | p |", "|---|---|---|--:|--:|--:|--:|"]
         for row in rows[:MAX_ROWS]:
-            names = " | ".join(markdown_text(row[key]) for key in ("model_b", "target", "region"))
+            names = " | ".join(map(markdown_text, (row["model_b"], row["target"], region_words(row["region"]))))
             deltas = " | ".join("-" if row[key] is None else signed(row[key], row[f"delta_stderr_{key[-1]}"])
                                 for key in ("delta_a", "delta_b"))
             difference = signed(row["difference"], row["difference_stderr"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from harness.tables.labels import region_words
+
 if TYPE_CHECKING:
     import pandas
 
@@ -24,7 +26,7 @@ def label(row: Any) -> str:
 
     name = row["init"] if row["init"] != "trained" else text("checkpoint") or "trained"
     region = text("region")
-    return name if region is None else f"{name}, {text('target')}: {region}"
+    return name if region is None else f"{name}, {text('target')}: {region_words(region)}"
 
 
 def with_label(rows: pandas.DataFrame) -> pandas.DataFrame:

@@ -15,6 +15,7 @@ from harness.measurements.tuning.effects import AFTER, BEFORE, ORDER, UNPRUNED, 
 from harness.measurements.tuning.tables import TABLES
 from harness.tables.drawing import MARKERS, NO_FIGURES, SERIES_COLOURS, can_draw, new_figure, save_figure
 from harness.tables.frames import rows_of
+from harness.tables.labels import region_words
 from harness.tables.store import read_table
 from harness.tables.text import aligned, count, figure_text, file_stem, markdown_text, p_text, safe_for_csv, shorten
 
@@ -102,7 +103,7 @@ def _sentences(task: str, metric: str, results: pandas.DataFrame, rows: Sequence
         members = [row for row in rows if row["compared"] == compared]
         if members:
             hurt = [row for row in members if row["p_holm"] < LEVEL and _damage(row) > 0]
-            listed = ", ".join(f"{row['region']} ({row['effect']:+.3g})" for row in hurt) or "none"
+            listed = ", ".join(f"{region_words(row['region'])} ({row['effect']:+.3g})" for row in hurt) or "none"
             lines.append(f"Regions whose removal {words.split()[1]} tuning hurts (p below {LEVEL} after Holm's"
                          f" correction, of {len(members)}): {listed}.")
     return lines
@@ -122,7 +123,7 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
     table = [head]
     for (target, region), of_edit in lines.items():
         n = "/".join(dict.fromkeys(str(row["n_seeds"]) for row in of_edit.values()))
-        cells = [target, region, n]
+        cells = [target, region_words(region), n]
         for compared in (BEFORE, AFTER, ORDER):
             found = of_edit.get(compared)
             cells += ["-", "-"] if found is None else [_interval(found), p_text(found["p_holm"])]
@@ -154,7 +155,7 @@ def _figure(title: str, rows: Sequence[Row], regions: Sequence[str], path: Path)
                                linewidth=1.2, capsize=2)
         panel.axhline(0, color="0.3", linewidth=0.9, linestyle="--")
         panel.grid(axis="y", color="0.92", linewidth=0.8)
-        ticks = [figure_text(shorten(region.split("(")[-1].rstrip(")"), 24)) for region in regions]
+        ticks = [figure_text(shorten(region_words(region).split("(")[-1].rstrip(")"), 24)) for region in regions]
         panel.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
         panel.set_title(figure_text(shorten(target, 30)), fontsize="medium")
     axes[0].set_ylabel("change against the tuned model\n(95 % interval over seeds)")

@@ -84,7 +84,7 @@ def test_transformers_loads_what_was_exported(checkpoint, tmp_path, family, caps
     settings = [f"target.layer_types=[{layer_type}]", f"target.blocks=[{block}]", "region=fraction",
                 "region.kinds=[small]", "region.values=[0.25]"]
     assert export(checkpoint(family), output, *settings) == 0
-    assert f"{name}: small 0.25 (6 of 24 singular values, 1 matrices) in {output}" in capsys.readouterr().out
+    assert f"{name}: bottom 25 % (6 of 24 singular values, 1 matrices) in {output}" in capsys.readouterr().out
     ours, expected = by_transformers(output, family), edited_by_hand(checkpoint(family), family, 0.75, [name])
     state = expected.state_dict()
     for key, tensor in ours.state_dict().items():
@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_is_one_line(study, checkpoint, tmp_path, capsys
     cell = table.loc[table["block"] == 0, "cell_id"].iloc[0]
     baseline = table.loc[table["target"] == "baseline", "cell_id"].iloc[0]
     text = refusal(capsys, *base, new, "target.layer_types=[o_proj]", "region.kinds=[small]")
-    assert "mean 3 (0.o_proj: small 0.1, 1.o_proj: small 0.1, 2.o_proj: small 0.1)" in text
+    assert "mean 3 (0.o_proj: bottom 10 %, 1.o_proj: bottom 10 %, 2.o_proj: bottom 10 %)" in text
     assert "region.kinds: []" in refusal(capsys, *base, new, *one, "region.kinds=[]")
     assert "output: not set" in refusal(capsys, *base, *one)
     assert "not an empty folder" in refusal(capsys, *base, *one, f"output={source}")

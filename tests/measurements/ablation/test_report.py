@@ -21,6 +21,7 @@ from harness.measurements.ablation.gallery import MAX_FIGURES, RECORD
 from harness.measurements.ablation.report import report, terminal_summary
 from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
 from harness.measurements.ablation.tables import read_metrics
+from harness.tables.labels import region_words
 from harness.tables.text import plus_minus
 from tests.tables.synthetic import (
     deciles,
@@ -90,7 +91,7 @@ def test_terminal_text_fits(width, n_blocks):
 def test_small_study_is_printed_whole():
     metrics = frame(study_rows(targets("all", 2), deciles()))
     text = terminal_summary(metrics, width=100)
-    assert all(region["region"] in text for region in deciles()) and "baseline 20.00 ± 0.40" in text
+    assert all(region_words(region["region"]) in text for region in deciles()) and "baseline 20.00 ± 0.40" in text
     assert "10 ablations, 1 baseline, 0 failed" in text
 
 
@@ -164,6 +165,43 @@ def test_deltas_per_removed_norm_and_output_energy(tmp_path):
     assert rows.delta_per_norm["a"] == pytest.approx(0.2) and rows.delta_per_output_energy["a"] == pytest.approx(0.15)
     assert rows.loc["b", ["delta_per_norm", "delta_per_output_energy"]].isna().all()
     assert "| delta / norm |" in path.read_text() and "| 0.2 |" in path.read_text()
+
+
+def test_a_report_says_what_is_done_where_and_how_sure(tmp_path):
+    rows = study_rows(targets("matrix", 5), sized((0.1,)), (("accuracy", True),), task="ioi")
+    for row in rows:
+        if row["region"] == "none" and row["target"] != "baseline":
+            row |= {"target": "control", "target_kind": "control", "n_matrices": 35, "delta": 0.0}
+        if row["delta"] is not None:  # many cells are equally good
+            row["delta"] = round(row["delta"], 1)
+    cells = [row for row in rows if row["target_kind"] == "matrix"]
+    write_rows(tmp_path, rows)
+    path, said = run_report(tmp_path)
+    page = path.read_text()
+    assert "random, same count as bottom 10 %" in page
+    for text in (said, page):
+        assert "anity check passed: 35 matrices decomposed, nothing removed, 0 change" in text
+    best = max(row["delta"] for row in cells)
+    more = sum(row["delta"] == best for row in cells) - 5
+    assert more > 1 and f"best 5 of {len(cells)} ({more} more ablations tie with the last of them):" in said
+    assert f"q is p adjusted for the {len(cells)} ablations of this metric (Benjamini-Hochberg)" in said
+    one = next(row for row in ranked(measured(frame(rows))[0]).to_dict("records"))
+    assert f"`{one['cell_id'][:10]}`" in page
+
+
+def test_the_csv_has_the_order_of_the_study_and_both_intervals(tmp_path, monkeypatch):
+    rows = study_rows(targets("type", 1), [*deciles(), *sized((0.33,))])
+    rows = [row | {"fraction_start": 0.34} if row["region"].startswith("large 0.33") else row for row in rows]
+    write_rows(tmp_path, sorted(rows, key=lambda row: hash(row["cell_id"])))
+    place = {row["cell_id"]: i for i, row in enumerate(rows)}
+    monkeypatch.setattr(report_module, "in_order", lambda folder, found, key: found.iloc[
+        found[key].map(place).argsort()])
+    csv = pd.read_csv(run_report(tmp_path, figures=False)[0].parent / "metrics.csv")
+    assert csv.cell_id.tolist() == [row["cell_id"] for row in rows]
+    top = csv[csv.region == "large 0.33"]
+    assert set(top.label) == {"top 33 %"} and set(top.nominal_stop) == {0.33} and set(top.fraction_start) == {0.34}
+    assert csv.nominal_start[csv.region == "decile 2 (0.1-0.2)"].unique().tolist() == [0.1]
+    assert csv[csv.region_kind == "random"].nominal_start.isna().all()
 
 
 def test_limit_of_figures_is_said(tmp_path):
@@ -274,7 +312,7 @@ def test_partial_studies(tmp_path):
     (tmp_path / "mixed" / "metrics" / "cut.parquet").write_bytes(b"PAR1")
     with pytest.warns(UserWarning, match="truncated or not a parquet file; skipped"):
         path, said = run_report(tmp_path / "mixed")
-    assert "70 ablations" not in said and "1 failed" in said and "1 damaged file, such as" in said
+    assert "71 ablations, 1 baseline" in said and "1 failed" in said and "1 damaged file, such as" in said
 
 
 @pytest.fixture
@@ -363,8 +401,10 @@ def test_heat_map(drawn, higher):
     rows = [row for row in rows if (row["block"], row["layer_type"], row["region"]) != (2, "v_proj", "bulk 0.1")]
     figure = drawn(heat_map_figure, rows)
     panels = {axes.get_title().replace("\n", " "): axes for axes in figure.axes if axes.images}
-    assert list(panels) == ["large 0.1", "bulk 0.1", "small 0.1", "none", "random (small 0.1) seed 0"]
-    image = panels["bulk 0.1"].images[0]
+    assert list(panels) == [
+        "top 10 %", "middle 10 %", "bottom 10 %", "nothing removed", "random, same count as bottom 10 %",
+    ]  # fmt: skip
+    image = panels["middle 10 %"].images[0]
     grid = np.ma.filled(image.get_array().astype(float), np.nan)
     assert grid.shape == (5, 7) and np.isnan(grid[2, 2]) and np.isnan(grid).sum() == 1
     for row in rows:

@@ -153,7 +153,7 @@ def test_coupling_of_an_ablated_model(words, measured):
     found = rows[(rows["region"] == label) & (rows["prompt_id"] == prompt.name)]
     assert found["m"].tolist() == pytest.approx(expected["m"], abs=1e-4)
     labels = with_label(read_coupling(measured, "jacobians"))["weights"]
-    assert list(dict.fromkeys(labels)) == ["trained", "trained, down_proj: large 0.5",
+    assert list(dict.fromkeys(labels)) == ["trained", "trained, down_proj: top 50 %",
                                            f"trained, down_proj: {label}", "random"]
     jacobians = read_coupling(measured, "jacobians")
     assert jacobians.loc[jacobians["region"].notna(), "energy_removed"].between(0.01, 0.99).all()
