@@ -173,7 +173,7 @@ def test_a_report_says_what_is_done_where_and_how_sure(tmp_path):
         if row["region"] == "none" and row["target"] != "baseline":
             row |= {"target": "control", "target_kind": "control", "n_matrices": 35, "delta": 0.0}
         if row["delta"] is not None:  # many cells are equally good
-            row["delta"] = round(row["delta"], 1)
+            row["delta"] = min(0.0, round(row["delta"], 1))
     cells = [row for row in rows if row["target_kind"] == "matrix"]
     write_rows(tmp_path, rows)
     path, said = run_report(tmp_path)
