@@ -173,7 +173,7 @@ def test_a_cell_of_a_study_is_exported_and_measures_the_same(study, tmp_path, ca
     baseline = measured[(measured["target"] == "baseline") & (measured["metric"] == cell["metric"])].iloc[0]
     assert baseline["value"] == pytest.approx(cell["value"], rel=1e-12)
     assert cell["value"] != pytest.approx(cell["baseline"], rel=1e-3)
-    assert "block 1: bulk 0.1" in capsys.readouterr().out
+    assert "block 1: middle 10 %" in capsys.readouterr().out
 
 
 def test_what_cannot_be_exported_is_one_line(study, checkpoint, tmp_path, capsys) -> None:
