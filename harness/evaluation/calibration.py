@@ -169,6 +169,10 @@ class Calibration:
             self._means[matrix.name] = self.inputs(matrix).mean
         return self._means[matrix.name]
 
+    def weight(self, matrix: Matrix) -> Tensor:
+        """Return the weight [out, in] of one matrix as it is in the model now."""
+        return matrix.read(self._loaded.model)
+
     def factor(self, matrix: Matrix, centred: bool | None = None) -> Tensor:
         """Return F with F F^T = C for the inputs of one matrix, as `InputCovariance.factor` does.
 

@@ -94,7 +94,7 @@ def loss_changes(
     Raises InputError for a model that is not a causal language model.
     """
     if loaded.description.family.kind != "causal":
-        raise InputError("region.ranks: zero_sum works for causal language models only; use uniform")
+        raise InputError("region.calibration: the loss of a text is that of a causal language model only")
     n = sum(len(request.targets) for request in requests)
     gradients = _weight_gradients(loaded, _batches(requests, BATCH_TOKENS), np.full(n, -1.0 / n), matrices)
     found = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,7 @@ from harness.models.targets import Target
 from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, label_of, operation_of, spectrum_of
 from harness.spectral.ablation import Removal, bias_of, edit, others, removal
 from harness.spectral.decomposition import Decomposition
-from harness.spectral.regions import Region, fraction_interval, select
-from harness.spectral.regions.compression import keeping, shared_budget, zero_sum_ranks
+from harness.spectral.regions import Region, by_loss, fraction_interval, select
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,12 @@ class Ablation:
         """The label of the region with its treatment, such as "decile 10 (0.9-1.0), activations"."""
         return label_of(self.region, self.treatment)
 
-    def positions(self, decomposition: Decomposition, kept: int | None = None) -> Tensor:
+    def positions(self, decomposition: Decomposition, region: Region | None = None) -> Tensor:
         """Return the positions of the values that are removed or scaled: int64 [n] on the CPU, in ascending order.
 
-        kept: how many values of this matrix are kept, if that depends on all matrices of the target (`kept_ranks`).
+        region: that of this matrix, if it depends on all matrices of the target (`resolved_regions`).
         """
-        region = self.region if kept is None else _of_rank(self.region, kept)
-        picked = select(region, decomposition.sigma, decomposition.shape)
+        picked = select(region or self.region, decomposition.sigma, decomposition.shape)
         # of an operand the operation itself takes the rest, because directions need not span all of its outputs
         by_others = self.treatment.keep and self.treatment.of == "weight"
         return others(picked, len(decomposition.sigma)) if by_others else picked
@@ -51,8 +49,11 @@ class Ablation:
 class RealisedAblation:
     """What an ablation removed, over all its matrices. These are columns of the metrics table.
 
-    n_removed, n_values: sums over the matrices. fraction_start, fraction_stop: the interval of the rank, from the
-        smallest start to the largest stop; None if the positions in some matrix are not one non-empty interval.
+    n_removed, n_values: sums over the matrices.
+    component: the matrix and the position of the value, such as "28.up_proj:573", if one value alone is removed or
+        scaled; else None.
+    fraction_start, fraction_stop: the interval of the rank, from the smallest start to the largest stop; None if the
+        positions in some matrix are not one non-empty interval.
     energy_removed: the removed share of the squared Frobenius norm of all matrices together. norm_removed: the
         Frobenius norm of the change of all matrices together.
     output_energy_removed, output_norm_removed: the removed share of the mean squared outputs of all matrices together
@@ -67,6 +68,7 @@ class RealisedAblation:
 
     n_removed: int
     n_values: int
+    component: str | None
     fraction_start: float | None
     fraction_stop: float | None
     energy_removed: float
@@ -84,8 +86,11 @@ class RealisedAblation:
 
 @dataclass(frozen=True)
 class _Edited:
-    """One matrix of an ablation: what was removed, its decomposition, and the removed interval of the rank."""
+    """One matrix of an ablation: what was removed, its decomposition, the removed interval of the rank, and the one
+    position in its spectrum if it is one."""
 
+    name: str
+    position: int | None
     removal: Removal
     decomposition: Decomposition
     interval: tuple[float, float] | tuple[None, None]
@@ -111,6 +116,7 @@ def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
     return RealisedAblation(
         n_removed=sum(one.removal.n_removed for one in edited),
         n_values=sum(one.removal.n_values for one in edited),
+        component=_component(edited),
         fraction_start=min(starts) if whole else None,
         fraction_stop=max(stops) if whole else None,
         energy_removed=removed_energy / total_energy if total_energy else 0.0,
@@ -129,44 +135,58 @@ def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
     )
 
 
+def _component(edited: Sequence[_Edited]) -> str | None:
+    touched = [one for one in edited if one.removal.n_removed]
+    if len(touched) != 1 or touched[0].removal.n_removed != 1 or touched[0].position is None:
+        return None
+    return f"{touched[0].name}:{touched[0].position}"
+
+
 def _extreme(which: Callable[[list[float]], float], values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return which(known) if known else None
 
 
-def _of_rank(region: Region, kept: int) -> Region:
-    """Return a region with a shared budget, or a control of one, as it is for a matrix of which `kept` values stay."""
-    if getattr(region, "reference", None) is None:
-        return keeping(kept)
-    control: Any = region
-    return dataclasses.replace(control, reference=keeping(kept))
+def loss_changes_of(
+    ablation: Ablation, matrices: Sequence[Matrix], sources: Sources
+) -> Mapping[str, Tensor]:
+    """Return the first-order change of the calibration text's loss if each value of each matrix is removed.
+
+    The values are those of the spectra of which the ablation removes some: matrix -> float64 [r]. The model must hold
+    its unedited weights. Raises ValueError without a calibration text.
+    """
+    region = getattr(ablation.region, "reference", None) or ablation.region
+    return sources.require_calibrated().losses(
+        matrices, lambda matrix: spectrum_of(matrix, region, ablation.treatment, sources), ablation.treatment.metric
+    )
 
 
-def kept_ranks(ablation: Ablation, matrices: Sequence[Matrix], sources: Sources) -> dict[str, int]:
-    """Return how many values of each matrix of a target are kept if they share one budget; empty if they do not.
+def resolved_regions(ablation: Ablation, matrices: Sequence[Matrix], sources: Sources) -> dict[str, Region]:
+    """Return the region of each matrix of a target if it depends on the changes of a loss; empty if it does not.
 
     The model must hold its unedited weights. Raises ValueError without a calibration text.
     """
-    region = shared_budget(ablation.region)
-    if region is None:
+    reference = by_loss(ablation.region)
+    if reference is None:
         return {}
-    treatment = ablation.treatment
-    losses = sources.require_calibrated().losses(
-        matrices, lambda matrix: spectrum_of(matrix, ablation.region, treatment, sources), treatment.metric
-    )
+    losses = loss_changes_of(ablation, matrices, sources)
     shapes = {matrix.name: matrix.shape for matrix in matrices}
-    return zero_sum_ranks({name: losses[name] for name in shapes}, shapes, region.ratio)
+    found = reference.resolved({name: losses[name] for name in shapes}, shapes)
+    if reference is ablation.region:
+        return dict(found)
+    control: Any = ablation.region
+    return {name: dataclasses.replace(control, reference=one) for name, one in found.items()}
 
 
 def biases_of(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> list[Bias]:
     """Return the biases that replace the parts of an ablation by their means. The model must hold unedited weights."""
     matrices = [matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices]
     sources.prepare(matrices)
-    kept, found = kept_ranks(ablation, matrices, sources), []
+    own, found = resolved_regions(ablation, matrices, sources), []
     for matrix in matrices:
         decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
         operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
-        indices = ablation.positions(decomposition, kept.get(matrix.name))
+        indices = ablation.positions(decomposition, own.get(matrix.name))
         values = bias_of(matrix.read(loaded.model), decomposition, indices, operation)
         found.append(Bias(matrix, values.float()))
     return found
@@ -187,7 +207,7 @@ def ablated(
     by_name = {matrix.name: matrix for matrix in loaded.matrices}
     matrices = [by_name[name] for name in ablation.target.matrices]
     sources.prepare(matrices)
-    kept = kept_ranks(ablation, matrices, sources)
+    own = resolved_regions(ablation, matrices, sources)
     edited: list[_Edited] = []
     branches: list[Branch] = []
     biases: list[Bias] = []
@@ -197,7 +217,7 @@ def ablated(
         for matrix in matrices:
             decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
             operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
-            indices = ablation.positions(decomposition, kept.get(matrix.name))
+            indices = ablation.positions(decomposition, own.get(matrix.name))
             original = matrix.read(loaded.model)
             if edit_mode == "weight":
                 weight, removed = edit(original, decomposition, indices, operation)
@@ -211,7 +231,9 @@ def ablated(
                     branches.append(branch(matrix, original, decomposition, indices, operation))
                     after = branches[-1].effective(original)
                 removed = removal(after, original, decomposition, indices, operation)
-            edited.append(_Edited(removed, decomposition, fraction_interval(indices, min(matrix.shape))))
+            position = int(indices[0]) if len(indices) == 1 and not operation.rest else None
+            interval = fraction_interval(indices, min(matrix.shape))
+            edited.append(_Edited(matrix.name, position, removed, decomposition, interval))
         if biases:
             undo.enter_context(biased(loaded.model, biases))
         if branches:

@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from harness.models.matrices import Matrix
+from harness.models.rotation import ROTATIONS, output_sizes, rotated_operand, rotated_spectrum
 from harness.spectral.ablation import Operation
 from harness.spectral.activations import InputCovariance
 from harness.spectral.decomposition import Decomposition
@@ -111,6 +112,10 @@ class Calibrated(Protocol):
 
     def mean(self, matrix: Matrix) -> Tensor:
         """Return the mean of the inputs of one matrix, float64 [in]."""
+        ...
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """Return the weight [out, in] of one matrix as it is in the model now."""
         ...
 
     def losses(self, matrices: Sequence[Matrix], decompose: Decompose, metric: str) -> Mapping[str, Tensor]:
@@ -208,6 +213,11 @@ def spectrum_of(matrix: Matrix, region: Region, treatment: Treatment, sources: S
     """
     if treatment.of != "weight":
         return sources.require_reference().spectrum(matrix, region, treatment)
+    found = _own_spectrum(matrix, treatment, sources)
+    return rotated_spectrum(found, _seed(region), matrix) if region.kind in ROTATIONS else found
+
+
+def _own_spectrum(matrix: Matrix, treatment: Treatment, sources: Sources) -> Decomposition:
     if treatment.metric == "weight":
         return sources.weights(matrix)
     sources.require_calibrated()
@@ -224,12 +234,34 @@ def operation_of(matrix: Matrix, region: Region, treatment: Treatment, sources: 
     if treatment.of != "weight":
         return sources.require_reference().operation(matrix, region, treatment)
     if treatment.calibration is None:
-        return Operation(treatment.scale)
+        usual = Operation(treatment.scale)
+        return _rotated(usual, matrix, region, treatment, sources) if region.kind in ROTATIONS else usual
     calibrated, to_mean = sources.require_calibrated(), treatment.replace == "mean"
     in_metric = treatment.metric == "activations"
+    if region.kind in ROTATIONS:
+        usual = Operation(treatment.scale, inputs=calibrated.factor(matrix, True if to_mean else None),
+                          centred=treatment.centred, mean=calibrated.mean(matrix), to_mean=to_mean)
+        return _rotated(usual, matrix, region, treatment, sources)
     return Operation(
         treatment.scale, "output" if in_metric else "own",
         # In their own metric the squares of the values are the energies already, but not after a replacement by means.
         inputs=None if in_metric and not to_mean else calibrated.factor(matrix, True if to_mean else None),
         centred=treatment.centred, mean=calibrated.mean(matrix), to_mean=to_mean,
     )
+
+
+def _rotated(
+    usual: Operation, matrix: Matrix, region: Region, treatment: Treatment, sources: Sources
+) -> Operation:
+    """Return the operation of a control in random directions, of which `usual` is that without an operand."""
+    found, sizes = _own_spectrum(matrix, treatment, sources), None
+    if region.kind == "rotated_output":
+        assert usual.inputs is not None  # the settings have required a calibration text
+        weight = sources.require_calibrated().weight(matrix)
+        sizes = output_sizes(found, weight, usual.inputs)
+    operand = rotated_operand(found, _seed(region), matrix, sizes, usual.inputs)
+    return dataclasses.replace(usual, values="other", operand=operand)
+
+
+def _seed(region: Region) -> int:
+    return int(region.seed)  # type: ignore[attr-defined]  # of the controls in ROTATIONS

@@ -181,9 +181,10 @@ def test_the_values_handed_in_are_left_alone():
     ({"region": {"controls": ["lower_bulk"]}}, "region.controls: 'lower_bulk' is wrong; it is matched to the outliers"
      " of region.by=mp"),
     ({"region": {"controls": ["randon"]}}, "region.controls: 'randon' is wrong; use one of random, energy_matched,"
-     " lower_bulk, rotated, swap_values, swap_vectors, reference_matrices, reference_model, none, other_order"),
+     " lower_bulk, rotated, rotated_output, swap_values, swap_vectors, reference_matrices, reference_model, none,"
+     " other_order"),
     ({"region": {"controls": ["random"], "random_seeds": []}}, "region.random_seeds: [] is wrong; the controls that"
-     " draw (random, energy_matched, rotated) need at least one, for example [0]"),
+     " draw (random, energy_matched, rotated, rotated_output) need at least one, for example [0]"),
     ({"region": {"random_seeds": [-1]}}, "region.random_seeds: -1 is wrong; it must be at least 0"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(values, message):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.spectral.regions import Compression, Random, from_plain, select, to_plain
-from harness.spectral.regions.compression import keeping, shared_budget, zero_sum_ranks
+from harness.spectral.regions import Compression, Random, by_loss, from_plain, select, to_plain
+from harness.spectral.regions.compression import keeping, zero_sum_ranks
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (288, 768), (15, 15)])
@@ -59,8 +59,8 @@ def test_a_sensitive_matrix_keeps_more():
 
 def test_a_shared_budget_and_its_controls():
     region = Compression(0.4, "zero_sum")
-    assert shared_budget(region) == region == shared_budget(Random(region, 3)) and not region.rank_only
-    assert shared_budget(Compression(0.4)) is None and shared_budget(Random(Compression(0.4), 3)) is None
+    assert by_loss(region) == region == by_loss(Random(region, 3)) and not region.rank_only
+    assert by_loss(Compression(0.4)) is None and by_loss(Random(Compression(0.4), 3)) is None
     assert (region.label, Compression(0.4).label) == ("compression 0.4 zero_sum", "compression 0.4")
     assert from_plain(to_plain(region)) == region
     with pytest.raises(ValueError, match="depend on all matrices of a target"):

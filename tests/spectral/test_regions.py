@@ -286,11 +286,11 @@ REGIONS = [
     Decile(1), Decile(10), Laser(0.1), Laser(0), Index(0, 16), Index(None, 4), Index(-8, None),
     *(MarchenkoPastur(kind, estimator, margin) for kind in ("above", "inside", "below")
       for estimator, margin in (("gavish_donoho", False), ("bulk_fit", True))),
-    GavishDonoho("above"), GavishDonoho("below"), Component(573), Component(-1), Compression(0.4),
-    Compression(0.4, "zero_sum"),
+    GavishDonoho("above"), GavishDonoho("below"), Component(573), Component(-1), Component(-2, "loss"),
+    Compression(0.4), Compression(0.4, "zero_sum"),
     Nothing(), OtherOrder(), OtherOrder(0.5), Random(small(0.1), 3), Random(Random(Index(0, 4), 1), 2),
     EnergyMatched(bulk(0.2, "energy"), 0), LowerBulk(MarchenkoPastur("above", "usvt", True)),
-    CONTROLS["rotated"](small(0.1), 3),
+    CONTROLS["rotated"](small(0.1), 3), CONTROLS["rotated_output"](Component(2), 3),
     *(CONTROLS[name]() for name in ("swap_values", "swap_vectors", "reference_matrices", "reference_model")),
 ]  # fmt: skip
 
@@ -370,3 +370,23 @@ def test_components_of_both_ends_are_single_values():
     for wrong_ends in (-1, 0):
         with pytest.raises(SettingError, match="ends"):
             ComponentRule(ends=wrong_ends)
+
+
+def test_all_components_and_those_by_a_loss():
+    assert [one.position for one in ComponentRule(all=True).regions([(5, 9), (7, 7)])] == list(range(7))
+    top = ComponentRule(ends=0, top=2).regions()
+    assert [(one.position, one.by_loss) for one in top] == [(0, True), (1, True), (-2, True), (-1, True)]
+    losses = {"a": torch.tensor([0.3, -0.2]), "b": torch.tensor([-0.2, 0.9, 0.1])}
+    shapes = {"a": (2, 4), "b": (3, 3)}
+    chosen = [[(name, picked(region, min(shapes[name]))) for name, region in one.resolved(losses, shapes).items()]
+              for one in top]
+    assert chosen == [[("a", [1]), ("b", [])], [("a", []), ("b", [0])],
+                      [("a", [0]), ("b", [])], [("a", []), ("b", [1])]]
+    with pytest.raises(ValueError, match="component 5 by loss: the matrices have 5 singular values together"):
+        Component(5, "loss").resolved(losses, shapes)
+    with pytest.raises(ValueError, match="depends on all matrices of a target"):
+        select(Component(0, "loss"), torch.ones(3), (3, 3))
+    with pytest.raises(ValueError, match="unknown order 'size' of components"):
+        Component(0, "size")
+    with pytest.raises(SettingError, match="components"):
+        ComponentRule(all=True, components=[3])

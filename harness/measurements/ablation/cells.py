@@ -74,14 +74,16 @@ class Cell:
 
 def expand_ablations(
     targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]],
-    treatment: Treatment = REMOVE,
+    treatment: Treatment = REMOVE, every: bool = False,
 ) -> list[Ablation]:
     """Return all ablations of a study: the baseline, the controls that remove nothing, then those of each target.
 
-    shapes: matrix -> (out, in). treatment: what is done with every region. Raises InputError if a region is empty for
-    one of the matrices, or if it is kept and holds all values.
+    shapes: matrix -> (out, in). treatment: what is done with every region. every: whether the regions are all values of
+    the largest matrix, of which a target has those that one of its matrices has. Raises InputError if a region is
+    otherwise empty for one of the matrices, or if it is kept and holds all values.
     """
-    _check_not_empty(targets, regions, shapes, treatment.keep)
+    if not every:
+        _check_not_empty(targets, regions, shapes, treatment.keep)
     ablations = [Ablation(BASELINE, NO_REGION)]
     if NO_REGION in regions:
         # One control over all edited matrices is enough: it decomposes them, removes nothing and casts them back.
@@ -89,19 +91,25 @@ def expand_ablations(
     if OTHER_ORDER in regions:
         ablations.append(Ablation(UNEDITED, OTHER_ORDER))
     if REFERENCE_MATRICES in regions:
-        every = Target("control", "control", tuple(shapes), 0)
-        ablations.append(Ablation(every, REFERENCE_MATRICES, treatment.removing_nothing()))
+        whole = Target("control", "control", tuple(shapes), 0)
+        ablations.append(Ablation(whole, REFERENCE_MATRICES, treatment.removing_nothing()))
     if REFERENCE_MODEL in regions:
         ablations.append(Ablation(UNEDITED, REFERENCE_MODEL, treatment.removing_nothing()))
     regions = [region for region in regions if region not in OF_NO_TARGET]
     for target in targets:
         distinct = {shapes[name] for name in target.matrices}
-        own = _without_equivalent_controls(regions, *distinct) if len(distinct) == 1 else regions
+        there = [region for region in regions if not every or _anywhere(region, distinct)]
+        own = _without_equivalent_controls(there, *distinct) if len(distinct) == 1 else there
         ablations += [
             Ablation(target, region, treatment.removing_nothing() if region.kind in SWAPS else treatment)
             for region in own
         ]
     return ablations
+
+
+def _anywhere(region: Region, shapes: Iterable[tuple[int, int]]) -> bool:
+    """Return whether a matrix of one of these shapes has values of the region, as far as that is known beforehand."""
+    return not region.rank_only or any(len(select(region, None, shape)) for shape in shapes)
 
 
 def _without_equivalent_controls(regions: Sequence[Region], shape: tuple[int, int]) -> list[Region]:

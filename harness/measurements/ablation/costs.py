@@ -17,7 +17,7 @@ from harness.models.cost import ModelCost, model_cost
 from harness.models.families import skeleton
 from harness.spectral.activations import metric_flops
 from harness.spectral.decomposition import decomposition_flops
-from harness.spectral.regions.compression import shared_budget
+from harness.spectral.regions import by_loss
 
 if TYPE_CHECKING:
     from harness.measurements.ablation.units import Study
@@ -144,7 +144,7 @@ def _calibration(study: Study, cost: ModelCost) -> tuple[float, int]:
     last = max(matrix.block for matrix in edited)
     one_pass = sum(len(one.tokens) * sum(cost.block[: last + 1]) + len(one.tokens) ** 2 / 2 * cost.pair * (last + 1)
                    for one in text.requests)
-    if any(shared_budget(cell.ablation.region) for cell in study.units):  # a forward and a backward pass for the loss
+    if any(by_loss(cell.ablation.region) for cell in study.units):  # a forward and a backward pass for the loss
         one_pass += 3.0 * sum(len(one.tokens) * (sum(cost.block) + cost.head) for one in text.requests)
     shared = study.description.config.get_text_config()
     n_experts = getattr(shared, "num_experts", None) or getattr(shared, "num_local_experts", None) or 1

@@ -24,7 +24,7 @@ from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import frozen_cells, frozen_digests
 from harness.models.biases import require_biases, write_biases
 from harness.models.description import ModelDescription
-from harness.models.editing import Ablation, RealisedAblation, ablated, biases_of, kept_ranks
+from harness.models.editing import Ablation, RealisedAblation, ablated, biases_of, resolved_regions
 from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import LoadedModel, describe_model, load, load_tokenizer, require_head
@@ -119,8 +119,11 @@ def the_ablation(
     a part of a change.
     """
     bare = skeleton(description.config, description.family)
-    targets = expand_targets(settings.target, matrices_of(bare, description.family))
-    regions = [region for region in settings.region.regions() if region.by != "control"]
+    matrices = matrices_of(bare, description.family)
+    targets = expand_targets(settings.target, matrices)
+    touched = {name for target in targets for name in target.matrices}
+    shapes = [matrix.shape for matrix in matrices if matrix.name in touched]
+    regions = [region for region in settings.region.regions(shapes) if region.by != "control"]
     treatment = settings.region.treatment.treatment(text, reference)
     ablations = [Ablation(target, region, treatment) for target in targets for region in regions]
     if len(ablations) != 1:
@@ -215,12 +218,12 @@ def _kept_factors(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> 
         raise InputError("--factored: region.scale leaves a matrix at its full rank; export without --factored")
     edited = [matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices]
     sources.prepare(edited)
-    ranks = kept_ranks(ablation, edited, sources)
+    own = resolved_regions(ablation, edited, sources)
     factors = {}
     rank = kept_most = 0
     for matrix in edited:
         decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
-        indices = others(ablation.positions(decomposition, ranks.get(matrix.name)), min(matrix.shape))
+        indices = others(ablation.positions(decomposition, own.get(matrix.name)), min(matrix.shape))
         weight = matrix.read(loaded.model)
         if factors_are_smaller(matrix, len(indices), weight.dtype):
             left, right = low_rank_factors(weight, decomposition, indices)

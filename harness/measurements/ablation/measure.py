@@ -29,11 +29,11 @@ from harness.measurements.ablation.scorers import SMALLER, Scorers
 from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import Study
 from harness.models.attention import other_attention
-from harness.models.editing import Ablation, RealisedAblation, ablated
+from harness.models.editing import Ablation, RealisedAblation, ablated, loss_changes_of
 from harness.models.identity import module_identity, parameters_digest
 from harness.models.loading import MEMORY, LoadedModel, load, require_head
 from harness.models.memory import is_out_of_memory, release_memory
-from harness.spectral.regions import OtherOrder
+from harness.spectral.regions import OtherOrder, by_loss
 from harness.tables.labels import region_words
 
 
@@ -150,7 +150,11 @@ class CellRun:
             return
         self.describe("calibration")
         try:
-            self.sources.prepare([matrix for matrix in self.loaded.matrices if matrix.name in matrices])
+            edited = [matrix for matrix in self.loaded.matrices if matrix.name in matrices]
+            self.sources.prepare(edited)
+            ranked = next((c.ablation for c in self.study.units if by_loss(c.ablation.region)), None)
+            if ranked is not None:  # one backward pass for all matrices, not one for each target
+                loss_changes_of(ranked, edited, self.sources)
         except InputError:
             raise
         except Exception as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from harness.errors import SettingError, wrong
 from harness.measurements.ablation.treatment_settings import TreatmentSettings
+from harness.models.rotation import ROTATIONS
 from harness.settings.validation import chosen, plain, validated
 from harness.spectral.regions import (
     CONTROLS,
@@ -20,6 +21,7 @@ from harness.spectral.regions import (
     Region,
     RegionRule,
 )
+from harness.spectral.regions.component import ComponentRule
 from harness.spectral.regions.fraction import FractionRule
 
 NO_REGION = Nothing()
@@ -52,20 +54,40 @@ class RegionSettings:
         of_reference = [control for control in self.controls if control in OF_REFERENCE]
         if of_reference and self.treatment.of == "weight":
             raise wrong("controls", of_reference[0], "it needs region.of=change or region.of=reference")
+        self._check_rotations()
         if self.by == "mp" and self.treatment.metric == "activations":
             right = "the law of Marchenko and Pastur is not that of W C^(1/2), whose entries are not independent"
             raise wrong("metric", self.treatment.metric, right)
         if "zero_sum" in getattr(self.rule, "ranks", ()) and self.treatment.calibration is None:
             right = "it needs a text for the loss: calibration=wikitext, or uniform without one"
             raise wrong("ranks", "zero_sum", right)
+        if isinstance(self.rule, ComponentRule) and self.rule.top and self.treatment.calibration is None:
+            right = "it needs a text for the loss: calibration=wikitext, or use region.all or region.ends without one"
+            raise wrong("top", self.rule.top, right)
         if "lower_bulk" in self.controls and self.by != "mp":
             raise wrong("controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
         if self._draws() and not self.random_seeds:
-            right = "the controls that draw (random, energy_matched, rotated) need at least one, for example [0]"
+            drawn = ", ".join(name for name, control in CONTROLS.items() if control.draws)
+            right = f"the controls that draw ({drawn}) need at least one, for example [0]"
             raise wrong("random_seeds", [], right)
         for seed in self.random_seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise wrong("random_seeds", seed, "it must be at least 0")
+
+    def _check_rotations(self) -> None:
+        treatment = self.treatment
+        for control in ROTATIONS:
+            if control not in self.controls:
+                continue
+            if treatment.of == "weight" and treatment.keep:
+                raise wrong("controls", control, "random directions cannot be kept; leave region.keep out")
+            if control == "rotated" and treatment.of == "weight" and treatment.metric == "activations":
+                right = "in the metric of the activations use rotated_output, whose outputs are as large"
+                raise wrong("controls", control, right)
+            if control == "rotated_output" and treatment.of != "weight":
+                raise wrong("controls", control, "outputs are those of a weight; use rotated for a change")
+            if control == "rotated_output" and treatment.calibration is None:
+                raise wrong("controls", control, "it needs a text for the outputs: calibration=wikitext")
 
     def _draws(self) -> bool:
         return any(CONTROLS[control].draws for control in self.controls)
@@ -79,13 +101,17 @@ class RegionSettings:
         """Yield an error if there are seeds that no control reads, and those of the treatment."""
         yield from self.treatment.unread()
         if self.random_seeds != [0] and not self._draws():
-            right = ("only the controls random, energy_matched and rotated read it; region.controls is"
+            right = ("only the controls random, energy_matched, rotated and rotated_output read it; region.controls is"
                      f" [{', '.join(self.controls)}]")
             yield wrong("random_seeds", self.random_seeds, right)
 
-    def regions(self) -> list[Region]:
-        """Return the regions of a study without duplicates, with the controls last."""
-        regions = list(self.rule.regions())
+    def regions(self, shapes: Iterable[tuple[int, int]] = ()) -> list[Region]:
+        """Return the regions of a study without duplicates, with the controls last.
+
+        shapes: (out, in) of the matrices of its targets, which only components need that are all of a matrix.
+        """
+        rule = self.rule
+        regions: list[Region] = list(rule.regions(shapes) if isinstance(rule, ComponentRule) else rule.regions())
         controls = [made for name, control in CONTROLS.items() if name in self.controls
                     for made in control.of(regions, self.random_seeds)]
         # What the norms, the embeddings and the head contribute is a row of every study of a change.

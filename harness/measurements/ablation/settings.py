@@ -10,6 +10,7 @@ from harness.engine.settings import ClusterSettings
 from harness.errors import SettingError, wrong
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements.ablation.region_settings import RegionSettings, read_region, region_keys
+from harness.models.rotation import ROTATIONS
 from harness.models.settings import ModelSettings, ReferenceSettings
 from harness.models.targets import TargetSettings
 from harness.settings.constraints import ReadBy, at_least
@@ -45,6 +46,9 @@ class StudySettings:
             raise SettingError("reference.name", f"must be set, because region.of={of} is about the change from it")
         if of != "weight" and self.runtime.edit == "branch":
             raise wrong("runtime.edit", "branch", f"region.of={of} edits the weights; use weight")
+        drawn = [control for control in ROTATIONS if control in self.region.controls]
+        if drawn and self.runtime.edit == "branch":
+            raise wrong("runtime.edit", "branch", f"the control {drawn[0]} edits the weights; use weight")
 
     def unread(self) -> Iterator[SettingError]:
         """Yield an error if there is a reference that no region is about."""

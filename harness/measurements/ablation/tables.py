@@ -65,6 +65,7 @@ METRICS = (
     Column("calibration", "string", "JSON: the text over which the inputs of the matrices were measured."),
     Column("n_removed", "int64", "Number of removed singular values, summed over the matrices."),
     Column("n_values", "int64", "Number of all singular values, summed over the matrices."),
+    Column("component", "string", "The one value that is removed, as `28.up_proj:573` (0 = the largest); else null."),
     Column("energy_removed", "float64", "Removed share of the squared Frobenius norm of all matrices together."),
     Column("norm_removed", "float64", "Frobenius norm of the change of all matrices together, before rounding."),
     Column(

@@ -40,8 +40,7 @@ from harness.models.matrices import Matrix
 from harness.models.reference import Reference, describe_reference
 from harness.models.targets import BASELINE, UNEDITED, Target, expand_targets
 from harness.models.treatment import Treatment
-from harness.spectral.regions import Region, from_plain, to_plain
-from harness.spectral.regions.compression import shared_budget
+from harness.spectral.regions import Region, by_loss, from_plain, to_plain
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 
 
@@ -179,8 +178,9 @@ def plan(settings: StudySettings) -> Study:
     Raises InputError if the model, the data or the settings do not fit each other.
     """
     study = _from_settings(settings, prepare(settings))
-    if any(shared_budget(cell.ablation.region) for cell in study.units) and study.description.family.kind != "causal":
-        raise InputError("region.ranks: zero_sum works for causal language models only; use uniform")
+    if any(by_loss(cell.ablation.region) for cell in study.units) and study.description.family.kind != "causal":
+        key, other = ("top", "all or ends") if settings.region.by == "component" else ("ranks", "uniform")
+        raise InputError(f"region.{key}: the loss of a text is that of a causal language model only; use {other}")
     branch, to_mean = settings.runtime.edit == "branch", settings.region.treatment.replace == "mean"
     if branch or to_mean:
         touched = {name for cell in study.units for name in cell.ablation.target.matrices}
@@ -291,7 +291,8 @@ def build(
     treatment = settings.region.treatment.treatment(prepared.calibration, prepared.reference)
     if prepared.reference is not None and not prepared.reference.same_parameters:
         regions = [region for region in regions if region != REFERENCE_MODEL]
-    ablations = expand_ablations(targets, regions, shapes, treatment)
+    every = bool(getattr(settings.region.rule, "all", False))
+    ablations = expand_ablations(targets, regions, shapes, treatment, every)
     digests = distinct_digests(prepared.tasks)
     ids = cell_ids(numeric_settings(settings, prepared.description), ablations, digests.values())
     cells = tuple(Cell(next(ids), ablation, name) for ablation in ablations for name in digests)
@@ -303,4 +304,6 @@ def build(
 
 def _from_settings(settings: StudySettings, prepared: Prepared, folder: Path | None = None) -> Study:
     targets = expand_targets(settings.target, prepared.matrices)
-    return build(settings, prepared, targets, settings.region.regions(), folder)
+    touched = {name for target in targets for name in target.matrices}
+    shapes = [matrix.shape for matrix in prepared.matrices if matrix.name in touched]
+    return build(settings, prepared, targets, settings.region.regions(shapes), folder)

@@ -219,8 +219,8 @@ def _with_ablations(
     ablations = []
     if settings.region is not None:
         treatment = settings.region.treatment.treatment(None)
-        regions = [region for region in settings.region.regions() if region.kind not in NO_ABLATION]
         shapes = {matrix.name: matrix.shape for matrix in matrices}
+        regions = [region for region in settings.region.regions(shapes.values()) if region.kind not in NO_ABLATION]
         for target in expand_targets(settings.target, matrices):
             for region in regions:
                 for name in target.matrices:

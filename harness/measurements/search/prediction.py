@@ -20,7 +20,7 @@ from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.units import Study
 from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.verdict import grid_rows
-from harness.models.editing import Ablation, kept_ranks
+from harness.models.editing import Ablation, resolved_regions
 from harness.models.loading import LoadedModel, load
 from harness.models.matrices import Matrix
 from harness.models.treatment import Decompose, spectrum_of
@@ -58,8 +58,8 @@ def predict(grid: Study, examples: Study, metrics: Sequence[str]) -> list[dict[s
             better = 1 if blank_measure(task)[metric].higher_is_better else -1
             for ablation in ablations:
                 names = ablation.target.matrices
-                kept = kept_ranks(ablation, [by_name[m] for m in names], sources)
-                removed = {m: ablation.positions(decompose(by_name[m]), kept.get(m)) for m in names}
+                own = resolved_regions(ablation, [by_name[m] for m in names], sources)
+                removed = {m: ablation.positions(decompose(by_name[m]), own.get(m)) for m in names}
                 whole = math.fsum(found.predicted_delta(m, indices) for m, indices in removed.items())
                 delta = whole if treatment.scale == 0 else (1 - treatment.scale) * whole
                 rows.append({

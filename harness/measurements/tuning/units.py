@@ -97,9 +97,10 @@ def plan(settings: TuneSettings) -> TunePlan:
     tasks = prepare_tasks(settings.tasks, context)
     examples = _examples(settings, trained, context)
     shapes = {matrix.name: matrix.shape for matrix in matrices}
-    regions = [region for region in settings.region.regions() if region not in (NO_REGION, OTHER_ORDER)]
+    regions = [region for region in settings.region.regions(shapes.values()) if region not in (NO_REGION, OTHER_ORDER)]
     treatment = settings.region.treatment.treatment(None)
-    ablations = expand_ablations(expand_targets(settings.target, matrices), regions, shapes, treatment)
+    every = bool(getattr(settings.region.rule, "all", False))
+    ablations = expand_ablations(expand_targets(settings.target, matrices), regions, shapes, treatment, every)
     base = {
         "version": NUMBERS_VERSION, "model": description.identity, "trained": trained,
         "attn_implementation": settings.model.attn_implementation, "examples": _digest(examples),

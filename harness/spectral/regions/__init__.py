@@ -24,6 +24,7 @@ from harness.spectral.regions.controls import (
     ReferenceMatrices,
     ReferenceModel,
     Rotated,
+    RotatedOutput,
     SwapValues,
     SwapVectors,
 )
@@ -34,7 +35,7 @@ from harness.spectral.regions.gavish_donoho import GavishDonoho
 from harness.spectral.regions.index import Index
 from harness.spectral.regions.laser import Laser
 from harness.spectral.regions.marchenko_pastur import MarchenkoPastur
-from harness.spectral.regions.region import Region, fraction_interval, select
+from harness.spectral.regions.region import Region, by_loss, fraction_interval, select
 from harness.spectral.regions.rules import RULES, RegionRule, from_plain, to_plain
 
 
@@ -97,9 +98,11 @@ __all__ = [
     "Region",
     "RegionRule",
     "Rotated",
+    "RotatedOutput",
     "SwapValues",
     "SwapVectors",
     "bulk",
+    "by_loss",
     "fraction_interval",
     "from_plain",
     "interval",

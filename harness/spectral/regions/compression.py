@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.errors import wrong
 from harness.spectral.regions.index import Index
-from harness.spectral.regions.region import Region, stretch
+from harness.spectral.regions.region import stretch
 from harness.spectral.regions.sizes import short
 
 RANKS = ("uniform", "zero_sum")
@@ -53,21 +53,24 @@ class Compression:
 
     @property
     def rank_only(self) -> bool:
-        return self.ranks == "uniform"
+        return not self.by_loss
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether the ranks depend on the changes of a loss, see `resolved`."""
+        return self.ranks == "zero_sum"
+
+    def resolved(self, losses: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Index]:
+        """Return the region of each matrix, of which so many values are kept as `zero_sum_ranks` says."""
+        return {name: keeping(kept) for name, kept in zero_sum_ranks(losses, shapes, self.ratio).items()}
 
     def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """Return the positions of a matrix. Raises ValueError for zero_sum, whose ranks depend on other matrices."""
-        if self.ranks != "uniform":
+        if self.by_loss:
             raise ValueError(f"the ranks of {self.label!r} depend on all matrices of a target")
         out, width = shape
         # With the 1e-9, 0.6 of 100 is 60 in spite of rounding.
         return stretch(math.floor((1 - self.ratio) * out * width / (out + width) + 1e-9), min(shape))
-
-
-def shared_budget(region: Region) -> Compression | None:
-    """Return the region itself, or the reference of a control, if its ranks depend on all matrices of a target."""
-    region = getattr(region, "reference", None) or region
-    return region if isinstance(region, Compression) and region.ranks == "zero_sum" else None
 
 
 def keeping(kept: int) -> Index:

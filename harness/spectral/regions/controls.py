@@ -165,8 +165,9 @@ class LowerBulk:
 class Rotated:
     """The reference's positions, with random directions in the place of those of the spectrum.
 
-    Of a change these are random directions of both sides with its singular values; of the reference's directions they
-    are as many random ones. The draw depends on the seed and on the matrix, and not on the region.
+    Of a weight or of a change these are random directions of both sides with its singular values: a part with them is
+    subtracted. Of the reference's directions they are as many random ones. The draw depends on the seed and on the
+    matrix, and not on the region.
     """
 
     reference: Region
@@ -190,6 +191,20 @@ class Rotated:
 
     def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
         return select(self.reference, sigma, shape)
+
+
+@dataclass(frozen=True)
+class RotatedOutput(Rotated):
+    """As `Rotated`, for weights alone: random directions whose outputs have the mean squares of those of the spectrum.
+
+    The outputs are those over the calibration text. The singular values of the part are chosen so.
+    """
+
+    kind: ClassVar[str] = "rotated_output"
+
+    @property
+    def label(self) -> str:
+        return f"rotated_output ({self.reference.label}) seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -242,12 +257,13 @@ class ReferenceModel(_Whole):
 
 
 # Controls that need the matrices of a reference model.
-OF_REFERENCE = ("rotated", "swap_values", "swap_vectors", "reference_matrices", "reference_model")
+OF_REFERENCE = ("swap_values", "swap_vectors", "reference_matrices", "reference_model")
 # Name in region.controls -> its class. A study measures them after its regions, in this order.
 CONTROLS: dict[str, Any] = {
     "random": Random, "energy_matched": EnergyMatched, "lower_bulk": LowerBulk, "rotated": Rotated,
-    "swap_values": SwapValues, "swap_vectors": SwapVectors, "reference_matrices": ReferenceMatrices,
-    "reference_model": ReferenceModel, "none": Nothing, "other_order": OtherOrder,
+    "rotated_output": RotatedOutput, "swap_values": SwapValues, "swap_vectors": SwapVectors,
+    "reference_matrices": ReferenceMatrices, "reference_model": ReferenceModel, "none": Nothing,
+    "other_order": OtherOrder,
 }  # fmt: skip
 
 

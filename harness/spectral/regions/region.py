@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +42,31 @@ class Region(Protocol):
         `rank_only`.
         """
         ...
+
+
+@runtime_checkable
+class ByLoss(Protocol):
+    """A region whose positions may depend on the first-order changes of a loss in all matrices of a target.
+
+    by_loss: whether they do. `positions` then raises ValueError, and `resolved` tells the region of each matrix.
+    """
+
+    @property
+    def by_loss(self) -> bool: ...
+
+    def resolved(self, losses: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Region]:
+        """Return the region of each matrix by its name.
+
+        losses: matrix -> the first-order change of the loss if each of its values is removed, float64 [r]. shapes:
+        matrix -> (out, in).
+        """
+        ...
+
+
+def by_loss(region: Region) -> ByLoss | None:
+    """Return the region itself, or the reference of a control, if its positions depend on the changes of a loss."""
+    region = getattr(region, "reference", None) or region
+    return region if isinstance(region, ByLoss) and region.by_loss else None
 
 
 def select(region: Region, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:

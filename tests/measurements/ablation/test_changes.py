@@ -267,6 +267,6 @@ def test_bad_settings_are_one_line(base, tuned, text, tmp_path, capsys):
     assert refused("region.of=change", without="reference").startswith("reference.name: must be set, because region.of")
     assert refused("region=decile").startswith(f"reference.name: '{base}' is wrong; only region.of=change")
     assert refused("region=change", "runtime.edit=branch").startswith("runtime.edit: 'branch' is wrong")
-    assert refused("region=decile", "region.controls=[rotated]").startswith("region.controls: 'rotated' is wrong; it")
+    assert refused("region=decile", "region.controls=[swap_values]").startswith("region.controls: 'swap_values' is")
     assert refused("region=change", "region.metric=activations").startswith("region.of: 'change' is wrong; a change is")
     assert refused("region=change", "region.of=weights").startswith("region.of: 'weights' is wrong; did you mean")
