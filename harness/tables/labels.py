@@ -14,6 +14,7 @@ _OF_REGION = {
     "random": "random, same count as {}", "random outside": "random outside {}, same count",
     "energy_matched": "random, same energy as {}", "energy_matched outside": "random outside {}, same energy",
     "lower_bulk": "lower bulk, same count as {}", "rotated": "random directions in place of {}",
+    "rotated_output": "random directions with outputs as large as those of {}",
 }  # fmt: skip
 _WHOLE = {"none": "nothing removed", "other order": "other order of additions"}
 _SIZED = {"large": "top", "bulk": "middle", "small": "bottom"}
@@ -108,7 +109,9 @@ def _region(name: str, removal: bool) -> str:
     if kind == "index":
         return _positions(*size.partition(":")[::2], removal)
     if kind == "component" and re.fullmatch(r"-?\d+", size):
-        return _one_value(int(size))
+        return _one_value(int(size), ("largest", "smallest"))
+    if kind == "component" and (found := re.fullmatch(r"(-?\d+) by loss", size)):
+        return _one_value(int(found[1]), ("best predicted", "worst predicted"))
     if found := re.fullmatch(r"compression ([-.\de]+)( zero_sum)?", name):
         return f"{percent(float(found[1]))} % fewer parameters" + ", shared budget" * bool(found[2])
     if found := re.fullmatch(r"mp (above|inside|below) (\w+?)( tracy_widom)?", name):
@@ -145,8 +148,8 @@ def _values(which: str, n: int) -> str:
     return f"{which} value" if n == 1 else f"{which} {n} values"
 
 
-def _one_value(position: int) -> str:
-    which, place = ("largest", position + 1) if position >= 0 else ("smallest", -position)
+def _one_value(position: int, ends: tuple[str, str]) -> str:
+    which, place = (ends[0], position + 1) if position >= 0 else (ends[1], -position)
     if place == 1:
         return f"{which} value alone"
     ending = "th" if place % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")

@@ -32,6 +32,8 @@ WORDS = {
     "largest value alone": regions.Component(0),
     "3rd largest value alone": regions.Component(2),
     "12th smallest value alone": regions.Component(-12),
+    "2nd best predicted value alone": regions.Component(1, "loss"),
+    "worst predicted value alone": regions.Component(-1, "loss"),
     "20 % fewer parameters": regions.Compression(0.2),
     "20 % fewer parameters, shared budget": regions.Compression(0.2, "zero_sum"),
     "above the Marchenko-Pastur bulk": regions.MarchenkoPastur("above"),
@@ -48,6 +50,8 @@ WORDS = {
     "random outside top 10 %, same energy": EnergyMatched(TOP, 0, disjoint=True),
     "lower bulk, same count as above the Marchenko-Pastur bulk": LowerBulk(regions.MarchenkoPastur("above")),
     "random directions in place of decile 3 (20-30 %)": Rotated(regions.Decile(3), 0),
+    "random directions with outputs as large as those of largest value alone": regions.RotatedOutput(
+        regions.Component(0), 0),
 }  # fmt: skip
 
 
