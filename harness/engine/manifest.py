@@ -85,6 +85,13 @@ def checksum_of(content: Mapping[str, Any]) -> str:
     return digest(canonical(json.loads(json.dumps(sealed, default=str))))
 
 
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run with dotted names, without those that are null; none without a manifest."""
+    content = load_manifest(folder)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    return {key: value for key, value in _flat(settings or {}) if value is not None and value != []}
+
+
 def freeze(measurement: Measurement, plan: Plan) -> None:
     """Write the manifest atomically, or check that the folder already holds this very run.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SERIES_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 DPI = 120
+LOG_SPAN = 30  # colours are logarithmic if the largest delta is more than so many times the median
 NO_FIGURES = "no figures: they need matplotlib, pip install 'spectral-ablation-harness[plots]'"
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from harness.files import write_json
+from harness.measurements.ablation import effects
 from harness.measurements.ablation.summary import MeasuredMetric, ranks_in_task
 from harness.tables import drawing, labels, text
 
@@ -20,7 +21,7 @@ FIRST_DECILE = "decile 1 is the largest tenth; arXiv 2410.17770 counts from the 
 RECORD = "figures.json"
 # All that figures read of a cell. They get no other column, so that what changes a figure changes its digest.
 COLUMNS = ["target", "target_kind", "block", "layer_type", "region", "region_by", "region_kind", "fraction_start",
-           "fraction_stop", "value", "stderr", "delta"]
+           "fraction_stop", "q_value", "model", "gguf_file", *effects.COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,20 @@ def clear(out: Path) -> Gallery:
 
 
 def _drawn(one: MeasuredMetric, out: Path, heat: bool) -> list[tuple[str, str]]:
-    from harness.measurements.ablation.figures import heat_map_figure, region_figure
+    from harness.measurements.ablation.figures import heat_map_figure, measured_on, region_figure
 
     of_columns = replace(one, cells=one.cells[COLUMNS])
     stem = text.file_stem(one.task, one.metric)
     tenths = f" ({FIRST_DECILE})" if (one.cells["region_by"] == "decile").any() else ""
     region_figure(of_columns, out / f"{stem}-regions.png")
-    figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region{tenths}")]
+    about = f"{measured_on(one)}{tenths}"
+    figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region; bars are 95 % intervals"
+                f" of the change, paired over the same examples; {about}")]
     if heat:
         shown = heat_map_figure(of_columns, out / f"{stem}-blocks.png")
         figures.append(
-            (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type: {_words(shown)}{tenths}")
+            (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type; stars mark q < {effects.LEVEL}:"
+                                   f" {_words(shown)}; {about}")
         )
     return figures
 
@@ -109,11 +113,12 @@ def _digest(one: MeasuredMetric) -> str:
     """Return a digest of everything that the figures of a metric show, and of the code that draws them."""
     import pandas
 
-    value = None if one.baseline is None else str(one.baseline["value"])
+    value = None if one.baseline is None else [str(one.baseline[name]) for name in ("value", "n", "protocol")]
     whole = hashlib.sha256(repr((one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
     whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
     here = Path(__file__)
-    ours, shared = (here, here.with_name("figures.py"), here.with_name("summary.py")), (drawing, labels, text)
+    ours = [here, *(here.with_name(f"{name}.py") for name in ("figures", "effects", "summary"))]
+    shared = (drawing, labels, text)
     for source in (*ours, *(Path(str(module.__file__)) for module in shared)):
         whole.update(source.read_bytes())
     whole.update(version("matplotlib").encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from harness.measurements.ablation.region_settings import REFERENCE_MODEL
 from harness.measurements.ablation.rows import RowMaker
 from harness.measurements.ablation.scorers import SMALLER, Scorers
 from harness.measurements.ablation.sources import sources_of
+from harness.measurements.ablation.texts import write_texts
 from harness.measurements.ablation.units import Study
 from harness.models.attention import other_attention
 from harness.models.editing import Ablation, RealisedAblation, ablated, loss_changes_of
@@ -95,6 +96,10 @@ def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[M
     if loaded.description.source == MEMORY and loaded.description.identity not in ({}, module_identity(loaded.model)):
         raise InputError("model: its weights have changed since the study was planned; plan it again")
     as_loaded = parameters_digest(loaded.model)
+    if study.settings.runtime.examples and context.division.rank == 0 and (study.folder / MANIFEST).is_file():
+        # The texts are for readers of the report alone: what cannot be decoded or written must cost no number.
+        with suppress(Exception):
+            write_texts(study.folder, study.id, study.tasks, study.prepared.tokenizer)
     run = CellRun(study, context, {cell.task for cell in cells})
     yield from run.baselines({cell.id for cell in cells if cell.is_baseline})
     run.calibrate({name for cell in cells for name in cell.ablation.target.matrices})

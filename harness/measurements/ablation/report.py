@@ -14,6 +14,7 @@ from harness.errors import InputError, printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation import gallery
 from harness.measurements.ablation.damage import per_removed, tables
+from harness.measurements.ablation.page import write_study_page
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
     by_target_and_region,
@@ -86,8 +87,9 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print, fi
     _write_csv(metrics, found, out / "metrics.csv")
     shown = gallery.draw(found, len(metrics), out) if figures else gallery.clear(out)
     write_text(out / "report.md", _markdown(metrics, found, problems, shown, folder))
+    write_study_page(folder, metrics, found, problems)
     write(terminal_summary(metrics, problems, found=found))
-    write(f"\n{out / 'report.md'}, metrics.csv and {count(shown.n_figures, 'figure')}")
+    write(f"\n{out / 'index.html'}, report.md, metrics.csv and {count(shown.n_figures, 'figure')}")
     return out / "report.md"
 
 

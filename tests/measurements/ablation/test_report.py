@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from harness.measurements.ablation import figures as figures_module
 from harness.measurements.ablation import report as report_module
 from harness.measurements.ablation import summary
-from harness.measurements.ablation.figures import MAX_PANELS, heat_map_figure, region_figure
+from harness.measurements.ablation.figures import MAX_PANELS, heat_map_figure, joined, region_figure
 from harness.measurements.ablation.gallery import MAX_FIGURES, RECORD
 from harness.measurements.ablation.report import report, terminal_summary
 from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
@@ -133,7 +133,7 @@ def test_report_files(tmp_path):
     assert csv[csv.target_kind != "matrix"].q_value.isna().all() and (csv.q_value > csv.p_value).any()
     # a second report replaces the first, figures that are no longer drawn included
     run_report(tmp_path, figures=False)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.csv", "report.md"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["index.html", "metrics.csv", "report.md"]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 500])
@@ -364,7 +364,7 @@ def test_region_figure(drawn, shape):
         assert not overlaps(axes.get_yticklabels(), figure), shape
         box = axes.get_tightbbox(figure.canvas.get_renderer())
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1, "cut off"
-    start = 0.6 if cells["higher_is_better"].iloc[0] else 20.0
+    start = 0.0 if cells["higher_is_better"].iloc[0] else 1.0
     dashed = [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     assert [set(line.get_ydata()) for line in dashed] == [{start}], "the baseline"
     for legend in figure.legends:
@@ -375,17 +375,38 @@ def test_region_figure(drawn, shape):
     assert figure.legends
 
 
-def test_region_figure_shows_each_value_and_error(drawn):
-    rows = SHAPES["types"]
+@pytest.mark.parametrize("higher", [True, False])
+def test_region_figure_shows_each_effect_and_its_paired_interval(drawn, higher):
+    metric = "accuracy" if higher else "token_perplexity"
+    rows = study_rows(targets("type", 1), deciles(), ((metric, higher),))
     axes = drawn(region_figure, rows).axes[0]
+    assert "paired 95 % intervals" in axes.figure.get_suptitle() and "64 examples" in axes.figure.get_suptitle()
     for name in ("q_proj", "down_proj"):
         line = next(line for line in axes.lines if line.get_label() == name)
         wanted = [row for row in rows if row["layer_type"] == name]
-        assert np.allclose(line.get_ydata(), [row["value"] for row in wanted])
+        effect = [row["delta"] if higher else row["value"] / row["baseline"] for row in wanted]
+        assert np.allclose(line.get_ydata(), effect)
         bars = [segment for c in axes.collections for segment in c.get_segments() if len(segment) == 2]
-        for row in wanted:
-            ends = (row["value"] - row["stderr"], row["value"] + row["stderr"])
+        for row, middle in zip(wanted, effect):
+            if higher:
+                half = scipy.stats.t.ppf(0.975, row["n"] - 1) * row["delta_stderr"]
+                ends = middle - half, middle + half
+            else:
+                statistic = -scipy.stats.t.ppf(row["p_value"] / 2, row["n"] - 1)
+                half = scipy.stats.t.ppf(0.975, row["n"] - 1) * abs(np.log(middle)) / statistic
+                ends = middle * np.exp(-half), middle * np.exp(half)
             assert any(np.allclose(segment[:, 1], ends) for segment in bars)
+
+
+def test_lines_join_only_regions_in_an_order():
+    def groups(regions):
+        cells = frame(study_rows(targets("type", 1, ("q_proj",)), regions))
+        return joined(cells, region_order(measured(cells)[0].cells))
+
+    assert groups(deciles()) == [[region["region"] for region in deciles()]]
+    assert groups(sized((0.1,))) == []  # large, bulk, small and the controls
+    assert groups(sized((0.1, 0.2))) == [[f"{kind} {size}" for size in sizes] for kind, sizes in (
+        ("large", (0.1, 0.2)), ("bulk", (0.1, 0.2)), ("small", (0.2, 0.1)))]
 
 
 def test_exploding_perplexity_is_drawn_on_a_log_axis(drawn):

@@ -1,0 +1,281 @@
+"""The page of a study, report/index.html: effects as charts, a table of all cells, and the examples that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.engine.manifest import settings_of
+from harness.measurements.ablation.effects import LEVEL, Effects, effects
+from harness.measurements.ablation.figures import by_series, joined, measured_on, tick
+from harness.measurements.ablation.summary import (
+    MeasuredMetric,
+    by_target_and_region,
+    headline,
+    is_baseline,
+    origin,
+    ranked,
+    region_order,
+    target_order,
+)
+from harness.measurements.ablation.tables import METRICS, read_examples
+from harness.measurements.ablation.texts import read_texts
+from harness.tables.charts import Axes, Grid, Points, heat_map, interval_points
+from harness.tables.frames import rows_of
+from harness.tables.labels import region_words
+from harness.tables.page import Chart, Example, Page, PageTable, Section, View, frame_table, write_page
+from harness.tables.text import count, is_missing, layer_key, p_text, plus_minus, signed
+
+if TYPE_CHECKING:
+    import pandas
+
+MOST_EXAMPLES = 8  # that are shown of one cell
+# Of so many cells, and within so many rows of the table of examples, the page has the examples; others have none.
+CELLS_WITH_EXAMPLES, ROWS_OF_EXAMPLES = 400, 400_000
+MOST_VIEWS = 64
+BARS = "Bars are 95 % intervals of the change, paired over the same examples."
+SCORES = ("without ablation", "with ablation", "change")
+SHOWN = ("task", "target", "region", "value", "delta", "ratio", "low", "high", "p", "q", "energy removed")
+HELP = {"ratio": "The metric of the ablated model over that of the unablated model.",
+        "low": "Lower end of the paired 95 % interval of the delta, or of the ratio of a perplexity.",
+        "high": "Upper end of this interval.", "delta": "The value minus that of the unablated model.",
+        "p": "Two-sided p-value of this cell alone.",
+        "q": "p adjusted for all ablations of the task and metric (Benjamini-Hochberg).",
+        "energy removed": "Removed share of the squared Frobenius norm."}  # fmt: skip
+RENAMED = {"cell_id": "cell id", "p_value": "p", "q_value": "q", "energy_removed": "energy removed",
+           "delta_stderr": "stderr of delta"}  # fmt: skip
+DETAILS = ("task", "metric", "target", "region", "value", "stderr", "baseline", "delta", "delta_stderr", "p_value",
+           "q_value", "n", "n_available", "energy_removed", "norm_removed", "n_removed", "n_values",
+           "fraction_start", "fraction_stop", "output_energy_removed", "realised_removal", "svd_method", "seconds",
+           "cell_id")  # fmt: skip
+VERSIONS = ("study_id", "model", "model_digest", "model_type", "dtype", "device", "edit", "harness_version",
+            "git_commit", "torch_version", "transformers_version", "python_version", "hostname",
+            "started_at")  # fmt: skip
+
+
+def write_study_page(
+    folder: Path, metrics: pandas.DataFrame, found: Sequence[MeasuredMetric], problems: Sequence[str]
+) -> Path:
+    """Write report/index.html of a study, and return its path.
+
+    metrics: as `read_metrics` returns. found: `measured(metrics)`. problems: lines that a reader must see.
+    """
+    primary = [one for one in found if one.primary and len(one.cells)]
+    table = _table(folder, found, primary)
+    sections = [_section(one, table, effects(one)) for one in primary]
+    if table is not None:
+        sections.append(Section("All cells", [
+            "Click on + for all that is known of a cell, and for the examples that it changed most. Filters of numbers"
+            " are such as <0.05, >=2 or 1..2."], (), [table]))
+    failed = metrics[metrics["status"] == "error"].drop_duplicates("cell_id")
+    failures = [(f"{row.task}, {row.target}, {region_words(row.region)} ({row.cell_id})", row.error or "unknown")
+                for row in rows_of(failed)]
+    sentence = "\n".join(headline_of(one) for one in primary) or headline(metrics) + "."
+    page = Page(headline(metrics), sentence, sections, origin(metrics), problems, _settings(folder, metrics), failures)
+    write_page(page, folder / "report" / "index.html")
+    return folder / "report" / "index.html"
+
+
+def headline_of(one: MeasuredMetric) -> str:
+    """Return what a study found for one metric, in one or two sentences."""
+    cells = one.cells[one.cells["region_kind"] != "none"]
+    start = f"{one.task}: "
+    if one.baseline is not None:
+        start += f"{one.metric} is {plus_minus(one.baseline['value'], one.baseline['stderr'])} without ablation; "
+    sure = cells[cells["q_value"] < LEVEL]
+    better = (sure["delta"] > 0) == one.higher_is_better
+    said = (f"of {count(len(cells), 'ablation')}, {int((~better).sum())} make it worse and {int(better.sum())} better"
+            f" (q below {LEVEL}).")
+    if cells["delta"].isna().all():
+        return f"{start}{count(len(cells), 'ablation')}."
+    most = cells.iloc[int(cells["delta"].abs().fillna(-1).argmax())]
+    return (f"{start}{said} The largest change: {most['target']}, {region_words(most['region'])},"
+            f" {signed(most['delta'], most['delta_stderr'])} (q {p_text(most['q_value'])}).")
+
+
+def _section(one: MeasuredMetric, table: PageTable | None, found: Effects) -> Section:
+    cells = one.cells.join(found.rows)
+    cells = cells[cells["effect"].notna()]
+    better = "higher" if one.higher_is_better else "lower"
+    sentences = [f"{note[0].upper()}{note[1:]}." for note in (one.note, one.floor_note) if note]
+    order = ranked(one)
+    if len(order) and order["delta"].notna().any():
+        sentences += [f"Best: {_listed(one, order.head(3))}.", f"Worst: {_listed(one, order.tail(3)[::-1])}."]
+    charts = []
+    if table is not None and len(cells):
+        rows = {cell: row for row, cell in enumerate(table.values[[c.name for c in table.columns].index("cell id")])}
+        for kind in dict.fromkeys(cells["target_kind"]):
+            of_kind = cells[cells["target_kind"] == kind]
+            charts += _charts(_Drawn(one, found, of_kind, rows, table))
+    return Section(f"{one.task}: {one.metric} ({better} is better)", sentences, charts)
+
+
+class _Drawn:
+    """What all charts of one metric and kind of target share, and the texts under them."""
+
+    def __init__(
+        self, one: MeasuredMetric, found: Effects, cells: pandas.DataFrame, rows: dict[str, int], table: PageTable
+    ) -> None:
+        self.one, self.found, self.cells, self.rows, self.table = one, found, cells, rows, table
+        self.name = f"{one.metric} / baseline" if found.ratio else f"change of {one.metric}"
+        self.about = f"{measured_on(one)}."
+        wide = cells["effect"].max() > 4 * max(cells["effect"].min(), 1e-9)
+        self.log = found.ratio and bool(wide)
+
+    def row_of(self, cell: Any) -> int | None:
+        return self.rows.get(cell.cell_id)
+
+
+def _charts(drawn: _Drawn) -> list[Chart]:
+    cells = drawn.cells
+    if cells["block"].notna().all() and cells["layer_type"].notna().all() and cells["block"].nunique() > 1:
+        blocks = sorted({int(block) for block in cells["block"]})
+        curves = [_curves(drawn, cells[cells["block"] == block], f"block {block}") for block in blocks[:MOST_VIEWS]]
+        chart = Chart("Change against the removed region, block by block", f"{drawn.about} {BARS} Lines join regions"
+                      " that are in an order.", curves, "block", drawn.table)
+        return [_block_maps(drawn), chart]
+    return [Chart("Change against the removed region", f"{drawn.about} {BARS} Lines join regions that are in an order;"
+                  " controls are the last.", [_curves(drawn, cells, "all")], "view", drawn.table),
+            *([_region_map(drawn)] if cells["target"].nunique() > 1 else [])]
+
+
+def _curves(drawn: _Drawn, cells: pandas.DataFrame, label: str) -> View:
+    regions = region_order(cells)
+    place = {region: i for i, region in enumerate(regions)}
+    named, series = by_series(cells), []
+    for i, (name, rows) in enumerate(named):
+        rows = rows.assign(_place=rows["region"].map(place)).sort_values("_place", kind="stable")
+        shift = 0.7 * ((i + 0.5) / len(named) - 0.5)
+        listed = rows["region"].tolist()
+        lines = [(listed.index(group[0]), listed.index(group[-1])) for group in joined(rows, listed)]
+        series.append(Points(
+            name, (rows["_place"] + shift).tolist(), rows["effect"].tolist(), rows["low"].tolist(),
+            rows["high"].tolist(), [drawn.row_of(row) for row in rows_of(rows)], lines,
+        ))  # fmt: skip
+    ticks = [tick(region, cells) for region in regions]
+    x = "removed part of the spectrum (0 = largest singular value)"
+    axes = Axes(x, drawn.name, ticks, drawn.found.reference, drawn.log)
+    return interval_points(label, series, axes)
+
+
+def _block_maps(drawn: _Drawn) -> Chart:
+    """Return heat maps over blocks and layer types, one for each region."""
+    cells = drawn.cells
+    blocks = sorted({int(block) for block in cells["block"]})
+    types = sorted(set(cells["layer_type"]), key=layer_key)
+    views = []
+    for region in region_order(cells)[:MOST_VIEWS]:
+        at: dict[tuple[int, str], Any] = {}
+        for cell in rows_of(cells[cells["region"] == region]):
+            key = int(cell.block), cell.layer_type  # of several experts the one with the largest change is shown
+            if key not in at or abs(cell.delta) > abs(at[key].delta):
+                at[key] = cell
+        lines = [[at.get((block, one)) for one in types] for block in blocks]
+        views.append(_map(drawn, region_words(region), lines, ([str(block) for block in blocks], types)))
+    return Chart("Change by block and layer type", f"{drawn.about} Blue is better, red is worse; a star marks q below"
+                 f" {LEVEL}.", views, "region", drawn.table)
+
+
+def _region_map(drawn: _Drawn) -> Chart:
+    targets, regions = target_order(drawn.cells), region_order(drawn.cells)
+    at = {(cell.target, cell.region): cell for cell in rows_of(drawn.cells)}
+    lines = [[at.get((target, region)) for region in regions] for target in targets]
+    ticks = [tick(region, drawn.cells) for region in regions]
+    return Chart("Change by target and region", f"{drawn.about} Blue is better, red is worse; a star marks q below"
+                 f" {LEVEL}.", [_map(drawn, "all", lines, (targets, ticks))], "view", drawn.table)
+
+
+def _map(drawn: _Drawn, label: str, lines: list[list[Any]], names: tuple[Sequence[str], Sequence[str]]) -> View:
+    grid = Grid(
+        *names, [[None if cell is None else cell.delta for cell in line] for line in lines],
+        [["*" if cell is not None and cell.q_value < LEVEL else "" for cell in line] for line in lines],
+        [[None if cell is None else drawn.row_of(cell) for cell in line] for line in lines],
+    )  # fmt: skip
+    return heat_map(label, grid, f"change of {drawn.one.metric}", blue_is_high=drawn.one.higher_is_better)
+
+
+def _listed(one: MeasuredMetric, cells: pandas.DataFrame) -> str:
+    return "; ".join(f"{row.target}, {region_words(row.region)}, {signed(row.delta, row.delta_stderr)}"
+                     for row in rows_of(cells))
+
+
+# ---------------------------------------------------------------- the table and its examples
+
+
+def _table(
+    folder: Path, found: Sequence[MeasuredMetric], primary: Sequence[MeasuredMetric]
+) -> PageTable | None:
+    import pandas
+
+    if not primary:
+        return None
+    parts = []
+    for one in primary:
+        rows, of_cells = by_target_and_region(one.cells), effects(one)
+        part = rows[list(DETAILS)].assign(low=of_cells.rows["low"], high=of_cells.rows["high"])
+        if of_cells.ratio:
+            part = part.assign(ratio=of_cells.rows["effect"])
+        for other in found:
+            if other.task == one.task and not other.primary:
+                values = other.cells.set_index("cell_id")[["value", "delta"]].reindex(part["cell_id"])
+                part = part.assign(**{f"{other.metric}: value": values["value"].to_numpy(),
+                                      f"{other.metric}: delta": values["delta"].to_numpy()})
+        parts.append(part)
+    rows = pandas.concat(parts, ignore_index=True)
+    if len(primary) == 1:
+        rows = rows.drop(columns="task")
+    help_of = {column.name: column.doc for column in METRICS}
+    help_of = {RENAMED.get(name, name): text for name, text in help_of.items()} | HELP
+    rows["region"] = rows["region"].map(region_words)
+    examples = _examples(folder, rows, primary)
+    return frame_table(
+        "Cells", rows.rename(columns=RENAMED), help_of, SHOWN, examples=examples, score_names=SCORES,
+        about_examples=f"The {MOST_EXAMPLES} examples whose score changed most. A score is what the metric averages: 0"
+        " or 1 for an accuracy, the negative log-likelihood in nats per token or word for a perplexity.",
+        no_examples="The page has the examples of the cells with the largest changes only, if the study kept them;"
+        " harness.open(folder).examples in Python has all.",
+    )
+
+
+def _examples(
+    folder: Path, rows: pandas.DataFrame, primary: Sequence[MeasuredMetric]
+) -> dict[int, list[Example]]:
+    """Return the examples that changed most by the row of their cell, for the cells with the largest changes."""
+    texts, shown = read_texts(folder), {}
+    for one in primary:
+        if one.baseline is None or is_missing(one.baseline["n"]):
+            continue
+        most = min(CELLS_WITH_EXAMPLES, max(1, ROWS_OF_EXAMPLES // max(1, int(one.baseline["n"])))) // len(primary)
+        of_task = rows if "task" not in rows else rows[rows["task"] == one.task]
+        largest = of_task.dropna(subset=["delta"])["delta"].abs().nlargest(max(1, most)).index
+        ids = of_task.loc[largest, "cell_id"]
+        table = read_examples(folder, [*ids, one.baseline["cell_id"]], one.task)
+        table = table[(table["metric"] == one.metric) & (table["weight"] != 0)]
+        table = table.assign(mean=table["score"] / table["weight"])
+        of_cell = dict(list(table.groupby("cell_id", sort=False)))
+        before = of_cell.get(one.baseline["cell_id"])
+        if before is None:
+            continue
+        baseline, text_of = before.set_index("example_id")["mean"], texts.get(one.task, {})
+        for row, cell in zip(largest, ids):
+            if cell in of_cell:
+                after = of_cell[cell].set_index("example_id")["mean"]
+                change = (after - baseline.reindex(after.index)).dropna()
+                top = change.abs().nlargest(MOST_EXAMPLES).index
+                shown[int(row)] = [Example(str(name), text_of.get(str(name)),
+                                           (baseline[name], after[name], change[name])) for name in top]
+    return shown
+
+
+def _settings(folder: Path, metrics: pandas.DataFrame) -> dict[str, Any]:
+    found = {}
+    for name in VERSIONS:
+        values = sorted(set(metrics[name].dropna()))
+        if values:
+            found[name] = ", ".join(map(str, values[:3])) + (f" to {values[-1]}" if len(values) > 3 else "")
+    baselines = metrics[is_baseline(metrics)].drop_duplicates("task")
+    for row in rows_of(baselines):
+        if isinstance(row.protocol, str):
+            found[f"protocol of {row.task}"] = row.protocol
+    return found | settings_of(folder)
