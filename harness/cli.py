@@ -70,6 +70,12 @@ COMMANDS = {
         "harness coupling model=smollm2-135m init=both task=wikitext tasks.wikitext.window=48 k=[10,30]",
         "harness coupling model=gpt2 task=wikitext tasks.wikitext.window=48 target=type region=fraction",
     )),
+    "components": Command("derive metrics to every singular value, and say what its directions read and write",
+                          from_settings.measure, from_settings.add_measuring, "components", (
+        "harness components calibration=wikitext task=lambada model=smollm2-135m",
+        "harness components model=gpt2 calibration=wikitext region.metric=activations blocks=[10,11]",
+        "harness components model=gpt2 calibration=wikitext exact=results/gpt2-components",
+    )),
     "plan": Command("print what a run would measure, without loading weights", from_settings.plan,
                     from_settings.add_plan, "ablation", (
         "harness plan model=gpt2 target=type region=decile task=wikitext",

@@ -26,7 +26,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     """(measurement, settings) of the `harness` lines of a page's code blocks that take settings; continuation lines
     joined, comments, options and sweeps dropped."""
     text = re.sub(r"\\\n\s*", "", page.read_text())
-    names = "run|plan|submit|search|spectra|coupling"
+    names = "run|plan|submit|search|spectra|components|coupling"
     found = re.findall(rf"^    (?:\S*python -m |\S*bin/)?harness ({names})( .*)?$", text, flags=re.MULTILINE)
     lines = []
     for command, line in found:

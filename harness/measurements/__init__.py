@@ -17,10 +17,11 @@ SPECTRA = Measurement("spectra", "harness.measurements.spectra")
 SEARCH = Measurement("search", "harness.measurements.search")
 TUNING = Measurement("tuning", "harness.measurements.tuning")
 COUPLING = Measurement("coupling", "harness.measurements.coupling")
+COMPONENTS = Measurement("components", "harness.measurements.components")
 
 MEASUREMENTS: Registry[Measurement] = Registry(
     "harness.measurements", "a kind of measurement",
-    {one.name: one for one in (ABLATION, SPECTRA, SEARCH, TUNING, COUPLING)},
+    {one.name: one for one in (ABLATION, SPECTRA, SEARCH, TUNING, COUPLING, COMPONENTS)},
 )
 
 
@@ -76,7 +77,7 @@ def tables_page() -> str:
     """Return the page docs/tables.md, with every column of every table of the harness's own measurements."""
     from harness.measurements.comparison.tables import TABLES as COMPARISON
 
-    described = [*(one.tables for one in (ABLATION, SPECTRA, SEARCH, TUNING, COUPLING)), COMPARISON]
+    described = [*(one.tables for one in (ABLATION, SPECTRA, SEARCH, TUNING, COUPLING, COMPONENTS)), COMPARISON]
     chapters = [tables_markdown(tables) for tables in described]
     introduction = [
         "# Tables",

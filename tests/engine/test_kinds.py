@@ -202,7 +202,8 @@ def test_a_run_of_another_kind_is_refused(spectra, search, measured, capsys):
 
 def test_only_the_words_plan_and_submit_take_a_measurement(spectra, capsys):
     line = refused(capsys, "plan", "spectrum", *spectra)
-    assert "'spectrum': neither a setting (key=value) nor one of ablation, spectra, search, tuning, coupling" in line
+    kinds = "ablation, spectra, search, tuning, coupling, components"
+    assert f"'spectrum': neither a setting (key=value) nor one of {kinds}" in line
     assert "plan: 'spectra'" not in said(capsys, "plan", "run", "target=all", "region=fraction")
     assert "init: unknown key" in refused(capsys, "plan", "init=both")
     assert "search.keep: harness plan does not read it; harness search does" in refused(

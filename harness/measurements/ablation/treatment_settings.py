@@ -20,7 +20,8 @@ KEY = "region.calibration"
 KINDS = ("text", "recall")  # the kinds of tasks whose tokens can be a calibration text
 
 
-def _calibration_of(values: Any) -> Task | None:
+def calibration_of(values: Any) -> Task | None:
+    """Return the settings of a calibration text, or None if nothing is given. Raises SettingError."""
     if values is None:
         return None
     if isinstance(values, Mapping) and values.get("kind") is None:
@@ -52,7 +53,7 @@ class TreatmentSettings:
     scale: float = 0.0
     replace: Literal["zero", "mean"] = "zero"
     centred: bool = False
-    calibration: Annotated[Task | None, ReadBy(_calibration_of)] = None
+    calibration: Annotated[Task | None, ReadBy(calibration_of)] = None
     of: Literal["weight", "change", "reference"] = "weight"
 
     def __post_init__(self) -> None:

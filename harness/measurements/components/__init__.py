@@ -1,0 +1,1 @@
+"""Single components: what every singular value of a model does to first order, and what its directions are."""

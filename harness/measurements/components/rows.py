@@ -1,0 +1,88 @@
+"""Make the columns of the tables `components` and `predictions` for one matrix."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.evaluation.gradients import SingularGradients
+from harness.evaluation.requests import ScoredTask
+from harness.models.loading import LoadedModel
+from harness.models.matrices import Matrix
+from harness.models.sources import MatrixSource
+from harness.models.unembedding import extreme_tokens, stream_directions
+from harness.spectral import components
+from harness.spectral.activations import InputCovariance
+from harness.spectral.decomposition import Decomposition
+
+
+@dataclass(frozen=True)
+class Described:
+    """One matrix of a loaded model.
+
+    decomposition: its spectrum in the metric of the run. inputs: the statistics of its inputs, or None without a
+    calibration text. neurons: float64 [out], the root mean squares of the activations of the neurons into which it
+    writes; None if it writes into none, or without a text.
+    """
+
+    loaded: LoadedModel
+    matrix: Matrix
+    decomposition: Decomposition
+    inputs: InputCovariance | None
+    neurons: Tensor | None
+
+
+def component_columns(
+    about: Described, tokens: int, others: Mapping[str, MatrixSource], rounded: bool
+) -> dict[str, Any]:
+    """Return the columns of `components` that need no derivative.
+
+    tokens: how many promoted and suppressed tokens are named. others: name -> the weights in which each component is
+    looked for again. rounded: whether it is looked for in the weight rounded to 4 bits, too.
+    """
+    weight = about.matrix.read(about.loaded.model)
+    sigma = about.decomposition.sigma
+    of = components.directions(weight, about.decomposition)
+    square = (sigma**2).cpu()
+    columns: dict[str, Any] = {
+        "index": list(range(len(sigma))), "sigma": sigma.cpu().numpy(),
+        "energy": (square / square.sum() if square.sum() else square).numpy(), **components.concentration(of),
+    }  # fmt: skip
+    signs = torch.ones_like(sigma)
+    if about.inputs is not None:
+        found, signs = components.outputs(of, about.inputs)
+        columns |= found
+    for name, source in others.items():
+        other = source.read(about.matrix).to(weight.device)
+        columns[f"stability_{name}"] = components.stability(of, other).cpu().numpy()
+    if rounded:
+        coarse = components.rounded_to_4_bits(weight)
+        columns["stability_rounded"] = components.stability(of, coarse).cpu().numpy()
+    if tokens:
+        output = of.output * signs[:, None]
+        stream = stream_directions(about.loaded, about.matrix, output, about.neurons)
+        if stream is not None:
+            for name, ids in zip(("promoted", "suppressed"), extreme_tokens(about.loaded, stream, tokens)):
+                columns[name] = [_words(about.loaded.tokenizer, row) for row in ids]
+    return columns
+
+
+def prediction_columns(
+    task: ScoredTask, found: SingularGradients, matrix: str, better: float
+) -> list[dict[str, Any]]:
+    """Return the rows of `predictions` of one metric and matrix. better: 1 if a larger metric is better, else -1."""
+    common = {"task": task.name, "metric": found.metric, "value": found.value, "n_examples": len(task.example_ids)}
+    return [{**common, "index": i, "predicted_delta": -product, "predicted_improvement": -better * product}
+            for i, product in enumerate(found.products[matrix].tolist())]
+
+
+def _words(tokenizer: Any, ids: list[int]) -> str:
+    """Return tokens as JSON: their texts, or their numbers for a model without a tokenizer that decodes."""
+    if tokenizer is None or not hasattr(tokenizer, "decode"):
+        return json.dumps(ids)
+    return json.dumps([tokenizer.decode([one]) for one in ids], ensure_ascii=False)

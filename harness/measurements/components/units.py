@@ -1,0 +1,149 @@
+"""The units of the description of components: one for every matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.engine.plan import Plan, ShardCost, canonical, digest, folder_of, run_id
+from harness.errors import InputError
+from harness.evaluation.calibration import CalibrationText
+from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask, TaskContext
+from harness.measurements.ablation.cells import task_digest
+from harness.measurements.components.settings import ComponentsSettings
+from harness.models.description import ModelDescription
+from harness.models.families import matrices_of, skeleton
+from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
+from harness.models.matrices import Matrix
+from harness.models.reference import Reference, describe_reference
+from harness.models.targets import choose_matrices
+from harness.spectral.decomposition import decomposition_flops
+from harness.tasks.registry import check_kinds, prepare_tasks
+
+NUMBERS_VERSION = 1  # must be raised when a change of the code changes numbers in the tables
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One matrix. part: its layer type, because `harness status` counts the matrices of each."""
+
+    id: str
+    matrix: Matrix
+    part: str
+
+
+@dataclass
+class _ShardOfMatrices:
+    """The cost of a shard: its decompositions, which share nothing, in floating-point operations."""
+
+    total: float = 0.0
+
+    def load(self, units: Sequence[Unit]) -> float:
+        return sum(decomposition_flops(*unit.matrix.shape) for unit in units)
+
+    def of(self, load: float) -> float:
+        return load
+
+    def add(self, load: float) -> None:
+        self.total += load
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentsPlan(Plan):
+    """The plan of the components of a model.
+
+    text: the calibration text, or None. tasks: those whose metrics are derived. reference: with what the components are
+    compared, or None.
+    """
+
+    settings: ComponentsSettings
+    units: tuple[Unit, ...]
+    description: ModelDescription
+    tokenizer: Any
+    text: CalibrationText | None
+    tasks: dict[str, ScoredTask]
+    reference: Reference | None
+
+    def shard_cost(self) -> ShardCost:
+        """Return the cost of an empty shard."""
+        return _ShardOfMatrices()
+
+    def before_jobs(self) -> None:
+        """Train the embedded model once, so that not every job trains it."""
+        train_embedded([self.settings.model])
+
+
+def plan(settings: ComponentsSettings) -> ComponentsPlan:
+    """Return the matrices and tasks that the settings mean. No weights are loaded.
+
+    Raises InputError if the model or the data cannot be found, or do not fit each other, and for a model that is not a
+    causal language model.
+    """
+    description = describe_model(settings.model)
+    if description.family.kind != "causal":
+        raise InputError(f"model.name: {settings.model.name!r} is no causal language model; harness components derives"
+                         " log-probabilities of next tokens")
+    check_kinds(settings.tasks, description.config, description.family.kind)
+    matrices = matrices_of(skeleton(description.config, description.family), description.family)
+    chosen = choose_matrices(matrices, settings.layer_types, settings.blocks)
+    tokenizer = load_tokenizer(settings.model, description)
+    context = TaskContext.of(description, tokenizer)
+    text = settings.region.treatment().prepared(context)
+    tasks = {name: _scored(name, task) for name, task in prepare_tasks(settings.tasks, context).items()}
+    reference = describe_reference(settings.reference, settings.model, description)
+    asked = {name: task_digest(task) for name, task in tasks.items()}
+    depends_on: dict[str, Any] = {
+        "measurement": "components",
+        "version": NUMBERS_VERSION,
+        "identity": description.identity,
+        "dtype": description.dtype,
+        "attn_implementation": settings.model.attn_implementation,
+        "metric": settings.region.metric,
+        "centred": settings.region.centred,
+        "calibration": text and text.digest(),
+        "tasks": asked,
+        "metrics": settings.metrics,
+        "tokens": settings.tokens,
+        "stability": sorted(settings.stability),
+        "seed": settings.seed if "random" in settings.stability else None,
+        "reference": reference and reference.digest,
+    }
+    units = tuple(Unit(digest(canonical({**depends_on, "matrix": matrix.name})), matrix, matrix.layer_type)
+                  for matrix in chosen)
+    folder = folder_of(settings.output, f"components-{settings.model.stem}-{run_id(unit.id for unit in units)[:8]}")
+    return ComponentsPlan(folder=folder, settings=settings, units=units, description=description, tokenizer=tokenizer,
+                          text=text, tasks=tasks, reference=reference)
+
+
+def restore(folder: Path, manifest: Mapping[str, Any], settings: ComponentsSettings) -> ComponentsPlan:
+    """Return the plan that was frozen in a folder. Raises InputError if weights or data have changed since."""
+    pick_device(settings.model.device)
+    return plan(settings).restored(folder, manifest)
+
+
+def describe(plan: ComponentsPlan) -> str:
+    """Return the text of `harness plan`."""
+    settings = plan.settings
+    flops = sum(decomposition_flops(*unit.matrix.shape) for unit in plan.units)
+    n = sum(min(unit.matrix.shape) for unit in plan.units)
+    lines = [f"components {plan.id}  folder {plan.folder}",
+             f"model {settings.model.label} ({plan.description.config.model_type}, {plan.description.dtype}):"
+             f" {n} components of {len(plan.units)} matrices"]
+    if plan.text is not None:
+        lines.append(f"calibration: {len(plan.text.requests)} sequences, {plan.text.n_tokens} tokens; one pass for the"
+                     " inputs, one forward and one backward pass for the loss")
+    for name, task in plan.tasks.items():
+        tokens = sum(len(request.tokens) for request in task.requests)
+        lines.append(f"task {name}: {len(task.example_ids)} examples, {tokens} tokens; two forward passes and one"
+                     " backward pass")
+    n_spectra = 1 + len(settings.stability) + (plan.reference is not None)
+    return "\n".join([*lines, f"cost {flops * n_spectra:.3g} floating-point operations for"
+                              f" {len(plan.units) * n_spectra} decompositions"])
+
+
+def _scored(name: str, task: PreparedTask) -> ScoredTask:
+    if isinstance(task, DirectTask):
+        raise InputError(f"tasks.{name}: a task that measures the model directly has no derivative; leave it out")
+    return task

@@ -1,0 +1,131 @@
+"""harness components on a tiny model: its tables, its ids, and its report beside the exact cells of a study."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from harness.cli import main
+from harness.measurements import compose_settings
+from harness.measurements.ablation.tables import read_metrics
+from harness.measurements.components.tables import read_components
+from harness.measurements.components.units import plan
+from tests.checkpoints import WORDS, ioi_file, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two tiny models, texts, the exact cells of a study of one matrix, and its components with that study."""
+    folder = tmp_path_factory.mktemp("components")
+    save_checkpoint(folder / "model")
+    save_checkpoint(folder / "other", seed=1)
+    for name, seed in (("text", 0), ("calibration", 1)):
+        rng = np.random.default_rng(seed)
+        (folder / f"{name}.txt").write_text("\n".join(" ".join(rng.choice(WORDS, 20)) for _ in range(20)) + "\n")
+    ioi_file(folder / "ioi.jsonl")
+    assert main(["run", "--quiet", *study(folder)]) == 0
+    assert main(["components", "--quiet", *words(folder), f"exact={folder / 'exact'}"]) == 0
+    return folder
+
+
+def study(place, *more):
+    return [*common(place), "region=component", "region.all=true", "region.controls=[]", "target.blocks=[1]",
+            "target.layer_types=[up_proj]", "runtime.threads=1", f"runtime.cache_dir={place / 'cache'}",
+            "+tasks.text={kind: text, data_files: " + str(place / "text.txt") + ", window: 16, limit: 6}",
+            f"output={place / 'exact'}", *more]
+
+
+def common(place):
+    return ["model=pretrained", f"model.name={place / 'model'}", "model.device=cpu", "task=ioi",
+            f"tasks.ioi.data_files={place / 'ioi.jsonl'}", "calibration=text",
+            f"region.calibration.data_files={place / 'calibration.txt'}", "region.calibration.window=16",
+            "region.calibration.limit=12"]
+
+
+def words(place, *more):
+    return [*common(place), "blocks=[1]", "threads=1", f"cache_dir={place / 'cache'}", "tokens=3",
+            f"output={place / 'out'}", *more]
+
+
+def test_every_component_of_every_matrix_has_a_row(place):
+    matrices, components = (read_components(place / "out", name) for name in ("matrices", "components"))
+    assert set(matrices["status"]) == {"ok"} and len(matrices) == 7
+    assert len(components) == matrices["n_components"].sum()
+    assert components["energy"].sum() == pytest.approx(7)
+    assert components[["output_rms", "predicted_loss", "stability_random", "stability_rounded"]].notna().all().all()
+    assert components["stability_reference"].isna().all()
+    written = components["layer_type"].isin(["o_proj", "down_proj", "up_proj", "gate_proj"])
+    assert components["promoted"].notna().eq(written).all()
+    tokens = json.loads(components.loc[written, "promoted"].iloc[0])
+    assert len(tokens) == 3 and all(isinstance(one, str) for one in tokens)
+    predictions = read_components(place / "out", "predictions")
+    assert len(predictions) == len(components) and set(predictions["task"]) == {"ioi"}
+
+
+def test_the_prediction_of_the_loss_is_what_region_top_chooses_by(place, tmp_path):
+    more = ["region.all=false", "region.ends=0", "region.top=1", "target.kind=all", f"output={tmp_path / 'out'}"]
+    assert main(["run", "--quiet", *study(place, *more)]) == 0
+    rows = read_metrics(tmp_path / "out")
+    chosen = rows[rows["component"].notna()].drop_duplicates("region").set_index("region")["component"]
+    components = read_components(place / "out")
+    components = components[components["layer_type"] == "up_proj"]
+    for label, place_of in (("component 0 by loss", "idxmin"), ("component -1 by loss", "idxmax")):
+        one = components.loc[getattr(components["predicted_loss"], place_of)()]
+        assert chosen[label] == f"{one['matrix']}:{one['index']}"
+
+
+def test_the_report_shows_measured_effects_beside_the_predictions(place, capsys):
+    assert main(["report", str(place / "out")]) == 0
+    out = capsys.readouterr().out
+    page = (place / "out" / "report" / "components.md").read_text()
+    assert "rank correlation" in out and "## First order beside measurements" in page
+    assert "examples that change most" in page and "promoted:" in page
+    rows = read_metrics(place / "exact")
+    rows = rows[rows["component"].notna() & (rows["metric"] == "logit_difference")]
+    best = rows.loc[rows["delta"].idxmax()]
+    card = page.partition("## ioi: logit")[2].partition("### Largest gain")[2]
+    assert card.replace("\\_", "_").strip().startswith(f"**{best['component']}**, improvement {best['delta']:+.4g}")
+    assert sorted(path.suffix for path in (place / "out" / "report").glob("extremes*"))
+
+
+def test_a_second_run_measures_nothing_and_everything_is_in_the_id(place):
+    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*.parquet")}
+    assert main(["components", "--quiet", *words(place), f"exact={place / 'exact'}"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*.parquet")} == before
+
+    def id_of(*more):
+        return plan(compose_settings("components", words(place, *more))).id
+
+    variants = [[], ["tokens=4"], ["stability=[random]"], ["seed=1"], ["region.metric=activations"],
+                ["region.centred=true"], ["region.calibration.limit=11"], ["tasks.ioi.limit=3"], ["metrics=[p_target]"],
+                [f"model.name={place / 'other'}"], ["reference=pretrained", f"reference.name={place / 'other'}"]]
+    assert len({id_of(*more) for more in variants}) == len(variants)
+    assert id_of(f"exact={place / 'exact'}") == id_of()  # it is read by the report alone
+
+
+def test_a_base_is_compared_and_foreign_studies_are_refused(place, tmp_path, capsys):
+    more = ["reference=pretrained", f"reference.name={place / 'other'}", "layer_types=[v_proj]", "stability=[]"]
+    assert main(["components", "--quiet", *words(place, *more, f"output={tmp_path / 'pair'}")]) == 0
+    components = read_components(tmp_path / "pair")
+    assert components["stability_reference"].between(0, 1).all() and components["stability_random"].isna().all()
+    capsys.readouterr()
+    foreign = words(place, f"model.name={place / 'other'}", "layer_types=[v_proj]", "stability=[]",
+                    f"exact={place / 'exact'}", f"output={tmp_path / 'foreign'}")
+    assert main(["components", "--quiet", *foreign]) == 0
+    assert main(["report", str(tmp_path / "foreign")]) == 2
+    assert "measured other weights than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, message", [
+    (["region.metric=activations"], "region.metric: 'activations' is wrong; it needs a text"),
+    (["region.centred=true"], "region.centred: True is wrong; only a calibration text is centred"),
+    (["metrics=[accuracy]"], "tasks.ioi: 'accuracy' of task ioi has no derivative"),
+    (["stability=[random,random]"], "stability: ['random', 'random'] is wrong; each may be named once"),
+])  # fmt: skip
+def test_refusals_are_one_line(place, more, message, tmp_path, capsys):
+    asked = [word for word in words(place, f"output={tmp_path / 'out'}") if "calibration" not in word]
+    assert main(["components", "--quiet", *asked, *more]) == 2
+    err = capsys.readouterr().err
+    assert err.removeprefix("harness: ").startswith(message) and err.count("\n") == 1
