@@ -96,6 +96,15 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def write_durably(path: Path, content: bytes | memoryview) -> None:
+    """Write a file and wait until its content is on the disk (fsync). Raises OSError."""
+    with open(path, "wb", buffering=0) as file:
+        left = memoryview(content)
+        while len(left):
+            left = left[file.write(left) or 0 :]
+        os.fsync(file.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all. Raises OSError."""
     with replacing(path) as temporary:

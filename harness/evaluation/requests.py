@@ -10,8 +10,13 @@ import numpy as np
 
 if TYPE_CHECKING:
     from harness.evaluation.division import Division
+    from harness.evaluation.settings import RuntimeSettings
     from harness.models.description import ModelDescription
     from harness.models.loading import LoadedModel
+
+
+# Tokens of the prompts and the generated text of one batch, padding included, where nothing else is asked for.
+GENERATION_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,9 @@ class TaskContext:
     tokenizer, model_config: those of transformers. context_length: in tokens. kind: of the model's family, "causal",
     "masked", "seq2seq" or "classification". generation: what the checkpoint says of generating text, as
     `harness.models.description.generation_values` returns it; empty for a model that does not generate.
+    generation_tokens: the tokens of the prompts and the generated text of one batch, padding included. The ids of cells
+    of tasks that generate depend on it, because another padding changes the last bits of logits, and so a text in which
+    two tokens are almost equally probable.
     """
 
     tokenizer: Any
@@ -109,14 +117,22 @@ class TaskContext:
     context_length: int
     kind: str
     generation: Mapping[str, Any] = field(default_factory=dict)
+    generation_tokens: int = GENERATION_TOKENS
 
     @classmethod
-    def of(cls, description: ModelDescription, tokenizer: Any) -> TaskContext:
-        """Return what a task may know of the model of a description."""
+    def of(cls, description: ModelDescription, tokenizer: Any, runtime: RuntimeSettings | None = None) -> TaskContext:
+        """Return what a task may know of the model of a description.
+
+        runtime: says how much memory the keys and values of a generating batch may take. Raises InputError if that is
+        less than one token needs.
+        """
+        from harness.models.cost import generation_tokens
         from harness.models.description import generation_values
 
+        gib = runtime.generation_gib if runtime is not None else None
+        tokens = GENERATION_TOKENS if gib is None else generation_tokens(gib, description.config, description.dtype)
         return cls(tokenizer, description.config, description.context_length, description.family.kind,
-                   generation_values(description.generation))
+                   generation_values(description.generation), tokens)
 
 
 @dataclass(frozen=True)

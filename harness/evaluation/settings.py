@@ -61,7 +61,8 @@ class RuntimeSettings:
     """How a run computes its numbers. In float32 none of this changes a number beyond rounding.
 
     In lower precision batch_tokens does, and `edit` is a choice between two ways of rounding. With adaptive precision
-    numbers are estimates.
+    numbers are estimates. Of tasks that generate text, generation_gib is part of the id, because another batch may
+    change a text in which two tokens are almost equally probable.
     """
 
     batch_tokens: Annotated[int, at_least(1)] | None = 8192  # padded tokens per pass; null: the largest that fits
@@ -71,6 +72,8 @@ class RuntimeSettings:
     share_context: bool = True  # feed common first tokens of requests once (packed trees) where that is cheaper
     stream_gib: Annotated[float, at_least(0)] = 8.0  # memory on the model's device for the stream kept for resuming
     stream_host_gib: Annotated[float, at_least(0)] = 32.0  # pinned host memory for the rest of it, if that is a GPU
+    # memory for the keys and values of a batch that generates text; null: 16384 tokens a batch, whatever they take
+    generation_gib: Annotated[float, Bounds(above=0)] | None = None
     # memory for cached decompositions beside the one in use; null: 4, or on a GPU half of what is free
     decomposition_gib: Annotated[float, at_least(0)] | None = None
     cache_gib: Annotated[float, at_least(0)] = 10.0  # disk space for the decompositions of all studies; 0: no cache

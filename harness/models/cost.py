@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from harness.errors import InputError
 from harness.models.families import Family, blocks_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,35 @@ def model_cost(model: PreTrainedModel, family: Family | None = None) -> ModelCos
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()
     return ModelCost(blocks, 4.0 * heads * head_dim, 2.0 * prod(head.weight.shape) if head is not None else 0.0)
+
+
+def key_value_bytes(config: Any, dtype: str) -> int:
+    """Return the bytes of the keys and values that a model keeps of one token while it generates text.
+
+    config: of transformers. dtype: "float32", "bfloat16" or "float16". A decoder keeps them in each of its blocks; the
+    decoder of an encoder-decoder keeps those of its own tokens or of the source's. Blocks whose attention reaches a
+    limited number of tokens back keep fewer in all.
+    """
+    config = config.get_text_config()
+    blocks = (config.num_decoder_layers if getattr(config, "num_decoder_layers", None) else
+              getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    kept = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
+    return 2 * blocks * kept * head_dim * (4 if dtype == "float32" else 2)
+
+
+def generation_tokens(gib: float, config: Any, dtype: str) -> int:
+    """Return the number of tokens whose keys and values take `gib` GiB, as `key_value_bytes` counts them.
+
+    Raises InputError if not even one token fits.
+    """
+    each = key_value_bytes(config, dtype)
+    if not (tokens := int(gib * 2**30 / each)):
+        raise InputError(
+            f"runtime.generation_gib: {gib} is less than the {each} bytes that the keys and values of one token take"
+        )
+    return tokens
 
 
 def _share(config: Any, parameter: nn.Parameter) -> float:

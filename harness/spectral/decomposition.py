@@ -171,7 +171,7 @@ def decompose(weight: Tensor, method: str = "auto") -> Decomposition:
         raise ValueError(f"unknown decomposition method {method!r}: use auto, {', '.join(METHODS)}")
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinite values and has no singular value decomposition")
-    wide, scale = _prepare(weight)
+    wide, scale = prepare(weight)
     return _finish(weight, scale, *_solve(wide, method))
 
 
@@ -186,7 +186,7 @@ def decompose_many(weights: Tensor, method: str = "auto") -> list[Decomposition]
         return [decompose(weight, method) for weight in weights]
     if not torch.isfinite(weights).all():
         raise ValueError("a weight holds NaN or infinite values and has no singular value decomposition")
-    prepared = [_prepare(weight) for weight in weights]
+    prepared = [prepare(weight) for weight in weights]
     try:
         batch = _gram_vectors(torch.stack([wide for wide, _ in prepared]))
     except torch.linalg.LinAlgError:
@@ -197,14 +197,18 @@ def decompose_many(weights: Tensor, method: str = "auto") -> list[Decomposition]
     ]
 
 
-def _prepare(weight: Tensor) -> tuple[Tensor, float]:
+def prepare(weight: Tensor) -> tuple[Tensor, float]:
     """Return the matrix in float64 with its smaller side first, multiplied by a power of two, and that power.
 
-    The power brings the largest entry into [1, 2), so that squares neither overflow nor vanish; it rounds nothing.
+    The power brings the largest entry into [1, 2), so that squares neither overflow nor vanish; it rounds nothing. It
+    is NaN for a matrix with values that are not finite.
     """
     wide = weight.detach().to(torch.float64, copy=True)
     wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
-    largest = max(-float(wide.min()), float(wide.max()))
+    smallest, greatest = (float(value) for value in weight.detach().aminmax())
+    largest = max(-smallest, greatest)
+    if not math.isfinite(smallest + greatest):
+        return wide, math.nan
     scale = 2.0 ** (1 - math.frexp(largest)[1]) if largest else 1.0
     return wide.mul_(scale), scale
 

@@ -6,15 +6,15 @@ Every function takes sigma [r], the r = min(out, in) singular values in any orde
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
-# `_power_law_cut_off` compares every candidate with every value, in tables of so many float64 entries (8 MiB).
-_CHUNK_ELEMENTS = 1 << 20
+SMALL_SAMPLE = 20  # positive values; of fewer, the tail and its exponent are chosen with more care, see `power_law`
+LEAST_TAIL = 8  # values of the tail of such a small sample
+# `_tail_fits` compares every candidate with every value, in tables of so many float64 entries, which fit into a cache.
+_CHUNK_ELEMENTS = 1 << 14
 
 
 def stable_rank(sigma: Tensor) -> float:
@@ -59,53 +59,54 @@ def power_law(sigma: Tensor) -> tuple[float, float, float, int]:
 
     Returns alpha, the Kolmogorov-Smirnov distance of the fit, xmin in the units of sigma^2, and the number of values
     in the tail. The cut-off xmin is the value, the largest excluded, that gives the least distance (Clauset, Shalizi
-    and Newman 2009, eq. 3.9). It is searched here, for all values at once; the fit above it is that of the package
-    `powerlaw`, whose own search gives the same and takes seconds to minutes. With fewer than three distinct positive
-    values the result is (NaN, NaN, NaN, 0).
+    and Newman 2009, eq. 3.9), and alpha is 1 + n / S of the n values of the tail, where S is the sum of log(x / xmin)
+    (their eq. 3.1). The package `powerlaw` finds the same, but takes seconds to minutes.
+
+    Of fewer than SMALL_SAMPLE positive values the least distance would often choose a tail of two or three, whose alpha
+    is far too large. There the tail has at least LEAST_TAIL values, all if there are not so many, and alpha is
+    1 + (n - 2) / S, which has no bias for a tail that begins at one of its values (Rytgaard 1990, ASTIN Bulletin 20(2),
+    the estimator of the exponent of a Pareto law with unknown scale). With fewer than three distinct positive values
+    the result is (NaN, NaN, NaN, 0).
     """
     x = (sigma.detach().to("cpu", torch.float64) ** 2).sort().values
     x = x[x > 0]
-    if len(x.unique()) < 3:
+    if len(x) < 3:
         return math.nan, math.nan, math.nan, 0
-    xmin = _power_law_cut_off(x)
-    import powerlaw
+    first = torch.cat([torch.tensor([0]), (x[1:] > x[:-1]).nonzero()[:, 0] + 1])
+    if len(first) < 3:
+        return math.nan, math.nan, math.nan, 0
+    small = len(x) < SMALL_SAMPLE
+    starts = first[:-1][first[:-1] <= max(0, len(x) - LEAST_TAIL)] if small else first[:-1]
+    distances, exponents = _tail_fits(x, first, starts, lost=2 if small else 0)
+    best = int(distances.argmin())
+    start = int(starts[best])
+    return 1 + float(exponents[best]), float(distances[best]), float(x[start]), len(x) - start
 
-    # Version 2 of powerlaw looks for alpha below 3 only, unless it is told otherwise; version 1 has no limit.
-    new = "parameter_ranges" in inspect.signature(powerlaw.Fit).parameters
-    wide = {"parameter_ranges": {"alpha": [1.0, 1e4]}} if new else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fitted = powerlaw.Fit(x.numpy(), xmin=xmin, verbose=0, **wide).power_law
-    return float(fitted.alpha), float(fitted.D), xmin, int((x >= xmin).sum())
 
+def _tail_fits(x: Tensor, first: Tensor, starts: Tensor, lost: int) -> tuple[Tensor, Tensor]:
+    """Return the Kolmogorov-Smirnov distance and alpha - 1 of the tail that begins at each of `starts`, float64.
 
-def _power_law_cut_off(x: Tensor) -> float:
-    """Return the xmin of the least Kolmogorov-Smirnov distance for positive x in ascending order.
-
-    The empirical share of a tail of n values below its j-th value, counted from 0, is j / n, as in the code of Clauset
-    and in powerlaw.
+    x: positive values [n] in ascending order. first: the position of the first of each group of equal values.
+    lost: what is subtracted from the number of values for alpha - 1. The empirical share of a tail of m values at its
+    j-th value or above, with j counted from 0, is (m - j) / m, as in the code of Clauset and in powerlaw.
     """
     n, logs = len(x), x.log()
-    first = torch.cat([torch.tensor([True]), x[1:] > x[:-1]]).nonzero()[:, 0]
-    # Equal values have the same share below them, that of the first of them.
-    below = torch.zeros(n, dtype=torch.float64)
-    below[first] = first.to(torch.float64)
-    below = below.cummax(0).values
-    tail_logs = logs.flip(0).cumsum(0).flip(0)
-    starts = first[:-1]
-    best, best_distance = int(starts[0]), math.inf
+    # Equal values have the same share, that of the first of them.
+    left = torch.zeros(n, dtype=torch.float64)
+    left[first] = first.to(torch.float64)
+    left = n - left.cummax(0).values
+    sizes = (n - starts).to(torch.float64)
+    exponents = (sizes - lost) / (logs.flip(0).cumsum(0).flip(0)[starts] - sizes * logs[starts])
+    distances = torch.empty_like(exponents)
+    at = 0
     for chunk in starts.split(max(1, _CHUNK_ELEMENTS // n)):
-        begin, begin_logs = int(chunk[0]), logs[chunk][:, None]
-        size = (n - chunk).to(torch.float64)[:, None]
-        exponent = size / (tail_logs[chunk][:, None] - size * begin_logs)  # alpha - 1
-        fitted = 1 - torch.exp(-exponent * (logs[None, begin:] - begin_logs))
-        observed = (below[None, begin:] - chunk[:, None]) / size
-        inside = torch.arange(begin, n)[None] >= chunk[:, None]
-        distances = (fitted - observed).abs().masked_fill_(~inside, 0).amax(1)
-        at = int(distances.argmin())
-        if float(distances[at]) < best_distance:
-            best, best_distance = int(chunk[at]), float(distances[at])
-    return float(x[best])
+        begin, rows = int(chunk[0]), slice(at, at + len(chunk))
+        fitted = (logs[None, begin:] - logs[chunk][:, None]).mul_(-exponents[rows, None]).exp_()
+        fitted.sub_(left[None, begin:] / sizes[rows, None]).abs_()
+        before = torch.arange(begin, n)[None] < chunk[:, None]
+        distances[rows] = fitted.masked_fill_(before, 0).amax(1)
+        at += len(chunk)
+    return distances, exponents
 
 
 def _scaled(sigma: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.files import sync
 from harness.tables.identity import (
@@ -43,6 +43,9 @@ from harness.tables.identity import (
     units_digest,
 )
 from harness.tables.schema import UNIT_ID
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # This file is inside the table's folder, so that whoever opens the folder sees the list that belongs to it.
 MERGED_LIST = ".merged"
@@ -118,33 +121,46 @@ def merged_parts(live: Path) -> list[Path]:
     return [live / name for name in merged if (live / name).exists()]
 
 
-@contextlib.contextmanager
-def open_writer(path: Path, part: Part, small: bool = False) -> Iterator[Any]:
-    """Yield a ParquetWriter that writes to `path` the file that will be `part`, with its label.
+def unit_bytes(content: pyarrow.Table, part: Part, few_rows: bool) -> memoryview:
+    """Return the file of one unit, with its label. It is made in memory, because parquet is written in tiny pieces.
 
-    When the block ends, the file is on the disk (fsync); if it raises, the file is removed. small: leave out
-    compression, dictionaries and statistics, which make a file of few rows larger and slower to read.
+    few_rows: leave out compression and dictionaries, which make a file of few rows larger and slower to read.
     """
-    import pyarrow.parquet as pq
+    import pyarrow as pa
 
-    schema = part.tables.arrow_schema(part.table)
+    buffer = pa.BufferOutputStream()
+    # Nobody reads the statistics of loose files, and zstd takes longer to begin than to compress so little.
+    settings = {"compression": "none" if few_rows else "snappy", "use_dictionary": not few_rows,
+                "write_statistics": False}  # fmt: skip
+    with _labelled(buffer, part, settings) as writer:
+        writer.write_table(content)
+    return memoryview(buffer.getvalue())
+
+
+@contextlib.contextmanager
+def open_writer(path: Path, part: Part) -> Iterator[Any]:
+    """Yield a ParquetWriter that writes to `path` the file of many units that will be `part`, with its label.
+
+    When the block ends, the file is on the disk (fsync); if it raises, the file is removed.
+    """
     try:
-        # Without the serialised Arrow schema the file of a unit is a third smaller. All types are plain parquet types.
-        with pq.ParquetWriter(
-            path,
-            schema,
-            compression="none" if small else "zstd",
-            store_schema=False,
-            write_page_checksum=True,
-            use_dictionary=not small,
-            write_statistics=not small,
-        ) as writer:
-            writer.add_key_value_metadata({**schema.metadata, PART_KEY: part.label()})
+        with _labelled(path, part, {"compression": "zstd"}) as writer:
             yield writer
         sync(path)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _labelled(where: Any, part: Part, settings: dict[str, Any]) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    schema = part.tables.arrow_schema(part.table)
+    # Without the serialised Arrow schema the file of a unit is a third smaller. All types are plain parquet types.
+    with pq.ParquetWriter(where, schema, store_schema=False, write_page_checksum=True, **settings) as writer:
+        writer.add_key_value_metadata({**schema.metadata, PART_KEY: part.label()})
+        yield writer
 
 
 def label_units(writer: Any, units: Iterable[str]) -> None:

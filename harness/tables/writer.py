@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.files import write_durably
 from harness.tables.identity import (
     ERROR,
     ERROR_SUFFIX,
@@ -19,7 +20,7 @@ from harness.tables.identity import (
     part_units,
     problem,
 )
-from harness.tables.parts import locked, merged_parts, open_writer, recover, set_aside
+from harness.tables.parts import locked, merged_parts, recover, set_aside, unit_bytes
 from harness.tables.schema import UNIT_ID, Column, TableSet
 
 if TYPE_CHECKING:
@@ -121,9 +122,9 @@ def _publish(folder: Path, tables: TableSet, table: str, unit: _Unit, content: p
     ok_part, error_part = (Part(live / (unit.id + suffix), tables, table, unit.run)
                            for suffix in (SUFFIX, ERROR_SUFFIX))
     part = error_part if unit.failed else ok_part
-    with open_writer(temporary, part, small=table == tables.primary.name) as writer:
-        writer.write_table(content)
+    data = unit_bytes(content, part, few_rows=table == tables.primary.name)
     try:
+        write_durably(temporary, data)
         if not live.is_dir():
             with locked(folder, exclusive=True):
                 recover(folder, table)

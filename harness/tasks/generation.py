@@ -11,12 +11,9 @@ import torch
 
 from harness.errors import InputError
 from harness.evaluation.division import Division
+from harness.evaluation.requests import GENERATION_TOKENS
 from harness.models.description import generation_values
 from harness.tasks import tokenization
-
-# Tokens of the prompts and the generated text of one batch, padding included. The ids of cells depend on it, because
-# another padding changes the last bits of logits, and so a text in which two tokens are almost equally probable.
-BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ def generated_in_batches(
     prompts: token ids. new_tokens: the largest number of tokens that are written after one prompt.
     generate: a function from some prompts, the longest first, to the new tokens of each.
     division: the processes that share the batches. Every process gets all answers.
-    batch_tokens: as BATCH_TOKENS.
+    batch_tokens: as `TaskContext.generation_tokens`.
     """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     batches = []
@@ -99,12 +96,13 @@ def require_generation(model: Any, known: Mapping[str, Any]) -> None:
 
 def continuations(
     loaded: Any, contexts: Sequence[str], decoding: Decoding, division: Division | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int = GENERATION_TOKENS,
 ) -> list[str]:
     """Return the greedy continuation of each context, as HFLM generates it. The EOS token also ends a text.
 
     loaded: an object with model, tokenizer, context_length and device. A context loses its first tokens if it would
-    leave no room for the new ones. division: the processes that share the batches. batch_tokens: as BATCH_TOKENS.
+    leave no room for the new ones. division: the processes that share the batches. batch_tokens: as
+    `TaskContext.generation_tokens`.
     Raises FloatingPointError if the model's outputs are NaN.
     """
     prompts = encoded_prompts(loaded.tokenizer, contexts, loaded.context_length - decoding.new_tokens)

@@ -20,7 +20,6 @@ from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column
 from harness.tasks.generation import (
-    BATCH_TOKENS,
     Decoding,
     encoded_prompts,
     require_generation,
@@ -89,7 +88,7 @@ class HumanevalTask(RowsTask):
             "max_new_tokens": self.max_new_tokens,
             "until": list(STOPS),
             "generation": dict(context.generation),
-            "batch_tokens": BATCH_TOKENS,
+            "batch_tokens": context.generation_tokens,
             "tokenizer": tokenization.tokenizer_digest(context.tokenizer),
             "timeout": self.timeout,
             "memory": self.memory,
@@ -99,7 +98,7 @@ class HumanevalTask(RowsTask):
 
         def measure(loaded: LoadedModel, division: Division, batch_share: float) -> dict[str, ExampleScores]:
             require_generation(loaded.model, context.generation)
-            written = written_texts(loaded, prompts, decoding, division, int(BATCH_TOKENS * batch_share))
+            written = written_texts(loaded, prompts, decoding, division, int(context.generation_tokens * batch_share))
             programs = [program_of(row, text) for row, text in zip(rows, written)]
             passed = _passed(programs, limits, division)
             return {"pass@1": ExampleScores(passed, np.ones(len(rows)), bounds=(0.0, 1.0))}

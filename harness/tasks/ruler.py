@@ -15,7 +15,6 @@ from harness.evaluation.requests import DirectTask, ExampleScores, PreparedTask,
 from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
 from harness.tasks.generation import (
-    BATCH_TOKENS,
     Decoding,
     require_generation,
     require_room,
@@ -100,13 +99,13 @@ class RulerTask(Task):
             "decoding": "greedy",
             "max_new_tokens": new_tokens,
             "generation": dict(context.generation),
-            "batch_tokens": BATCH_TOKENS,
+            "batch_tokens": context.generation_tokens,
             "tokenizer": tokenization.tokenizer_digest(context.tokenizer),
         }
 
         def measure(loaded: LoadedModel, division: Division, batch_share: float) -> dict[str, ExampleScores]:
             require_generation(loaded.model, context.generation)
-            written = written_texts(loaded, prompts, decoding, division, int(BATCH_TOKENS * batch_share))
+            written = written_texts(loaded, prompts, decoding, division, int(context.generation_tokens * batch_share))
             shares = np.array([share_found(text, one.answers) for text, one in zip(written, questions)])
             ones = np.ones(len(shares))
             return {

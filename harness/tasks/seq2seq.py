@@ -23,7 +23,7 @@ from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column, cluster_numbers
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
-from harness.tasks.generation import BATCH_TOKENS, generated_in_batches, padding_of, refuse_nan
+from harness.tasks.generation import generated_in_batches, padding_of, refuse_nan
 from harness.tasks.settings import RowsTask
 
 if TYPE_CHECKING:
@@ -103,14 +103,14 @@ class Seq2SeqTask(RowsTask):
             sources = [[int(token) for token in one.source] for one in requests if one.source is not None]
             new_tokens = self.max_new_tokens or max(len(tokenized.targets) for tokenized in requests)
             protocol |= {
-                **metrics.protocol(), "decoding": "greedy", "max_new_tokens": new_tokens, "batch_tokens": BATCH_TOKENS,
-                "tokenizer": tokenization.tokenizer_digest(tokenizer),
+                **metrics.protocol(), "decoding": "greedy", "max_new_tokens": new_tokens,
+                "batch_tokens": context.generation_tokens, "tokenizer": tokenization.tokenizer_digest(tokenizer),
             }
 
             def measure_written(
                 loaded: LoadedModel, division: Division, batch_share: float
             ) -> dict[str, ExampleScores]:
-                batch_tokens = int(BATCH_TOKENS * batch_share)
+                batch_tokens = int(context.generation_tokens * batch_share)
                 answers = generated_in_batches(
                     sources, new_tokens, lambda batch: _generate(loaded, batch, new_tokens), division, batch_tokens
                 )

@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +26,7 @@ from harness.measurements.ablation.tables import cell_states, read_metrics
 from harness.models.memory import is_out_of_memory
 from harness.tasks.recall_probes import RecallProbesTask
 from tests.checkpoints import save_checkpoint, text_file
-from tests.engine.test_ranks import TORCHRUN
-from tests.processes import start_harness
+from tests.processes import run_ranks, start_harness
 from tests.studies import (
     LONG,
     N_LONG,
@@ -40,7 +38,6 @@ from tests.studies import (
     run_here,
     run_settings,
     settings,
-    start,
     status_of,
     stop_half_done,
 )
@@ -64,24 +61,23 @@ def test_killed_run(clean_long, tmp_path):
     assert_same_tables(folder, clean_long)
 
 
-def rank_pid(process: subprocess.Popen, rank: int) -> int | None:
-    """The process of a rank of a launcher; None before it is there."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == process.pid and f"RANK={rank}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                return int(entry.name)
-        except OSError:
-            continue
-    return None
-
-
 @pytest.mark.fault("SIGKILL of a rank")
 def test_killed_rank(clean_long, tmp_path):
-    folder, log = tmp_path / "study", tmp_path / "log"
-    process = start(*TORCHRUN, "-m", "harness", "run", "--quiet", *settings(LONG, folder), log=log)
-    os.kill(stop_half_done(lambda: rank_pid(process, 1), folder, 5, log.read_text), signal.SIGKILL)
-    assert process.wait(400) != 0
+    """The other rank is ended with it, as torchrun ends it."""
+    folder = tmp_path / "study"
+    program = f"""
+import os
+from pathlib import Path
+from harness.measurements.ablation import measure
+from tests.studies import n_rows, run_here
+real = measure.CellRun.ablation
+def ablation(*arguments):
+    if os.environ["RANK"] == "1" and n_rows(Path({str(folder)!r})) >= 5: os.kill(os.getpid(), 9)
+    return real(*arguments)
+measure.CellRun.ablation = ablation
+run_here({LONG!r}, Path({str(folder)!r}))
+"""
+    assert run_ranks(program, 2, tmp_path / "log").returncode != 0
     assert 5 <= n_rows(folder) < N_LONG
     run_here(LONG, folder)
     assert_same_tables(folder, clean_long)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
-from harness.models.cost import model_cost
+from harness.errors import InputError
+from harness.models.cost import generation_tokens, key_value_bytes, model_cost
 from harness.models.families import FAMILIES, skeleton
 from tests.models.tiny import tiny_config, tiny_model
 
@@ -32,3 +34,37 @@ def test_of_a_mixture_only_the_experts_that_a_token_uses_are_counted() -> None:
         model_cost(skeleton(tiny_config("mixtral", num_experts_per_tok=used))) for used in (1, 3)
     )
     assert dense.block[0] - sparse.block[0] == 2 * 2 * 3 * 24 * 40  # two experts of three matrices
+
+
+def cache_bytes(cache) -> int:
+    """The bytes of the keys and values that transformers keeps."""
+    return sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("model_type", [*DENSE, "mixtral", "qwen3_moe", "olmoe"])
+def test_keys_and_values_of_a_token_against_what_transformers_keeps(model_type: str) -> None:
+    model = tiny_model(model_type)
+    tokens = torch.arange(3, 8).repeat(2, 1)  # fewer than a sliding window
+    with torch.no_grad():
+        kept = model(input_ids=tokens, use_cache=True).past_key_values
+    assert key_value_bytes(model.config, "float32") * tokens.numel() == cache_bytes(kept)
+    assert key_value_bytes(model.config, "bfloat16") * 2 == key_value_bytes(model.config, "float32")
+
+
+def test_keys_and_values_of_an_encoder_decoder() -> None:
+    """Of a source of 7 tokens and 5 tokens of the decoder, as many as of one text of 12."""
+    model = tiny_model("t5")
+    source, fed = torch.arange(3, 10).repeat(2, 1), torch.arange(3, 8).repeat(2, 1)
+    with torch.no_grad():
+        kept = model(input_ids=source, decoder_input_ids=fed, use_cache=True).past_key_values
+    total = cache_bytes(kept.self_attention_cache) + cache_bytes(kept.cross_attention_cache)
+    assert key_value_bytes(model.config, "float32") * 2 * 12 == total
+
+
+def test_tokens_that_a_memory_holds() -> None:
+    config = AutoConfig.for_model(  # Llama-3-8B: 8 heads of 128 in 32 blocks, 131,072 bytes in bfloat16
+        "llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    )
+    assert generation_tokens(20, config, "bfloat16") == 163840
+    with pytest.raises(InputError, match=r"^runtime.generation_gib: 1e-05 is less than the 131072 bytes"):
+        generation_tokens(1e-5, config, "bfloat16")

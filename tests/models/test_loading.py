@@ -54,16 +54,19 @@ def test_hub_name_and_revision(hub):
     text = text_file(hub / "text.txt", 200)
     environ = {**os.environ, "HF_HUB_CACHE": str(hub / "hub"), "HF_HUB_OFFLINE": "1"}
     values = {}
+    words = ["run", "--quiet", "model=pretrained", "model.name=org/tiny", "target=all", "region=fraction",
+             "region.kinds=[small]", "region.values=[0.1]", "region.controls=[]", "task=text",
+             f"tasks.text.data_files={text}"]
+    program = f"""
+from harness.cli import main
+for revision in ("main", "step1000"):
+    if main([*{words!r}, f"model.revision={{revision}}", f"output={hub}/{{revision}}"]):
+        raise SystemExit(1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     for revision in ("main", "step1000"):
-        output = hub / revision
-        done = subprocess.run(
-            [sys.executable, "-m", "harness", "run", "--quiet", "model=pretrained", "model.name=org/tiny",
-             f"model.revision={revision}", "target=all", "region=fraction", "task=text",
-             f"tasks.text.data_files={text}", f"output={output}"],
-            env=environ, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        table = pd.read_parquet(output / "metrics")
+        table = pd.read_parquet(hub / revision / "metrics")
         assert set(table.model) == {"org/tiny"} and set(table.revision) == {revision}
         baseline = table[(table.target == "baseline") & (table.metric == "token_perplexity")]
         values[revision] = (baseline.model_digest.item(), baseline.value.item())

@@ -73,6 +73,20 @@ def test_power_law_finds_the_planted_exponent():
     assert alpha == pytest.approx(3.5, abs=4 * 2.5 / math.sqrt(n_tail)) and n_tail > 1500 and xmin < 2
 
 
+@pytest.mark.parametrize("n", [8, 10, 19])
+def test_small_samples_get_an_exponent_without_bias(n):
+    found = torch.tensor([st.power_law(pareto(3.0, n, 0, seed)) for seed in range(400)], dtype=torch.float64)
+    assert int(found[:, 3].min()) >= 8
+    error = found[:, 0] - 3
+    assert abs(float(error.mean())) < 4 * float(error.std()) / 20  # 400 draws
+    assert float(error.square().mean().sqrt()) < 1.0  # of the estimator for large samples it is 1.5 to 4
+
+
+def test_the_small_sample_is_fitted_above_a_body():
+    found = [st.power_law(pareto(3.0, 12, 7, seed))[0] for seed in range(200)]
+    assert sum(found) / 200 == pytest.approx(3, abs=0.25)
+
+
 def test_too_few_values_have_no_tail():
     assert st.power_law(torch.tensor([2.0, 1.0, 1.0, 0.0]))[3] == 0
     assert all(math.isnan(x) for x in st.power_law(torch.zeros(5))[:3])

@@ -267,7 +267,7 @@ def prepare(settings: StudySettings) -> Prepared:
     check_kinds(settings.tasks, description.config, family_of(description.config).kind)
     matrices = matrices_of(skeleton(description.config, description.family), description.family)
     tokenizer = load_tokenizer(settings.model, description)
-    context = TaskContext.of(description, tokenizer)
+    context = TaskContext.of(description, tokenizer, settings.runtime)
     tasks = prepare_tasks(settings.tasks, context)
     text = settings.region.treatment.prepared(context)
     refuse_common_text(text, tasks)

@@ -66,10 +66,12 @@ def spectrum_figure(matrices: pandas.DataFrame, values: pandas.DataFrame, path: 
         edges = np.linspace(0, max(reach, 1.1 * upper), N_BINS + 1)
         position = of_matrix[matrix.matrix]["position"]
         weight = 1 / (len(sigma) * (edges[1] - edges[0]))
-        groups = [np.minimum(sigma[position == name], edges[-1]) for name in ("inside", "above", "below")]
-        weights = [np.full(len(group), weight) for group in groups]
-        colours = [BULK, ABOVE, BELOW]
-        panel.hist(groups, edges, weights=weights, stacked=True, color=colours)  # type: ignore[arg-type]  # of arrays
+        below = np.zeros(N_BINS)
+        for name, colour in (("inside", BULK), ("above", ABOVE), ("below", BELOW)):
+            counts, _ = np.histogram(np.minimum(sigma[position == name], edges[-1]), edges)
+            # one patch for all bars: a histogram of matplotlib has one for each, which takes most of the drawing
+            panel.stairs(below + weight * counts, edges, baseline=below, fill=True, color=colour)
+            below = below + weight * counts
         at = np.linspace(0, edges[-1], 600)
         if matrix.noise > 0:
             panel.plot(at, marchenko_pastur_density(at, matrix.noise, shape), color="black", linewidth=1.1)

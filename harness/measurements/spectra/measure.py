@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.engine.measurement import Context, Measured
 from harness.engine.ranks import Ranks
@@ -21,8 +23,11 @@ from harness.measurements.spectra.units import SpectraPlan, Spectrum, Weights
 from harness.models.loading import LoadedModel, load
 from harness.models.matrices import Matrix
 from harness.models.sources import MatrixSource, from_model, initialised, open_source
-from harness.spectral.decomposition import decompose
+from harness.spectral.decomposition import Decomposition, decompose
+from harness.spectral.singular_values import SingularValues, singular_values
 from harness.tables.writer import Rows
+
+BATCH_BYTES = 2**26  # of float64 matrices whose singular values are computed together; more is not faster
 
 
 def open_session(plan: SpectraPlan, ranks: Ranks, progress: bool) -> None:
@@ -54,9 +59,10 @@ def _measure_weights(
         by_block.setdefault(unit.matrix.block, []).append(unit)
     for block, members in sorted(by_block.items()):
         inputs = _inputs(stream, block, [unit.matrix for unit in members]) if stream is not None else {}
-        for unit in members:
-            context.describe(f"{weights.label} {unit.matrix.name}")
-            yield _measure_matrix(plan, unit, source, inputs.get(unit.matrix.name), common, pair)
+        for found in _decomposed(members, source, plan.settings.vectors):
+            matrix = found.unit.matrix
+            context.describe(f"{weights.label} {matrix.name}")
+            yield _measure_matrix(plan, found, inputs.get(matrix.name), common, pair)
 
 
 def _open(plan: SpectraPlan, weights: Weights, progress: bool) -> tuple[MatrixSource, LoadedModel | None]:
@@ -101,34 +107,84 @@ def _common(plan: SpectraPlan, weights: Weights, source: MatrixSource) -> dict[s
     }
 
 
+@dataclass(frozen=True)
+class _Decomposed:
+    """One matrix with its spectrum, or the error instead of it. seconds: the wall time of the decomposition."""
+
+    unit: Spectrum
+    weight: Tensor | None = None
+    spectrum: Decomposition | SingularValues | None = None
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
+def _decomposed(units: Sequence[Spectrum], source: MatrixSource, vectors: bool) -> Iterator[_Decomposed]:
+    """Yield the units with their spectra. Where only values are wanted, neighbours of one shape are taken together."""
+    batches = [[unit] for unit in units] if vectors else _batches(units)
+    for batch in batches:
+        try:
+            yield from _together(batch, source, vectors)
+        except InputError:
+            raise
+        except Exception as error:  # an error of one matrix must not touch the others
+            if len(batch) == 1:
+                yield _Decomposed(batch[0], error=error)
+            else:
+                for unit in batch:
+                    yield from _decomposed([unit], source, vectors)
+
+
+def _batches(units: Sequence[Spectrum]) -> Iterator[list[Spectrum]]:
+    """Yield neighbouring units whose matrices have the same sides, up to BATCH_BYTES of them in float64."""
+    batch: list[Spectrum] = []
+    for unit in units:
+        small, large = sorted(unit.matrix.shape)
+        if batch and (sorted(batch[0].matrix.shape) != [small, large] or 8 * small * large * len(batch) > BATCH_BYTES):
+            yield batch
+            batch = []
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def _together(batch: Sequence[Spectrum], source: MatrixSource, vectors: bool) -> list[_Decomposed]:
+    weights = [source.read(unit.matrix) for unit in batch]
+    started = time.perf_counter()
+    spectra: Sequence[Decomposition | SingularValues]
+    spectra = [decompose(weight) for weight in weights] if vectors else singular_values(weights)
+    seconds = (time.perf_counter() - started) / len(batch)
+    return [_Decomposed(unit, weight, spectrum, seconds) for unit, weight, spectrum in zip(batch, weights, spectra)]
+
+
 def _measure_matrix(
-    plan: SpectraPlan, unit: Spectrum, source: MatrixSource, inputs: Inputs | None, common: Mapping[str, Any],
-    pair: Pair | None = None,
+    plan: SpectraPlan, found: _Decomposed, inputs: Inputs | None, common: Mapping[str, Any], pair: Pair | None
 ) -> Measured:
-    matrix, settings = unit.matrix, plan.settings
+    unit, settings = found.unit, plan.settings
+    matrix = unit.matrix
     out, width = matrix.shape
     described = {
         **common, "spectrum_id": unit.id, "matrix": matrix.name, "block": matrix.block,
         "layer_type": matrix.layer_type, "expert": matrix.expert, "n_out": out, "n_in": width, "rank": min(out, width),
     }  # fmt: skip
     try:
-        weight = source.read(matrix)
+        if found.error is not None:
+            raise found.error
+        weight, spectrum = found.weight, found.spectrum
+        assert weight is not None and spectrum is not None
         device = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
         started = time.perf_counter()
-        decomposition = decompose(weight)
-        decomposed = time.perf_counter()
-        row, values = spectrum_of(weight, decomposition, settings.estimator, settings.tracy_widom)
+        row, values = spectrum_of(weight, spectrum, settings.estimator, settings.tracy_widom)
         rows: dict[str, Rows] = {"singular_values": TABLES["singular_values"].keyed(described, values)}
-        if settings.vectors:
-            summary, columns = vectors_of(weight, decomposition, inputs, row["n_above"], row["n_below"])
+        if isinstance(spectrum, Decomposition):
+            summary, columns = vectors_of(weight, spectrum, inputs, row["n_above"], row["n_below"])
             row |= summary
             rows["vectors"] = TABLES["vectors"].keyed(described, columns)
-        statistics = time.perf_counter() - decomposed
+        statistics = time.perf_counter() - started
         if pair is not None:
             for name, of_pair in pair.rows(matrix, weight).items():
                 rows[name] = [TABLES[name].keyed(described, row) for row in of_pair]
         row |= {
-            "status": "ok", "device": device, "seconds_decomposition": decomposed - started,
+            "status": "ok", "device": device, "seconds_decomposition": found.seconds,
             "seconds_statistics": statistics,
         }
         return Measured(unit, {"matrices": [{**described, **row}], **rows}, described)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CSV_FORMAT = "%.6g"  # the parquet files have all digits
+SHORT_TAIL = 20  # values; the standard error of alpha, (alpha - 1) / sqrt(n), is above a fifth of alpha - 1 then
 CSV_LEFT_OUT = ("error", "covariance", "hostname", "started_at", "seconds_decomposition", "seconds_statistics")
 
 
@@ -41,6 +42,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     ok = matrices[matrices["status"] == "ok"].drop(columns=["status", "error"])
     problems = [f"failed: {label(row)} {row['matrix']}: {row['error'].splitlines()[-1]}"
                 for _, row in failed.iterrows()]
+    problems += _short_tails(ok)
     safe_for_csv(ok.drop(columns=[name for name in CSV_LEFT_OUT if name in ok])).to_csv(
         out / "matrices.csv", index=False, float_format=CSV_FORMAT
     )
@@ -110,6 +112,15 @@ def summarise(matrices: pandas.DataFrame) -> pandas.DataFrame:
                 "overlapping": group["n_overlapping"].sum(min_count=1),
             })  # fmt: skip
     return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+
+def _short_tails(matrices: pandas.DataFrame) -> list[str]:
+    """Return a warning if an exponent rests on few values."""
+    short = matrices[matrices["alpha_n"].between(1, SHORT_TAIL - 1)]
+    if short.empty:
+        return []
+    return [f"alpha of {len(short)} of {len(matrices)} matrices rests on fewer than {SHORT_TAIL} singular values"
+            " (column alpha_n) and has a standard error of more than a fifth of alpha - 1"]
 
 
 def _headline(matrices: pandas.DataFrame) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.spectral import statistics, vectors
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.random_matrix import estimate_noise, mp_distance, mp_edges, mp_region_bounds
+from harness.spectral.singular_values import SingularValues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Inputs:
 
 
 def spectrum_of(
-    weight: Tensor, decomposition: Decomposition, estimator: str = "gavish_donoho", tracy_widom: bool = False
+    weight: Tensor, decomposition: Decomposition | SingularValues, estimator: str = "gavish_donoho",
+    tracy_widom: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the columns of `matrices` and of `singular_values` that follow from the singular values of a matrix.
 

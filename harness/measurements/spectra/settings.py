@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from harness.engine.settings import ClusterSettings
 from harness.errors import SettingError, wrong
 from harness.models.settings import ModelSettings, ReferenceSettings
-from harness.optional import require
 from harness.settings.constraints import ReadBy, at_least
 from harness.settings.output import require_folder
 from harness.tasks.registry import tasks_of
@@ -90,8 +89,7 @@ Settings = SpectraSettings
 
 
 def check(settings: SpectraSettings) -> None:
-    """Raise InputError if settings that are to be run lack a model, a package or a folder that can be written."""
-    require("powerlaw", "spectra", "harness spectra")
+    """Raise InputError if settings that are to be run lack a model or a folder that can be written."""
     settings.model.require_name()
     settings.model.require_attention()
     require_folder(settings.output)

@@ -11,7 +11,7 @@ from harness.evaluation.requests import DirectTask, ExampleScores, TaskContext
 from harness.models.loading import LoadedModel
 from harness.tasks import generation, tokenization
 from harness.tasks.fingerprint import Describer
-from harness.tasks.generation import BATCH_TOKENS, Decoding
+from harness.tasks.generation import Decoding
 from harness.tasks.lm_eval import metrics as lm_eval_metrics
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def prepare(
 
     def measure(loaded: LoadedModel, division: Division, batch_share: float) -> dict[str, ExampleScores]:
         generation.require_generation(loaded.model, context.generation)
-        texts = generation.written_texts(loaded, prompts, decoding, division, int(BATCH_TOKENS * batch_share))
+        batch_tokens = int(context.generation_tokens * batch_share)
+        texts = generation.written_texts(loaded, prompts, decoding, division, batch_tokens)
         found = lm_eval_metrics.example_scores(task, lm_eval_metrics.values(task, docs, texts), part.by_metric)
         for filter_name, answers in lm_eval_metrics.filtered_answers(docs).items() if metrics else ():
             for metric, scores in metrics.scores(answers, references).items():
@@ -61,8 +62,8 @@ def prepare(
 
     how = {
         "decoding": "greedy", "max_gen_toks": decoding.new_tokens, "until": list(decoding.stops),
-        **Describer().plain(decoding.extra), "generation": dict(context.generation), "batch_tokens": BATCH_TOKENS,
-        "tokenizer": tokenization.tokenizer_digest(context.tokenizer),
+        **Describer().plain(decoding.extra), "generation": dict(context.generation),
+        "batch_tokens": context.generation_tokens, "tokenizer": tokenization.tokenizer_digest(context.tokenizer),
     }  # fmt: skip
     ids = [str(i) for i in range(len(docs))]
     return DirectTask(name, {**protocol, **how, **metrics.protocol()}, ids, measure, inputs=prompts)

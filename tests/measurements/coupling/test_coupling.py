@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
 
 import numpy as np
 import pandas as pd
@@ -23,9 +22,9 @@ from harness.spectral.ablation import ablate
 from harness.spectral.decomposition import decompose
 from harness.spectral.regions import small
 from tests.checkpoints import save_checkpoint, text_file
-from tests.engine.test_ranks import TORCHRUN
 from tests.models.tiny import tiny_model
-from tests.studies import CIRCUMSTANCES, environment, status_of
+from tests.processes import run_ranks
+from tests.studies import CIRCUMSTANCES, status_of
 
 K = [2, 5]
 
@@ -241,13 +240,13 @@ def test_what_is_missing_is_made_up_for(words, measured, tmp_path, capsys):
     assert_same(folder, measured)
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_prompts(words, measured, tmp_path):
-    command = [*TORCHRUN, "-m", "harness", "coupling", *words, "init=both", *ABLATIONS, f"output={tmp_path / 'two'}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    command = ["coupling", *words, "init=both", *ABLATIONS, f"output={tmp_path / 'two'}"]
+    program = f"from harness.cli import main; raise SystemExit(main({command!r}))"
+    done = run_ranks(program, 2, tmp_path / "log")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f": 12 units, 0 done, in {tmp_path / 'two'} on 2 processes\n" in done.stderr
-    assert done.stdout.count("line-shape score") == 1
+    assert done.stderr.count("line-shape score") == 1
     assert_same(tmp_path / "two", measured)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import runpy
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -133,10 +134,10 @@ import os, sys
 from harness.cli import main
 from harness.measurements.spectra import measure
 real = measure._measure_matrix
-def measured(plan, unit, *rest):
+def measured(plan, found, *rest):
     with open(os.path.join({str(tmp_path)!r}, "rank" + os.environ["RANK"]), "a") as log:
-        print(unit.id, file=log)
-    return real(plan, unit, *rest)
+        print(found.unit.id, file=log)
+    return real(plan, found, *rest)
 measure._measure_matrix = measured
 sys.exit(main({[*settings, f"output={tmp_path / 'two'}"]!r}))
 """
@@ -229,9 +230,17 @@ def test_every_setting_changes_the_ids(model, tmp_path):
 
 
 def test_without_vectors_there_is_no_table_of_them(model, tmp_path):
-    assert run(f"model.name={model}", "vectors=false", "layer_types=[o_proj]", f"output={tmp_path}") == 0
-    assert read_spectra(tmp_path, "vectors").empty
-    assert read_spectra(tmp_path, "matrices")["porter_thomas_input"].isna().all()
+    for vectors in (True, False):
+        assert run(f"model.name={model}", f"vectors={vectors}", f"output={tmp_path / str(vectors)}") == 0
+    with_vectors, without = tmp_path / "True", tmp_path / "False"
+    assert read_spectra(without, "vectors").empty
+    rows = read_spectra(without, "matrices")
+    assert rows["porter_thomas_input"].isna().all() and rows["svd_orthogonality_error"].isna().all()
+    assert {"gram", "gesdd"} == set(rows["svd_method"])  # matrices that are square or nearly so, and others
+    mine, theirs = (read_spectra(folder, "singular_values")["sigma"] for folder in (without, with_vectors))
+    assert np.allclose(mine, theirs, rtol=1e-11, atol=1e-14 * theirs.max())
+    columns = ["alpha", "alpha_ks", "alpha_xmin", "alpha_n", "stable_rank", "ks_mp", "noise", "n_above", "n_below"]
+    assert np.allclose(rows[columns], read_spectra(with_vectors, "matrices")[columns], rtol=1e-8)
 
 
 def test_bad_settings_are_one_line(model, tmp_path, capsys):

@@ -11,6 +11,8 @@ from harness.cli import main
 from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.evaluation.requests import TaskContext
+from harness.evaluation.settings import RuntimeSettings
+from harness.measurements.ablation.cells import task_digest
 from harness.measurements.ablation.tables import read_metrics
 from harness.models.description import generation_settings, generation_values
 from harness.models.loading import describe_model, load
@@ -126,3 +128,24 @@ def test_a_wrong_generation_config_is_one_line(place, capsys) -> None:
     assert main(RUN) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "model.name: generation_config.json of './model' is not valid: " in line
+
+
+@pytest.mark.assets
+def test_memory_of_a_generating_batch_is_in_the_id_and_decides_the_batches(place, monkeypatch) -> None:
+    """The model keeps 2 x 5 blocks x 4 heads x 8 dimensions x 4 bytes of a token, which are 1280."""
+    settings = ModelSettings(name="./model", device="cpu")
+    loaded = load(settings)
+    sizes: list[int] = []
+    real = generation._generate
+    monkeypatch.setattr(generation, "_generate", lambda *given: (sizes.append(len(given[1])), real(*given))[1])
+    digests = {}
+    for gib, tokens, batches in ((None, 16384, [3]), (2 * 14 * 1280 / 2**30, 28, [2, 1]), (1280 / 2**30, 1, [1, 1, 1])):
+        context = TaskContext.of(loaded.description, loaded.tokenizer, RuntimeSettings(generation_gib=gib))
+        asked = LmEvalTask(task="say", include_path="tasks", data_files={"test": "rows.jsonl"})
+        prepared = asked.prepare("say", context)
+        assert prepared.protocol["batch_tokens"] == tokens
+        sizes.clear()
+        assert prepared.measure(loaded, Division(), 1.0)["exact_match,word"].score.shape == (3,)
+        assert sizes == batches
+        digests[task_digest(prepared)] = gib
+    assert len(digests) == 3
