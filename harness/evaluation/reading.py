@@ -2,13 +2,14 @@
 
 Logits are computed for scored positions only, and for a chunk of these at a time. On the CPU the head is even applied
 to one part of the vocabulary at a time, whose logits stay in the processor's cache; a running maximum and a running sum
-give the softmax over the whole vocabulary (the online softmax of arXiv 1805.02867, algorithm 3).
+give the softmax over the whole vocabulary (the online softmax of arXiv 1805.02867, algorithm 3). On a GPU with
+runtime.compile, everything after the product is one compiled function, which goes through the logits less often.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -43,27 +44,30 @@ class Reading:
 class Head:
     """The output head of a model.
 
-    logits: a function from hidden states [k, d] to float32 logits [k, vocabulary]. weight, bias, softcap: set if the
-    head is only a matrix product with a bias and a softcap, so that it can be applied to parts of the vocabulary;
-    otherwise weight is None.
+    outputs: a function from hidden states [k, d] to outputs [k, vocabulary] of any floating-point type.
+    softcap: the logits are tanh(outputs / softcap) * softcap in float32, or the outputs if it is None.
+    weight, bias: set if the head is only a matrix product with a bias, so that it can be applied to parts of the
+    vocabulary; otherwise weight is None.
+    answers: what reads a chunk of outputs, `answers_of` or the same compiled.
     """
 
-    logits: Callable[[Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    softcap: float | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    softcap: float | None = None
+    answers: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=lambda: answers_of)
 
 
-def head_of(module: nn.Module, softcap: float | None = None) -> Head:
-    """Return the output head that a module computes, followed by tanh(logits / softcap) * softcap as in Gemma 2."""
+def head_of(module: nn.Module, softcap: float | None = None, compiled: bool = False) -> Head:
+    """Return the output head that a module computes, followed by tanh(logits / softcap) * softcap as in Gemma 2.
 
-    def logits(hidden: Tensor) -> Tensor:
-        return _capped(module(hidden).float(), softcap)
-
+    compiled: whether what reads whole rows of outputs is compiled. It takes seconds once for each type of outputs.
+    """
+    answers = torch.compile(answers_of, dynamic=True) if compiled else answers_of
     hooked = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
     if type(module) is nn.Linear and module.weight.device.type == "cpu" and not hooked:
-        return Head(logits, module.weight, module.bias, softcap)
-    return Head(logits)
+        return Head(module, softcap, module.weight, module.bias, answers)
+    return Head(module, softcap, answers=answers)
 
 
 def reading_of(
@@ -99,13 +103,22 @@ def read(head: Head, hidden: Tensor, reading: Reading, needs_rank: bool) -> tupl
         if tiled:
             logprob[first:last], greedy[first:last] = _read_tiled(head, hidden[start:stop], local, targets)
             continue
-        logits = head.logits(hidden[start:stop])
-        target_logit = logits[local, targets]
-        logprob[first:last] = target_logit - torch.logsumexp(logits, dim=-1)[local]
-        greedy[first:last] = logits.argmax(dim=-1)[local] == targets
-        if rank is not None:
-            rank[first:last] = (logits[local] > target_logit[:, None]).sum(dim=-1)
+        outputs = head.outputs(hidden[start:stop])
+        logprob[first:last], greedy[first:last], ranks = head.answers(outputs, head.softcap, local, targets, needs_rank)
+        if rank is not None and ranks is not None:
+            rank[first:last] = ranks
     return logprob, greedy, rank
+
+
+def answers_of(
+    outputs: Tensor, softcap: float | None, local: Tensor, targets: Tensor, needs_rank: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what `read` returns, of the targets [m] in the rows `local` [m] of outputs [k, vocabulary]."""
+    logits = _capped(outputs.float(), softcap)
+    target_logit = logits[local, targets]
+    logprob = target_logit - torch.logsumexp(logits, dim=-1)[local]
+    greedy = logits.argmax(dim=-1)[local] == targets
+    return logprob, greedy, (logits[local] > target_logit[:, None]).sum(dim=-1) if needs_rank else None
 
 
 def _read_tiled(head: Head, hidden: Tensor, local: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,9 @@ class Scorer:
         self._store = StreamStore(loaded.device, options.stream_bytes, options.host_bytes)
         self._head = None if self.kind == "classification" else loaded.model.get_output_embeddings()
         softcap = getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None)
-        self._read_head = Head(torch.Tensor.float) if self._head is None else head_of(self._head, softcap)
+        self._read_head = Head(torch.Tensor.float)
+        if self._head is not None:
+            self._read_head = head_of(self._head, softcap, options.compile)
         self._n_encoder = len({matrix.block for matrix in loaded.matrices if matrix.stack == "encoder"})
         # with device_map the head may be on another device than the first block; it is where scores are read
         self._reading_device = loaded.device if self._head is None else self._head.weight.device

@@ -45,6 +45,7 @@ class ScoringOptions:
         pinned host memory. Batches that fit into neither start from the first block.
     lazy: move the stream of a task to the frontier only when the task is scored, so that a task that is not scored at
         this frontier costs nothing.
+    compile: compile what reads the outputs of the head. On the CPU most heads are read in parts, which is not compiled.
     """
 
     batch_tokens: int = 8192
@@ -54,6 +55,7 @@ class ScoringOptions:
     stream_bytes: float = float("inf")
     host_bytes: float = 0.0
     lazy: bool = False
+    compile: bool = False
 
 
 @dataclass
@@ -78,7 +80,7 @@ class RuntimeSettings:
     decomposition_gib: Annotated[float, at_least(0)] | None = None
     cache_gib: Annotated[float, at_least(0)] = 10.0  # disk space for the decompositions of all studies; 0: no cache
     cache_dir: str | None = None  # null: spectral-harness/decompositions in $XDG_CACHE_HOME or ~/.cache
-    compile: bool = False  # torch.compile every block: it takes minutes, and kernels are then faster
+    compile: bool = False  # torch.compile every block and the reading of the head: it takes minutes, kernels are faster
     threads: Annotated[int, at_least(1)] | None = None  # CPU threads; null: torch decides
     examples: bool = True  # write the per-example table
     precision: Literal["exact", "adaptive"] = "exact"  # adaptive: as many examples as it takes
@@ -106,5 +108,5 @@ class RuntimeSettings:
             raise ValueError("runtime.batch_tokens has not been found yet")
         return ScoringOptions(
             self.batch_tokens, self.logit_rows, self.reuse, self.share_context, self.stream_gib * GIB,
-            self.stream_host_gib * GIB, lazy=self.precision == "adaptive",
+            self.stream_host_gib * GIB, lazy=self.precision == "adaptive", compile=self.compile,
         )

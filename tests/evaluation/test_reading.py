@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_against_float64(vocabulary, bias, softcap, logit_rows, tiled, monkeypat
     module, hidden, rows, entry_row, targets = _case(vocabulary, bias=bias)
     head = head_of(module, softcap)
     assert head.weight is module.weight
-    head = head if tiled else reading.Head(head.logits)
+    head = head if tiled else reading.Head(head.outputs, softcap)
     plan = reading_of(rows, entry_row, targets, np.arange(100, 161), logit_rows)
     logprob, greedy, rank = read(head, hidden, plan, needs_rank=False)
     expected, expected_greedy = _expected(module, hidden, entry_row, targets, softcap)
@@ -83,3 +85,21 @@ def test_a_head_with_a_hook_or_another_forward_is_applied_whole() -> None:
     other = nn.Linear(4, 9)
     other.forward = other.forward
     assert head_of(hooked).weight is None and head_of(other).weight is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@torch.inference_mode()
+def test_compiled_reading_is_the_plain_one() -> None:
+    """Up to rounding in float32; which token is the first of the largest, and every rank, exactly, ties included."""
+    module, hidden, rows, entry_row, targets = _case(1300)
+    module.weight[700:] = module.weight[:600]  # every large logit is there twice
+    plan = reading_of(rows, entry_row, targets, np.arange(61), logit_rows=10)
+    found = {}
+    for compiled in (False, True):
+        head = head_of(module, 30.0, compiled)
+        whole = reading.Head(lambda states: module(states).bfloat16(), 30.0, answers=head.answers)
+        found[compiled] = read(whole, hidden, plan, needs_rank=True)
+    plain, fused = found[False], found[True]
+    torch.testing.assert_close(fused[0], plain[0], rtol=2e-6, atol=2e-6)
+    assert torch.equal(fused[1], plain[1]) and torch.equal(fused[2], plain[2])
+    assert plain[1].any() and not plain[1].all()

@@ -189,7 +189,7 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
     if has_noise_floor(description):
         found |= {"batch_tokens": runtime.batch_tokens, "share_context": runtime.share_context}
     if runtime.compile:
-        found["compile"] = True
+        found["compile"] = "blocks and head"
     if runtime.precision == "adaptive":
         # An adaptive cell may stop after each batch, so the size of batches changes its number.
         adaptive = {**dataclasses.asdict(runtime.adaptive), "version": ADAPTIVE_VERSION}
