@@ -3,7 +3,8 @@
 #             ARGS="-m 'not slow' -x" goes to pytest
 # make install   install what the tests need, and run nothing
 # make lint   ruff, then mypy
-# make clean  remove .venv and caches; results/ stays
+# make docs   the site of the documentation, in site/
+# make clean  remove .venv, site/ and caches; results/ stays
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -13,7 +14,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # constraints.txt was written for Python 3.11; another version installs from the ranges in pyproject.toml.
 CONSTRAINTS = $(if $(findstring 3.11,$(shell $(PYTHON) --version)),-c constraints.txt)
 
-.PHONY: demo test lint clean install
+.PHONY: demo test lint docs clean install
 
 demo: $(VENV)/.stamp-run
 	$(VENV)/bin/harness run
@@ -27,8 +28,11 @@ lint: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/.stamp-test
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find harness tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -47,5 +51,5 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.stamp-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time"
-	$(INSTALL) -e '.[all,test]'
+	$(INSTALL) -e '.[all,test,docs]'
 	@touch $(VENV)/.stamp-run $@

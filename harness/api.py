@@ -1,10 +1,12 @@
-"""The Python door: the functions and classes that `import harness as sh` offers. The tests run each example.
+"""The Python door: the functions and classes that `import harness as sh` offers.
 
     import harness as sh
     model = sh.wrap(my_module, tokenizer)              # or sh.load("openai-community/gpt2")
     with model.ablated("mlp", sh.regions.small(0.1), blocks=[3]) as removed:
         print(removed.energy_removed, removed.realised_removal)
         logits = my_module(tokens).logits
+
+The tests run each example.
 """
 
 from __future__ import annotations
