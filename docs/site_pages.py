@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MOVED = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "docs/quickstart.ipynb": "quickstart.md"}
 ORIGIN = {there: here for here, there in MOVED.items()}
 OF_EXPERIMENTS = (".md", ".png", ".csv")
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
-CODE = re.compile(r"(^```.*?^```$|^(?: {4}|\t)[^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+# A link, whose text may hold code, or code, which may hold what looks like a link.
+LINK = re.compile(r"(?P<picture>!?)\[(?P<label>[^\]]*)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)\s]*)?\)|`[^`\n]+`")
+BLOCK_OF_CODE = re.compile(r"(^```.*?^```$|^(?: {4}|\t)[^\n]*$)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -39,7 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Write the links of a page anew, outside code."""
-    parts = CODE.split(markdown)  # text and code alternate
+    parts = BLOCK_OF_CODE.split(markdown)  # text and code alternate
     parts[::2] = [of_links(text, page.file.src_uri, files) for text in parts[::2]]
     return "".join(parts)
 
@@ -50,7 +51,7 @@ def of_links(text: str, page: str, files: Files) -> str:
 
     def written(found: re.Match[str]) -> str:
         picture, label, target, anchor = found.groups(default="")
-        if "://" in target or not target:
+        if not target or "://" in target:
             return found.group()
         file = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
         name = MOVED.get(file, file.removeprefix("docs/"))
