@@ -185,8 +185,8 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
     return listed
 
 
-# tests/measurements/ablation/test_changes.py runs the regions of a change, which need a reference
-@pytest.mark.parametrize("name", [name for name in names("region") if name not in ("change", "undo")])
+# tests/measurements/ablation/ runs the regions of a change, which need a reference, and components that need a name
+@pytest.mark.parametrize("name", [name for name in names("region") if name not in ("change", "undo", "named")])
 def test_every_region(name, recall, tmp_path):
     """The regions of the table are those that the YAML lists, no more and no fewer, and remove what it says."""
     said = content("region", name)

@@ -18,7 +18,7 @@ from harness.models.targets import Target
 from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, label_of, operation_of, spectrum_of
 from harness.spectral.ablation import Removal, bias_of, edit, others, removal
 from harness.spectral.decomposition import Decomposition
-from harness.spectral.regions import Region, by_loss, fraction_interval, select
+from harness.spectral.regions import Region, fraction_interval, per_matrix, select
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,16 @@ def loss_changes_of(
 
 
 def resolved_regions(ablation: Ablation, matrices: Sequence[Matrix], sources: Sources) -> dict[str, Region]:
-    """Return the region of each matrix of a target if it depends on the changes of a loss; empty if it does not.
+    """Return the region of each matrix of a target if it depends on the matrix; empty if it does not.
 
-    The model must hold its unedited weights. Raises ValueError without a calibration text.
+    The model must hold its unedited weights. Raises ValueError if a loss is needed and there is no calibration text.
     """
-    reference = by_loss(ablation.region)
+    reference = per_matrix(ablation.region)
     if reference is None:
         return {}
-    losses = loss_changes_of(ablation, matrices, sources)
+    losses = loss_changes_of(ablation, matrices, sources) if reference.by_loss else {}
     shapes = {matrix.name: matrix.shape for matrix in matrices}
-    found = reference.resolved({name: losses[name] for name in shapes}, shapes)
+    found = reference.resolved({name: losses[name] for name in shapes if name in losses}, shapes)
     if reference is ablation.region:
         return dict(found)
     control: Any = ablation.region

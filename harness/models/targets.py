@@ -9,6 +9,8 @@ from typing import Literal
 from harness.errors import InputError, wrong
 from harness.models.families import GROUPS, expand_layer_types
 from harness.models.matrices import Matrix
+from harness.registry import nearest
+from harness.spectral.regions.named import parse_name
 
 
 @dataclass
@@ -98,6 +100,30 @@ def expand_targets(settings: TargetSettings, matrices: Sequence[Matrix]) -> list
             of_block.setdefault(matrix.block, []).append(matrix)
         return [_joint("block", f"block {b}{what}", members, block=b) for b, members in sorted(of_block.items())]
     return [_joint("all", (where + "all" + what).strip(), chosen)]
+
+
+def named_target(names: Sequence[str], matrices: Sequence[Matrix]) -> Target:
+    """Return the target of components by name, "matrix:position": the matrices that have them.
+
+    Raises InputError for a matrix that the model does not have, and for a position that a matrix does not have.
+    """
+    by_name = {matrix.name: matrix for matrix in matrices}
+    chosen = {}
+    for name in names:
+        matrix, position = parse_name(name)
+        if matrix not in by_name:
+            there = nearest(matrix, list(by_name))
+            raise InputError(f"region.names: {matrix!r} is no matrix of this model; {there}"
+                             f"it has {next(iter(by_name))} to {list(by_name)[-1]}")
+        rank = min(by_name[matrix].shape)
+        if not -rank <= position < rank:
+            raise InputError(f"region.names: {name!r} is wrong; {matrix} has positions 0 to {rank - 1}")
+        chosen[matrix] = by_name[matrix]
+    members = sorted(chosen.values(), key=lambda matrix: list(by_name).index(matrix.name))
+    if len(members) == 1:
+        return Target("matrix", members[0].name, (members[0].name,), members[0].block, members[0].block,
+                      members[0].layer_type)
+    return _joint("all", "+".join(matrix.name for matrix in members), members)
 
 
 def control_target(targets: Sequence[Target]) -> Target:

@@ -112,6 +112,9 @@ def _region(name: str, removal: bool) -> str:
         return _one_value(int(size), ("largest", "smallest"))
     if kind == "component" and (found := re.fullmatch(r"(-?\d+) by loss", size)):
         return _one_value(int(found[1]), ("best predicted", "worst predicted"))
+    if kind == "named":
+        names = size.split("+")
+        return f"value{'s' * (len(names) > 1)} {', '.join(names)}"
     if found := re.fullmatch(r"compression ([-.\de]+)( zero_sum)?", name):
         return f"{percent(float(found[1]))} % fewer parameters" + ", shared budget" * bool(found[2])
     if found := re.fullmatch(r"mp (above|inside|below) (\w+?)( tracy_widom)?", name):

@@ -23,6 +23,7 @@ from harness.spectral.regions import (
     Laser,
     LowerBulk,
     MarchenkoPastur,
+    Named,
     Nothing,
     OtherOrder,
     Random,
@@ -287,7 +288,7 @@ REGIONS = [
     *(MarchenkoPastur(kind, estimator, margin) for kind in ("above", "inside", "below")
       for estimator, margin in (("gavish_donoho", False), ("bulk_fit", True))),
     GavishDonoho("above"), GavishDonoho("below"), Component(573), Component(-1), Component(-2, "loss"),
-    Compression(0.4), Compression(0.4, "zero_sum"),
+    Named(("28.up_proj:573", "0.k_proj:-1")), Compression(0.4), Compression(0.4, "zero_sum"),
     Nothing(), OtherOrder(), OtherOrder(0.5), Random(small(0.1), 3), Random(Random(Index(0, 4), 1), 2),
     EnergyMatched(bulk(0.2, "energy"), 0), LowerBulk(MarchenkoPastur("above", "usvt", True)),
     CONTROLS["rotated"](small(0.1), 3), CONTROLS["rotated_output"](Component(2), 3),

@@ -34,6 +34,7 @@ WORDS = {
     "12th smallest value alone": regions.Component(-12),
     "2nd best predicted value alone": regions.Component(1, "loss"),
     "worst predicted value alone": regions.Component(-1, "loss"),
+    "values 0.k_proj:-1, 28.up_proj:573": regions.Named(("28.up_proj:573", "0.k_proj:-1")),
     "20 % fewer parameters": regions.Compression(0.2),
     "20 % fewer parameters, shared budget": regions.Compression(0.2, "zero_sum"),
     "above the Marchenko-Pastur bulk": regions.MarchenkoPastur("above"),

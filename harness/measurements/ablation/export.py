@@ -29,7 +29,6 @@ from harness.models.factored import factors_are_smaller, write_factored
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import LoadedModel, describe_model, load, load_tokenizer, require_head
 from harness.models.reference import Reference, describe_reference
-from harness.models.targets import expand_targets
 from harness.models.treatment import Sources, spectrum_of
 from harness.settings.validation import validated
 from harness.spectral.ablation import low_rank_factors, others
@@ -120,7 +119,7 @@ def the_ablation(
     """
     bare = skeleton(description.config, description.family)
     matrices = matrices_of(bare, description.family)
-    targets = expand_targets(settings.target, matrices)
+    targets = settings.region.targets(settings.target, matrices)
     touched = {name for target in targets for name in target.matrices}
     shapes = [matrix.shape for matrix in matrices if matrix.name in touched]
     regions = [region for region in settings.region.regions(shapes) if region.by != "control"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from harness.errors import SettingError, wrong
 from harness.measurements.ablation.treatment_settings import TreatmentSettings
+from harness.models.matrices import Matrix
 from harness.models.rotation import ROTATIONS
+from harness.models.targets import Target, TargetSettings, expand_targets, named_target
 from harness.settings.validation import chosen, plain, validated
 from harness.spectral.regions import (
     CONTROLS,
@@ -23,6 +25,7 @@ from harness.spectral.regions import (
 )
 from harness.spectral.regions.component import ComponentRule
 from harness.spectral.regions.fraction import FractionRule
+from harness.spectral.regions.named import NamedRule
 
 NO_REGION = Nothing()
 OTHER_ORDER = OtherOrder()
@@ -104,6 +107,15 @@ class RegionSettings:
             right = ("only the controls random, energy_matched, rotated and rotated_output read it; region.controls is"
                      f" [{', '.join(self.controls)}]")
             yield wrong("random_seeds", self.random_seeds, right)
+
+    def targets(self, settings: TargetSettings, matrices: Sequence[Matrix]) -> list[Target]:
+        """Return the targets of a study, which are those of the settings, or the matrices of named components.
+
+        Raises InputError as `expand_targets` and `named_target` do.
+        """
+        if isinstance(self.rule, NamedRule):
+            return [named_target(self.rule.names, matrices)]
+        return expand_targets(settings, matrices)
 
     def regions(self, shapes: Iterable[tuple[int, int]] = ()) -> list[Region]:
         """Return the regions of a study without duplicates, with the controls last.

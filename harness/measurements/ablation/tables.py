@@ -49,7 +49,7 @@ METRICS = (
     required("region", "string", "Label of the region; `none` for the baseline."),
     Column(
         "region_by", "string",
-        "Rule: fraction, decile, index, laser, component, compression, energy, mp, gavish_donoho, or control.",
+        "Rule: fraction, decile, index, laser, component, named, compression, energy, mp, gavish_donoho, or control.",
     ),
     Column("region_kind", "string", "`large`, `bulk`, `small`, `decile`, `interval`, `random`, `none`, `above`, ..."),
     Column("fraction_start", "float64", "Start of the removed interval as a share of the rank, 0 = the largest value."),

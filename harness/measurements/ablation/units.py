@@ -38,7 +38,7 @@ from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
 from harness.models.matrices import Matrix
 from harness.models.reference import Reference, describe_reference
-from harness.models.targets import BASELINE, UNEDITED, Target, expand_targets
+from harness.models.targets import BASELINE, UNEDITED, Target
 from harness.models.treatment import Treatment
 from harness.spectral.regions import Region, by_loss, from_plain, to_plain
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
@@ -303,7 +303,7 @@ def build(
 
 
 def _from_settings(settings: StudySettings, prepared: Prepared, folder: Path | None = None) -> Study:
-    targets = expand_targets(settings.target, prepared.matrices)
+    targets = settings.region.targets(settings.target, prepared.matrices)
     touched = {name for target in targets for name in target.matrices}
     shapes = [matrix.shape for matrix in prepared.matrices if matrix.name in touched]
     return build(settings, prepared, targets, settings.region.regions(shapes), folder)

@@ -23,7 +23,6 @@ from harness.models.loading import describe_model, load_tokenizer, pick_device, 
 from harness.models.prefix import takes_cache
 from harness.models.reference import describe_reference
 from harness.models.settings import ModelSettings
-from harness.models.targets import expand_targets
 from harness.spectral.regions import select
 from harness.tasks.registry import check_kinds, prepare_tasks
 
@@ -221,7 +220,7 @@ def _with_ablations(
         treatment = settings.region.treatment.treatment(None)
         shapes = {matrix.name: matrix.shape for matrix in matrices}
         regions = [region for region in settings.region.regions(shapes.values()) if region.kind not in NO_ABLATION]
-        for target in expand_targets(settings.target, matrices):
+        for target in settings.region.targets(settings.target, matrices):
             for region in regions:
                 for name in target.matrices:
                     if region.rank_only and not len(select(region, None, shapes[name])):

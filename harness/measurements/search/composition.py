@@ -23,9 +23,13 @@ from harness.measurements.ablation.tables import read_examples
 from harness.measurements.ablation.units import Study
 from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.units import REPORT, SELECTION
-from harness.models.editing import Ablation, ablated
+from harness.models.editing import Ablation, ablated, resolved_regions
 from harness.models.loading import LoadedModel, load
-from harness.models.treatment import Sources
+from harness.models.targets import named_target
+from harness.models.treatment import Sources, Treatment, spectrum_of
+from harness.spectral.regions import Named
+
+MOST_CANDIDATES = 32  # components that are tried one after the other
 
 
 def compose_greedily(selection: Study, report: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -72,6 +76,8 @@ class TaskComposition:
 
     def steps(self, metric: str) -> list[dict[str, Any]]:
         """Compose for one metric and return the rows of all steps. Afterwards the model is as before."""
+        if self.selection.settings.region.by == "component":
+            return self._of_components(metric)
         task = self.parts[SELECTION]
         better = 1 if blank_measure(task)[metric].higher_is_better else -1
         accepting = np.arange(len(task.example_ids)) % 2 == 1
@@ -105,10 +111,69 @@ class TaskComposition:
         return rows
 
 
+    def _of_components(self, metric: str) -> list[dict[str, Any]]:
+        """Compose single components, the best first, several of which may be of one matrix."""
+        task = self.parts[SELECTION]
+        better = 1 if blank_measure(task)[metric].higher_is_better else -1
+        accepting = np.arange(len(task.example_ids)) % 2 == 1
+        baseline = _subset(self.baselines[SELECTION][metric], accepting)
+        common = {"task": task.name, "metric": metric}
+        kept: list[str] = []
+        current, rows = baseline, []
+        gains = [(gain, ablation) for gain, ablation in gains_of_cells(self.selection, task, metric, ~accepting)
+                 if gain > 0 and ablation.region.by == "component"]
+        candidates = sorted(gains, key=lambda one: -one[0])[:MOST_CANDIDATES]
+        for number, (_, candidate) in enumerate(candidates):
+            name = self._name(candidate)
+            now = _subset(self._without([*kept, name], candidate.treatment, SELECTION)[metric], accepting)
+            accepted = better * paired(now, current).delta > 0
+            if accepted:
+                kept, current = [*kept, name], now
+            rows.append({
+                **common, "step": str(number), "target": candidate.target.label, "region": candidate.label,
+                "accepted": accepted, **_compared(now, baseline),
+            })
+        whole = self.baselines[REPORT]
+        if kept:
+            whole = self._without(kept, candidates[0][1].treatment, REPORT)
+        rows.append({
+            **common, "step": "report", "target": "all accepted", "region": ",".join(kept), "accepted": bool(kept),
+            **_compared(whole[metric], self.baselines[REPORT][metric]),
+        })  # fmt: skip
+        return rows
+
+    def _name(self, candidate: Ablation) -> str:
+        (matrix,) = (one for one in self.loaded.matrices if one.name in candidate.target.matrices)
+        decomposition = spectrum_of(matrix, candidate.region, candidate.treatment, self.sources)
+        region = resolved_regions(candidate, [matrix], self.sources).get(matrix.name)
+        return f"{matrix.name}:{int(candidate.positions(decomposition, region)[0])}"
+
+    def _without(self, names: Sequence[str], treatment: Treatment, part: str) -> dict[str, ExampleScores]:
+        """Return the scores of a part without these components together."""
+        whole = Ablation(named_target(names, self.loaded.matrices), Named(tuple(names)), treatment)
+        with ablated(self.loaded, whole, self.sources, self.selection.settings.runtime.edit):
+            return self.scores(part)
+
+
 def best_of_each_block(
     selection: Study, task: ScoredTask, metric: str, fitting: np.ndarray
 ) -> dict[int, Ablation]:
     """Return for each block the ablation with the largest gain, if one has a gain.
+
+    fitting: bool [n], the examples over which the gain is taken.
+    """
+    best: dict[int, tuple[float, Ablation]] = {}
+    for gain, ablation in gains_of_cells(selection, task, metric, fitting):
+        block = ablation.target.block
+        if block is not None and gain > (best[block][0] if block in best else 0.0):
+            best[block] = (gain, ablation)
+    return {block: ablation for block, (_, ablation) in best.items()}
+
+
+def gains_of_cells(
+    selection: Study, task: ScoredTask, metric: str, fitting: np.ndarray
+) -> list[tuple[float, Ablation]]:
+    """Return the measured ablations of the grid, without controls of no target, each with its gain.
 
     fitting: bool [n], the examples over which the gain is taken.
     """
@@ -124,15 +189,7 @@ def best_of_each_block(
 
     cells = [cell for cell in selection.units if cell.task == task.name and cell.id in of_cell]
     baseline = next(over_fitting(cell.id) for cell in cells if cell.is_baseline)
-    best: dict[int, tuple[float, Ablation]] = {}
-    for cell in cells:
-        block = cell.ablation.target.block
-        if not cell.of_grid or block is None:
-            continue
-        gain = better * paired(over_fitting(cell.id), baseline).delta
-        if gain > (best[block][0] if block in best else 0.0):
-            best[block] = (gain, cell.ablation)
-    return {block: ablation for block, (_, ablation) in best.items()}
+    return [(better * paired(over_fitting(cell.id), baseline).delta, cell.ablation) for cell in cells if cell.of_grid]
 
 
 def _subset(scores: ExampleScores, inside: np.ndarray) -> ExampleScores:

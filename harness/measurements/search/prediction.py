@@ -106,16 +106,22 @@ def chosen_by_gradient(
 ) -> list[tuple[Ablation, str]]:
     """Return the (ablation, task) to measure: every region of the best targets, for each task and predicted metric.
 
-    keep: the share of the targets that counts as the best.
+    keep: the share of the targets that counts as the best. Of single components it is the share of the components.
     """
     import pandas
 
     pairs: dict[tuple[Ablation, str], None] = {}
     ablations = grid_ablations(grid)
     for (task, _), guess in pandas.DataFrame(list(predictions)).groupby(["task", "metric"], sort=False):
-        ranked = ranked_targets(guess)
-        kept = set(ranked[: max(1, math.ceil(keep * len(ranked)))])
-        pairs |= {(ablation, str(task)): None for ablation in ablations if ablation.target.label in kept}
+        if grid.settings.region.by == "component":
+            best = guess.sort_values("predicted_improvement", ascending=False, kind="stable")
+            kept = {(row.target, row.region) for row in best.head(max(1, math.ceil(keep * len(best)))).itertuples()}
+            chosen = [one for one in ablations if (one.target.label, one.label) in kept]
+        else:
+            ranked = ranked_targets(guess)
+            labels = set(ranked[: max(1, math.ceil(keep * len(ranked)))])
+            chosen = [one for one in ablations if one.target.label in labels]
+        pairs |= {(ablation, str(task)): None for ablation in chosen}
     return list(pairs)
 
 

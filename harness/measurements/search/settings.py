@@ -25,12 +25,13 @@ class SearchChoices:
     metrics: the metrics that are optimised, for each task those of them that it has.
     choice: the cells that are measured. "exhaustive": all. "gradient": those of the targets that gradients predict to
         be best. "compare": all, and the predictions are compared with the measurements.
-    keep: the share of the targets that choice "gradient" measures.
+    keep: the share of the targets that choice "gradient" measures; with region=component, of the single components.
     gradient_examples: the number of examples of each task for the gradients of "gradient" and "compare".
     report_limit: the largest number of examples in the report part of each task (BLiMP: of each paradigm); null: all.
     control_seeds: the seeds of the draws of each control of each best cell. The p-value against a control is that of a
         new draw and needs at least two.
-    compose: "greedy" adds ablations block after block if they help on examples that did not choose them.
+    compose: "greedy" adds ablations block after block if they help on examples that did not choose them; with
+        region=component the best components, of any matrix, one after the other.
     """
 
     metrics: list[str] = field(default_factory=lambda: ["accuracy", "logprob", "perplexity"])
@@ -103,3 +104,5 @@ def check(settings: SearchSettings) -> None:
         raise wrong("search.choice", settings.search.choice, right)
     if settings.search.compose == "greedy" and settings.target.kind not in ("matrix", "block"):
         raise wrong("search.compose", "greedy", "it goes block by block; use target=matrix or target=block")
+    if settings.search.compose == "greedy" and settings.region.by == "component" and settings.target.kind != "matrix":
+        raise wrong("search.compose", "greedy", "components are composed matrix by matrix; use target=matrix")

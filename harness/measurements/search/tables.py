@@ -64,6 +64,7 @@ VERDICT = Table("verdict", "one row per task and metric: the best cell of the gr
     *_control("energy_matched", "values at random positions with as much energy"),
     *_control("energy_matched_disjoint",
               f"values at random positions with as much energy, {_DISJOINT.format('small ones')}"),
+    *_control("rotated", "as large a singular value in random directions; only for region=component"),
     Column("beats_controls", "bool", "Whether the best cell is better than each control at 5 %; null if one failed."),
     Column("p_holm", "float64", "`p_value`, corrected for the number of rows (Holm)."),
     required("verdict", "string",
@@ -106,9 +107,10 @@ COMPARISON = Table("comparison", "one row per task, predicted metric, measured m
 
 COMPOSITION = Table("composition", "one row per task, metric and step of the greedy composition", (
     _STAGE, _TASK, _METRIC,
-    required("step", "string", "The block, or `report`: all accepted ablations on the report part."),
+    required("step", "string",
+             "The block, or for components their place by gain; `report`: all accepted ones on the report part."),
     Column("target", "string", "Target of the candidate."),
-    Column("region", "string", "Region of the candidate."),
+    Column("region", "string", "Region of the candidate; for `report` the names of the accepted components."),
     Column("accepted", "bool", "Whether the candidate was accepted; for `report`, whether any was."),
     Column("n", "int64", "Number of examples in the accepting half of the selection part, or in the report part."),
     Column("baseline", "float64", "Metric of the unablated model on these examples."),

@@ -168,6 +168,7 @@ def _stages(settings: SearchSettings, selection: Study, report: Study, examples:
     guess = None if examples is None else [selection.id, examples.id, choices.metrics]
     grid = [selection.id, choices.choice == "gradient" and [guess, choices.keep]]
     judged = [grid, report.id, choices.metrics, choices.control_seeds]
+    judged += ["rotated"] if settings.region.by == "component" else []
     depends_on: dict[str, Any] = {"predictions": guess} if guess else {}
     depends_on |= {SELECTION: grid, REPORT: judged, "verdict": [judged, VERDICT_VERSION]}
     if choices.choice == "compare":

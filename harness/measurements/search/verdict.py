@@ -18,7 +18,7 @@ from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.summary import measured
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.models.editing import Ablation
-from harness.spectral.regions import EnergyMatched, Random
+from harness.spectral.regions import EnergyMatched, Random, Rotated
 from harness.tables.frames import dicts_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def controls_of(winner: Winner, seeds: Sequence[int]) -> dict[str, list[Ablation
     """Return the controls of a best cell: name of the control -> its draws, one for each seed.
 
     Besides those that draw from all values there are those that do not draw what the cell itself removes. They are left
-    out if the other values are fewer, or hold less energy, than what the cell removes.
+    out if the other values are fewer, or hold less energy, than what the cell removes. A single component also has
+    random directions of the same singular value, unless the metric is that of the activations.
     """
     region = winner.ablation.region
     fewer = 2 * winner.row["n_removed"] <= winner.row["n_values"]
@@ -111,6 +112,8 @@ def controls_of(winner: Winner, seeds: Sequence[int]) -> dict[str, list[Ablation
     made["energy_matched"] = [EnergyMatched(region, seed) for seed in seeds]
     if lighter:
         made["energy_matched_disjoint"] = [EnergyMatched(region, seed, disjoint=True) for seed in seeds]
+    if winner.ablation.region.by == "component" and winner.ablation.treatment.metric == "weight":
+        made["rotated"] = [Rotated(region, seed) for seed in seeds]
     return {name: [dataclasses.replace(winner.ablation, region=control) for control in controls]
             for name, controls in made.items()}
 

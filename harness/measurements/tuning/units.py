@@ -23,7 +23,7 @@ from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
-from harness.models.targets import BASELINE, expand_targets
+from harness.models.targets import BASELINE
 from harness.tasks.labelled import LabelledText, Trainable
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 from harness.tasks.settings import RowsTask
@@ -100,7 +100,7 @@ def plan(settings: TuneSettings) -> TunePlan:
     regions = [region for region in settings.region.regions(shapes.values()) if region not in (NO_REGION, OTHER_ORDER)]
     treatment = settings.region.treatment.treatment(None)
     every = bool(getattr(settings.region.rule, "all", False))
-    ablations = expand_ablations(expand_targets(settings.target, matrices), regions, shapes, treatment, every)
+    ablations = expand_ablations(settings.region.targets(settings.target, matrices), regions, shapes, treatment, every)
     base = {
         "version": NUMBERS_VERSION, "model": description.identity, "trained": trained,
         "attn_implementation": settings.model.attn_implementation, "examples": _digest(examples),

@@ -44,6 +44,11 @@ class Component:
         return self.order == BY_LOSS
 
     @property
+    def per_matrix(self) -> bool:
+        """Whether the position depends on the matrix, which it does if it depends on a loss."""
+        return self.by_loss
+
+    @property
     def rank_only(self) -> bool:
         return not self.by_loss
 

@@ -60,6 +60,11 @@ class Compression:
         """Whether the ranks depend on the changes of a loss, see `resolved`."""
         return self.ranks == "zero_sum"
 
+    @property
+    def per_matrix(self) -> bool:
+        """Whether the ranks depend on the matrix, which they do if they depend on a loss."""
+        return self.by_loss
+
     def resolved(self, losses: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Index]:
         """Return the region of each matrix, of which so many values are kept as `zero_sum_ranks` says."""
         return {name: keeping(kept) for name, kept in zero_sum_ranks(losses, shapes, self.ratio).items()}

@@ -45,11 +45,15 @@ class Region(Protocol):
 
 
 @runtime_checkable
-class ByLoss(Protocol):
-    """A region whose positions may depend on the first-order changes of a loss in all matrices of a target.
+class PerMatrix(Protocol):
+    """A region whose positions may depend on which matrix is meant, and not on its values and shape alone.
 
-    by_loss: whether they do. `positions` then raises ValueError, and `resolved` tells the region of each matrix.
+    per_matrix: whether they do. `positions` then raises ValueError, and `resolved` tells the region of each matrix.
+    by_loss: whether they depend on the first-order changes of a loss in all matrices of a target.
     """
+
+    @property
+    def per_matrix(self) -> bool: ...
 
     @property
     def by_loss(self) -> bool: ...
@@ -57,16 +61,22 @@ class ByLoss(Protocol):
     def resolved(self, losses: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, Region]:
         """Return the region of each matrix by its name.
 
-        losses: matrix -> the first-order change of the loss if each of its values is removed, float64 [r]. shapes:
-        matrix -> (out, in).
+        losses: matrix -> the first-order change of the loss if each of its values is removed, float64 [r]; empty if not
+        `by_loss`. shapes: matrix -> (out, in).
         """
         ...
 
 
-def by_loss(region: Region) -> ByLoss | None:
-    """Return the region itself, or the reference of a control, if its positions depend on the changes of a loss."""
+def per_matrix(region: Region) -> PerMatrix | None:
+    """Return the region itself, or the reference of a control, if its positions depend on the matrix."""
     region = getattr(region, "reference", None) or region
-    return region if isinstance(region, ByLoss) and region.by_loss else None
+    return region if isinstance(region, PerMatrix) and region.per_matrix else None
+
+
+def by_loss(region: Region) -> bool:
+    """Return whether the positions of a region, or of the reference of a control, depend on the changes of a loss."""
+    found = per_matrix(region)
+    return found is not None and found.by_loss
 
 
 def select(region: Region, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:

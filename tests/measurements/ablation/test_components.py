@@ -109,6 +109,39 @@ def test_controls_in_random_directions_are_as_large(place, tmp_path, more):
             assert drawn.value.nunique() == len(drawn) and (abs(drawn.realised_removal - 1) < 1e-4).all()
 
 
+def test_named_components_are_removed_together_and_exported(place, tmp_path):
+    names = ["0.up_proj:3", "1.down_proj:-1", "1.down_proj:0"]
+    plain = [word for word in words(place, "region=named", f"region.names=[{','.join(names)}]")
+             if "calibration" not in word and word != "region=component"]
+    study = plan(compose_settings("ablation", plain))
+    (cell,) = (cell for cell in study.units if cell.of_grid)
+    assert cell.ablation.target.matrices == ("0.up_proj", "1.down_proj")
+    assert main(["export", *plain, f"output={tmp_path / 'exported'}"]) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(one) for one in (place / "model", tmp_path / "exported"))
+    for matrix in study.matrices:
+        weight = before.get_parameter(matrix.parameter).detach().double().numpy()
+        u, s, vt = np.linalg.svd(weight, full_matrices=False)
+        s[[int(name.partition(":")[2]) for name in names if name.startswith(f"{matrix.name}:")]] = 0
+        assert np.allclose(after.get_parameter(matrix.parameter).detach().numpy(), (u * s) @ vt, atol=1e-6), matrix.name
+    again = [word for word in plain if not word.startswith("region.names")]
+    for same in (names[::-1], [*names, names[0]]):
+        other = plan(compose_settings("ablation", [*again, f"region.names=[{','.join(same)}]"]))
+        assert other.id == study.id
+
+
+@pytest.mark.parametrize("names, message", [
+    ("[]", "region.names: [] is wrong; region.by=named needs at least one"),
+    ("[0.up_proj]", "region.names: '0.up_proj' is no name of a component, such as 28.up_proj:573"),
+    ("[0.up_prox:1]", "region.names: '0.up_prox' is no matrix of this model; did you mean '0.up_proj'?"),
+    ("[0.up_proj:99]", "region.names: '0.up_proj:99' is wrong; 0.up_proj has positions 0 to"),
+])  # fmt: skip
+def test_names_that_are_refused(place, names, message, capsys):
+    asked = [word for word in words(place, "region=named", f"region.names={names}")
+             if "calibration" not in word and word != "region=component"]
+    assert main(["plan", *asked]) == 2
+    assert capsys.readouterr().err.removeprefix("harness: ").startswith(message)
+
+
 @pytest.mark.parametrize("more, message", [
     (["region.top=2", "~calibration"], "region.top: 2 is wrong; it needs a text for the loss"),
     (["region.controls=[rotated]", "region.metric=activations"], "region.controls: 'rotated' is wrong; in the metric"),

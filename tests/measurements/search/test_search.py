@@ -418,6 +418,35 @@ def test_gradient_choice_measures_its_favourites_only(assets, prompts, tmp_path)
     assert table(tmp_path / "s", "verdict").n_tried.tolist() == [2]
 
 
+def test_components_are_chosen_by_gradients_and_composed(assets, prompts, tmp_path):
+    """Of all components of two matrices the best tenth is measured; those accepted together are what NumPy removes."""
+    output = tmp_path / "s"
+    own = [word for word in _settings(assets, prompts, output) if not word.startswith(("region", "task"))]
+    words = [*own, "task=ioi", f"tasks.ioi.data_files={prompts}", "tasks.ioi.selection_share=0.4", "region=component",
+             "region.all=true", "target.blocks=[3,4]", "search.choice=gradient", "search.keep=0.1",
+             "search.metrics=[logit_difference]", "search.compose=greedy"]
+    assert main(["search", "--quiet", *words]) == 0
+    predictions, grid = table(output, "predictions"), read_metrics(selection(output))
+    best = predictions.sort_values("predicted_improvement", ascending=False, kind="stable").head(13)  # of 2 x 64
+    assert set(zip(grid.target, grid.region)) >= set(zip(best.target, best.region))
+    (verdict,) = table(output, "verdict").itertuples()
+    assert verdict.n_tried == 13 and verdict.rotated_draws == 2 and verdict.random_disjoint_draws == 2
+    steps = table(output, "composition")
+    walked, last = steps[steps.step != "report"], steps[steps.step == "report"].iloc[0]
+    kept = [f"{row.target}:{row.region.split()[1]}" for row in walked[walked.accepted.astype(bool)].itertuples()]
+    assert last.region == ",".join(kept) and len(kept) > 1
+    study = ABLATION.units.plan(study_settings(words, part="report"))
+    loaded = load(study.settings.model, study.description, study.prepared.tokenizer)
+    for name in {one.partition(":")[0] for one in kept}:
+        matrix = next(one for one in loaded.matrices if one.name == name)
+        u, s, vt = np.linalg.svd(matrix.read(loaded.model).double().numpy(), full_matrices=False)
+        s[[int(one.partition(":")[2]) for one in kept if one.startswith(f"{name}:")]] = 0
+        matrix.write(loaded.model, torch.from_numpy((u * s) @ vt).float())
+    task = study.tasks["ioi"]
+    scores = task.measure(Scorer(loaded, {"ioi": task}, ScoringOptions(reuse=False)).score("ioi"))["logit_difference"]
+    assert last.value == pytest.approx(estimate(scores).value, rel=1e-4)
+
+
 def test_the_cells_of_a_search_are_those_of_a_run(assets, prompts, tmp_path):
     """Same cell ids, so that rows can be reused and compared between the two commands."""
     words = _settings(assets, prompts, tmp_path / "s")
