@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from harness.engine.manifest import Manifest, in_order, read_manifest
+from harness.engine.manifest import Manifest, read_in_order, read_manifest
 from harness.engine.ranks import Ranks
 from harness.engine.run import RunOptions, run_plan, to_stderr
 from harness.engine.run import run as run_measurement
@@ -57,7 +57,7 @@ from harness.settings.compose import config_folder
 from harness.settings.validation import validated
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region
-from harness.tables.store import read_table, unit_states
+from harness.tables.store import unit_states
 from harness.tasks.registry import TASKS, check_kinds, prepare_task, require_name, task_of
 from harness.tasks.settings import Task
 
@@ -470,7 +470,7 @@ class Run:
 
     A study has `metrics` and `examples`, spectra have `matrices`, `singular_values` and `vectors`, a search has
     `verdict` and others; `tables` lists the names. A table is read whenever it is asked for, so that it shows the rows
-    that an unfinished run has at that time. Its rows are in the order of the run.
+    that an unfinished run has at that time. Its rows are those of the units that are done, in the order of the run.
     """
 
     folder: Path
@@ -491,7 +491,7 @@ class Run:
         tables = find(self.kind).tables
         if name not in tables.names():
             raise InputError(f"{name!r} is not a table of {self.kind}; it has {', '.join(tables.names())}")
-        return in_order(self.folder, read_table(self.folder, tables, name), tables.key)
+        return read_in_order(self.folder, tables, name)
 
     def __getattr__(self, name: str) -> pandas.DataFrame:
         if name.startswith("_") or name not in find(self.manifest.kind).tables.names():

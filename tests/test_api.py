@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from harness.cli import main
 from harness.measurements.ablation.tables import read_examples
 from tests.checkpoints import save_checkpoint, text_file, tokenizer
 from tests.models.tiny import tiny_model
+from tests.studies import N_SMALL
 
 NAMES = ("John", "Mary")
 
@@ -262,3 +264,15 @@ def test_importing_the_package_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "pandas", "pyarrow", "transformers", "hydra", "pydantic", "yaml"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_rows_of_a_unit_that_is_not_done_are_not_shown(clean_small, tmp_path):
+    """A kill leaves rows of the examples whose row of the metrics, which says that the cell is done, is not written."""
+    folder = shutil.copytree(clean_small, tmp_path / "study")
+    lost = sorted((folder / "metrics").glob("*.parquet"))[0]
+    (cell,) = pd.read_parquet(lost)["cell_id"].unique()
+    lost.unlink()
+    there = sh.open(folder)
+    assert cell in set(pd.read_parquet(folder / "examples")["cell_id"])
+    assert cell not in set(there.examples["cell_id"]) and cell not in set(there.metrics["cell_id"])
+    assert len(set(there.examples["cell_id"])) == N_SMALL - 1 and there.states[cell] == "missing"

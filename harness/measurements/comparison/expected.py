@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.engine.manifest import read_manifest
+from harness.engine.manifest import read_in_order, read_manifest
 from harness.errors import InputError, one_line, printable
 from harness.files import replacing, told_in_one_line, write_text
 from harness.measurements import find
 from harness.registry import nearest
 from harness.tables.frames import dicts_of
 from harness.tables.schema import TableSet
-from harness.tables.store import read_table
 from harness.tables.text import aligned, is_missing, markdown_table, safe_for_csv
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def against(folder: str | Path, file: str | Path, write: Callable[[str], object]
     rows = []
     for one in asked:
         if one.table not in known:
-            known[one.table] = read_table(folder, tables, one.table)
+            known[one.table] = read_in_order(folder, tables, one.table)
         rows.append({**one.line, **_measured(file, one, known[one.table])})
     found = pandas.DataFrame(rows)
     out = folder / "report"

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.engine.manifest import in_order
+from harness.engine.manifest import read_in_order
 from harness.errors import printable
 from harness.files import replacing, write_text
 from harness.measurements.search.tables import TABLES
 from harness.tables.frames import dicts_of, rows_of
-from harness.tables.store import read_table
 from harness.tables.text import count, markdown_table, markdown_text, safe_for_csv
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     SchemaVersionError.
     """
     folder = Path(folder)
-    stages = in_order(folder, read_table(folder, TABLES, "stages"), TABLES.key)
+    stages = read_in_order(folder, TABLES, "stages")
     if stages.empty:
         write(f"{folder}: no stage has been measured yet")
         return None
@@ -47,7 +46,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
                 for row in rows_of(stages[stages.status != "ok"])]
     lines, files = ["# Search", "", *(f"> {markdown_text(problem)}" for problem in problems), ""], 0
     for name in TABLES.names()[1:]:
-        rows = read_table(folder, TABLES, name).drop(columns=TABLES.key)
+        rows = read_in_order(folder, TABLES, name).drop(columns=TABLES.key)
         if rows.empty:
             continue
         with replacing(out / f"{name}.csv") as temporary:
@@ -56,7 +55,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         if name in SHOWN:
             lines += [f"## {TITLES[name]}", "", _table(rows), ""]
     write_text(out / "search.md", "\n".join(lines))
-    verdict = read_table(folder, TABLES, "verdict")
+    verdict = read_in_order(folder, TABLES, "verdict")
     write("\n".join([*([_table(verdict[list(SUMMARY)])] if len(verdict) else []), *map(printable, problems)]).rstrip())
     write(f"\n{out / 'search.md'} and {count(files, 'table')} as CSV")
     return out / "search.md"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.engine.manifest import MANIFEST, in_order, read_manifest
+from harness.engine.manifest import MANIFEST, read_in_order, read_manifest
 from harness.errors import printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation.summary import region_order
@@ -16,7 +16,6 @@ from harness.measurements.tuning.tables import TABLES
 from harness.tables.drawing import MARKERS, NO_FIGURES, SERIES_COLOURS, can_draw, new_figure, save_figure
 from harness.tables.frames import rows_of
 from harness.tables.labels import region_words
-from harness.tables.store import read_table
 from harness.tables.text import aligned, count, figure_text, file_stem, markdown_text, p_text, safe_for_csv, shorten
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     import pandas
 
     folder = Path(folder)
-    tunings, results = (in_order(folder, read_table(folder, TABLES, name), TABLES.key) for name in TABLES.names())
+    tunings, results = (read_in_order(folder, TABLES, name) for name in TABLES.names())
     if tunings.empty:
         write(f"{folder}: no fine-tuning has been measured yet")
         return None
