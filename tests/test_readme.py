@@ -2,9 +2,11 @@
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from harness.cli import main
@@ -74,3 +76,30 @@ def test_every_group_is_in_the_readme():
     text = (ROOT / "README.md").read_text()
     for group in set(groups()) - {"cluster", "experiment"}:
         assert f"`{group}`" in text
+
+
+def test_the_numbers_of_the_first_screen_are_those_of_the_tables():
+    text = " ".join((ROOT / "README.md").read_text().partition("## Start")[0].split())
+    recall = pd.read_csv(ROOT / "experiments" / "recall" / "summary.csv", keep_default_na=False, na_values=[""])
+    recall = recall[(recall.feed_forward == "mlp") & (recall.n_triggers == 1) & (recall.step == 400)
+                    & (recall.noise == 0.5)].set_index(["matrix", "rank"]).accuracy_clean_mean  # fmt: skip
+    assert f"from {recall['none', 64]:.2f} to {recall['1.up_proj', 0]:.2f}" in text
+    tables = [pd.read_csv(ROOT / "experiments" / "laser" / f"smollm2-{name}-verdict.csv").set_index(["task", "metric"])
+              for name in ("full", "qa_wikidata")]
+    facts, wikidata = tables[0].loc["factual", "accuracy"], tables[1].loc["qa_wikidata", "accuracy"]
+    assert facts.verdict == "no more than its controls" and wikidata.verdict == "yes"
+    shown = f"{100 * facts.baseline:.1f} to {100 * facts.value:.1f} % (p = {facts.p_holm:.0e}".replace("e-0", "e-")
+    assert shown in text and f"(p = {facts.over_random_p:.2f})" in text
+    assert f"{100 * wikidata.value:.1f} instead of {100 * wikidata.baseline:.1f} %" in text
+    paid = [wikidata[f"wikitext_token_perplexity{end}"] for end in ("_baseline", "")]
+    assert "from {:.1f} to {:.1f}".format(*paid) in text
+
+
+def test_the_figure_of_the_first_screen_is_drawn_from_the_tables():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = runpy.run_path(str(ROOT / "experiments" / "main_result.py"))["draw"]()
+    best, *controls = [container.lines[0].get_xdata()[0] for container in figure.axes[1].containers]
+    pyplot.close(figure)
+    row = pd.read_csv(ROOT / "experiments" / "laser" / "smollm2-full-verdict.csv").set_index(["task", "metric"])
+    row = row.loc["factual", "accuracy"]
+    assert [best, controls[0]] == pytest.approx([100 * row.delta, 100 * row.random_delta])
