@@ -17,6 +17,8 @@ def main() -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the process was started with this stream closed
             setattr(sys, name, open(os.devnull, mode))
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries; those of runs are plain lines there
     try:
         from harness.cli import main as command_line
 

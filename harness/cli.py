@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from harness import __version__
 from harness.__main__ import INTERRUPTED
-from harness.commands import comparison, from_settings, of_folder
+from harness.commands import comparison, from_settings, listing, of_folder
 from harness.errors import InputError, complain
 
 TYPE_CHECKING = False  # as in harness/__init__.py
@@ -42,8 +42,10 @@ COMMANDS = {
     "run": Command("run what is missing of a study, then report", from_settings.measure, from_settings.add_measuring,
                    "ablation", (
         "harness run",
-        "harness run model=pretrained model.name=path/to/model task=text tasks.text.data_files=my.txt",
-        "harness run model=gpt2 target=type region=decile task=[wikitext,lambada]",
+        "harness run model=openai-community/gpt2 task=wikitext tasks.wikitext.limit=64",
+        "harness run model=gpt2 task=[wikitext,lambada] target=matrix target.layer_types=[mlp] region=laser",
+        "harness run model=gpt2 task=text tasks.text.data_files=my.txt region.values=0.1 region=fraction",
+        "harness run -m model=gpt2,pythia-410m task=wikitext    # one study for each model, and their comparison",
     )),
     "spectra": Command("compare the singular values and vectors of every matrix with random matrices",
                        from_settings.measure, from_settings.add_measuring, "spectra", (
@@ -96,6 +98,10 @@ COMMANDS = {
                        of_folder.add_folder),
     "compare": Command("compare studies of several models, or one run with published numbers", comparison.compare,
                        comparison.add_compare),
+    "list": Command("list the tasks, regions, models or experiments that there are", listing.show_list,
+                    listing.add_list),
+    "completion": Command("print a script by which your shell completes commands and settings", listing.completion,
+                          listing.add_completion),
     "export": Command("save a model with one ablation, which settings mean or a cell has measured",
                       from_settings.export, from_settings.add_export, "ablation", (
         "harness export target=all region=fraction region.kinds=[small] region.values=[0.75] output=ablated",
@@ -156,11 +162,28 @@ def _parser(known: dict[str, Command], argv: Sequence[str]) -> argparse.Argument
     return parser
 
 
+_EXPLAINED = """A study takes one model, removes singular values from some of its matrices,
+measures a task, and undoes the removal. Each removal on each task is a cell: a row with its value, its change against
+the unedited model, the standard error of that change, and its p-value. These settings say what the cells are:
+
+  model=   whose weights: owner/name on the hub, a folder, a GGUF file, or a name of the list below
+  task=    what is measured: a name of the list below, any task of lm-eval (task=mmlu), or several: task=[ioi,wikitext]
+  target=  the matrices that are edited together: each matrix alone, a layer type in all blocks, a block, or all
+  region=  the singular values that are removed: tenths of the rank (decile), shares of it (fraction), LASER's, ...
+
+Without settings the small embedded model is trained and measured. For any other model, task= must be given, and target=
+and region= are type and decile by default: each layer type in all blocks, ten tenths of the spectrum. A line says how
+many cells there are and how long they take before the first is measured. Interrupt a run as you like: the same command
+goes on where it stopped. `harness plan` says everything and measures nothing.
+"""
+
+
 def _epilog(command: Command) -> str:
     from harness.settings.configs import groups
 
-    lines = ["settings are Hydra overrides: group=name chooses a YAML file of conf/, key=value sets one value", "",
-             "groups:"]
+    lines = [_EXPLAINED] if command.settings in ("ablation", "search") else []
+    lines += ["settings are Hydra overrides: group=name chooses a YAML file of conf/, key=value sets one value", "",
+              "groups (harness list tasks|regions|models|experiments has a line for each name):"]
     lines += [f"  {group}={{{','.join(names)}}}" for group, names in groups().items()]
     if command.examples:
         lines += ["", "examples:", *(f"  {line}" for line in command.examples)]

@@ -53,6 +53,10 @@ def test_settings_that_are_shown_compose(page, tmp_path, monkeypatch):
             if ".data_files" in key and not Path(value).exists():
                 Path(value).resolve().parent.mkdir(parents=True, exist_ok=True)
                 Path(value).touch()
+            if key == "model" and value.endswith(".gguf"):
+                Path(value).touch()
+            elif key == "model" and value.startswith("path/"):
+                Path(value).mkdir(parents=True, exist_ok=True)
             if key == "model.adapter":
                 Path(value).mkdir(parents=True, exist_ok=True)
                 about = {"peft_type": "LORA", "base_model_name_or_path": "some/base"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from harness.commands.outcome import exit_status, ignore
 from harness.errors import InputError, printable
@@ -17,7 +17,9 @@ TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
     from typing import Any
 
+    from harness.commands.sweeps import Done
     from harness.engine.measurement import Measurement
+    from harness.engine.plan import Plan
 
 # The commands that do not have the name of their measurement.
 COMMAND_OF = {"ablation": "run", "tuning": "tune"}
@@ -33,20 +35,18 @@ def measure(arguments: argparse.Namespace) -> int:
     return _for_settings(arguments, _measure)
 
 
-def _measure(measurement: Measurement, settings: Any, arguments: argparse.Namespace) -> int:
+def _measure(measurement: Measurement, plan: Plan, arguments: argparse.Namespace) -> Done:
+    from harness.commands.sweeps import Done
     from harness.engine.ranks import is_main_process
-    from harness.engine.run import RunOptions, run, to_stderr
+    from harness.engine.run import RunOptions, run_plan, to_stderr
     from harness.files import told_in_one_line
 
-    _require_device(settings)
     quiet = arguments.quiet
-    if quiet:
-        _hush()
-    outcome = run(measurement, settings, RunOptions(not quiet, ignore if quiet else to_stderr, tidy=True))
+    outcome = run_plan(measurement, plan, RunOptions(not quiet, ignore if quiet else to_stderr, tidy=True))
     if not quiet and is_main_process():
         with told_in_one_line(outcome.folder):
             measurement.report.report(outcome.folder)
-    return exit_status(outcome)
+    return Done(exit_status(outcome), outcome.folder)
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -63,9 +63,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.show_config:
         from omegaconf import OmegaConf
 
-        from harness.settings.validation import plain
-
-        print(OmegaConf.to_yaml(plain(settings)), end="")
+        print(OmegaConf.to_yaml(_that_apply(settings, overrides)), end="")
         return 0
     plan = measurement.units.plan(settings)
     if arguments.freeze:
@@ -81,20 +79,21 @@ def submit(arguments: argparse.Namespace) -> int:
     return _for_settings(arguments, _submit)
 
 
-def _submit(measurement: Measurement, settings: Any, arguments: argparse.Namespace) -> int:
+def _submit(measurement: Measurement, plan: Plan, arguments: argparse.Namespace) -> Done:
+    from harness.commands.sweeps import Done
     from harness.engine.manifest import read_manifest
     from harness.engine.run import to_stderr
     from harness.engine.slurm import submit, wait
     from harness.measurements import find
 
-    folder = submit(measurement, measurement.units.plan(settings), find, to_stderr)
-    if not settings.cluster.wait:
-        return 0
+    folder = submit(measurement, plan, find, to_stderr)
+    if not plan.cluster.wait:
+        return Done(0, folder)
     units = [unit_id for unit_id, _ in read_manifest(folder).units]
-    if wait(measurement, folder, units, settings.cluster.poll_seconds, progress=not arguments.quiet):
-        return 0
+    if wait(measurement, folder, units, plan.cluster.poll_seconds, progress=not arguments.quiet):
+        return Done(0, folder)
     print(f"harness: not every unit is done; harness status {folder} shows which", file=sys.stderr)
-    return 1
+    return Done(1, folder)
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -146,23 +145,75 @@ def _compose(measurement: Measurement, overrides: Sequence[str], arguments: argp
     from harness.measurements import compose_settings, refuse_foreign
 
     refuse_foreign(measurement, overrides, arguments.command)
-    return compose_settings(measurement, overrides, arguments.config_dir)
+    settings = compose_settings(measurement, overrides, arguments.config_dir)
+    for note in _unread(arguments.command, overrides, settings):
+        print(f"harness: {printable(note)}", file=sys.stderr)
+    return settings
+
+
+def _unread(command: str, overrides: Sequence[str], settings: Any) -> Iterator[str]:
+    """Yield a sentence for each setting that was typed and that nothing reads."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.split(".")[0] == "cluster" and command not in ("submit", "plan"):
+            yield f"{key}: harness {command} does not read it; harness submit does"
+    model = getattr(settings, "model", None)
+    if model is not None and model.revision is not None and os.path.isdir(os.path.expanduser(model.name)):
+        yield (f"model.revision: nothing reads {model.revision!r}, because the local folder {model.name!r} has no"
+               " revisions")
+
+
+def _that_apply(settings: Any, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return settings as plain values, without those that nothing would read."""
+    from harness.models.settings import NOT_OF_EMBEDDED
+    from harness.settings.validation import plain
+
+    values: dict[str, Any] = plain(settings)
+    if "model" in values:
+        for key in NOT_OF_EMBEDDED if settings.model.embedded else ("recall",):
+            del values["model"][key]
+    if "reference" in values and settings.reference.of(settings.model) is None:
+        del values["reference"]
+    if "cluster" in values and not any(override.startswith("cluster") for override in overrides):
+        del values["cluster"]
+    if getattr(getattr(settings, "runtime", None), "precision", None) == "exact":
+        del values["runtime"]["adaptive"]
+    return values
+
+
+def _plan(measurement: Measurement, settings: Any, arguments: argparse.Namespace) -> Plan:
+    """Return the plan of a run. Raises InputError, also if this machine lacks the device and is to do the run."""
+    if arguments.command != "submit":
+        _require_device(settings)
+        if arguments.quiet or not sys.stderr.isatty():
+            _hush()
+    return measurement.units.plan(settings)
 
 
 def _for_settings(
-    arguments: argparse.Namespace, job: Callable[[Measurement, Any, argparse.Namespace], int]
+    arguments: argparse.Namespace, job: Callable[[Measurement, Plan, argparse.Namespace], Done]
 ) -> int:
     """Do a job with the settings of a command, or with each combination of a sweep, and return the worst status."""
     measurement, overrides = _measurement_of(arguments)
+
+    def plan(words: Sequence[str]) -> Plan:
+        return _plan(measurement, _compose(measurement, words, arguments), arguments)
+
     if not arguments.multirun:
-        return job(measurement, _compose(measurement, overrides, arguments), arguments)
+        return job(measurement, plan(overrides), arguments).status
+    from harness.commands.sweeps import sweep
     from harness.measurements import refuse_foreign, source_of
-    from harness.settings.sweep import sweep
+    from harness.settings.sweep import combinations, sweep_by_hydra
 
     refuse_foreign(measurement, overrides, arguments.command)
+    source = source_of(measurement, arguments.config_dir)
+    found = combinations(source, overrides)
+    if found is not None:
+        compared = arguments.command == "run" and not arguments.quiet
+        return sweep(measurement, found, plan, lambda one: job(measurement, one, arguments), compared)
     results: list[int] = []
-    sweep(source_of(measurement, arguments.config_dir), overrides,
-          lambda settings: results.append(job(measurement, settings, arguments)))
+    sweep_by_hydra(source, overrides, lambda settings: results.append(
+        job(measurement, _plan(measurement, settings, arguments), arguments).status))
     return max(results, default=0)
 
 

@@ -113,6 +113,9 @@ class MeasureModule(Protocol):
         ...
 
 
+    # It may also have `announce(plan, units, session) -> str`: a line that is said before the units are measured.
+
+
 class TablesModule(Protocol):
     """tables.py, which imports neither torch nor transformers."""
 

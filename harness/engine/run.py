@@ -15,6 +15,7 @@ from typing import Any
 from harness.engine.manifest import freeze, require_own
 from harness.engine.measurement import Context, Measured, Measurement, SpoiledRun
 from harness.engine.plan import Plan
+from harness.engine.progress import Progress
 from harness.engine.ranks import Ranks, join
 from harness.engine.shards import split
 from harness.engine.writing import Writer
@@ -172,6 +173,9 @@ class _Run:
                 if session is None and not ranks.is_main:
                     session = measurement.measure.open_session(plan, ranks, options.progress)
                 progress = options.progress and ranks.is_main
+                announce = getattr(measurement.measure, "announce", None)
+                if progress and announce is not None and (line := announce(plan, share, session)):
+                    options.say(line)
                 context = Context(session, division if together else Division(), progress=progress)
                 measure_units(measurement, plan, share, context)
         except Exception as error:
@@ -204,19 +208,13 @@ def measure_units(measurement: Measurement, plan: Plan, units: Sequence[Any], co
     the first writes; its `describe` is replaced by the progress bar's. Raises InputError when rows cannot be written,
     LostStep when a process of the division is gone.
     """
-    from tqdm import tqdm
-
     division, written = context.division, []
     blank = _blank_rows(measurement, provenance())
     # of a division only the first process writes
     write = partial(_write, measurement, plan, blank) if division.rank == 0 else _ignore
-    with tqdm(total=len(units), unit="unit", disable=not context.progress, smoothing=0.1) as bar, Writer(write) as rows:
-
-        def describe(text: str) -> None:
-            bar.set_description(text[:48].ljust(48))
-
+    with Progress(len(units), shown=context.progress) as bar, Writer(write) as rows:
         try:
-            for measured in measurement.measure.measure(plan, units, replace(context, describe=describe)):
+            for measured in measurement.measure.measure(plan, units, replace(context, describe=bar.describe)):
                 division.agree("writing", partial(rows.put, measured))
                 written.append(measured.unit.id)
                 bar.update()

@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from harness.engine.measurement import Measurement
 from harness.engine.plan import Plan
+from harness.engine.progress import Progress
 from harness.engine.settings import ClusterSettings
 from harness.engine.submission import (
     Submission,
@@ -54,6 +54,9 @@ def _slurm(*command: str) -> str:
         raise InputError(f"{command[0]}: not found, is this a Slurm cluster? on one machine use harness run") from None
     except subprocess.TimeoutExpired:
         raise InputError(f"{command[0]}: no answer from Slurm within {TIMEOUT} s; try again later") from None
+    if done.returncode and re.search(r"contact slurm controller|Connection refused|slurm_load", done.stderr, re.I):
+        raise InputError(f"no Slurm controller answers here ({command[0]} reached none); submit from a machine of the"
+                         " cluster, or use harness run on this one")
     if done.returncode:
         raise InputError(f"{command[0]}: {' '.join(done.stderr.split()) or f'exit status {done.returncode}'}")
     return done.stdout
@@ -231,13 +234,10 @@ def wait(
     measurement: Measurement, folder: Path, unit_ids: list[str], poll_seconds: float, progress: bool = True
 ) -> bool:
     """Wait until no shard of the run is left in the queue. Returns whether all of its units are done then."""
-    from tqdm import tqdm
-
     states: dict[str, str] = {}
-    with tqdm(total=len(unit_ids), unit="unit", disable=not progress, file=sys.stderr) as bar:
+    with Progress(len(unit_ids), shown=progress) as bar:
         for states, left in watch(measurement, folder, len(unit_ids), poll_seconds):
             failed = sum(states.get(unit) == "error" for unit in unit_ids)
-            bar.set_description(f"{left} shards" if left >= 0 else "Slurm is silent")
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update(sum(states.get(unit) == "ok" for unit in unit_ids) - bar.n)
+            bar.describe(f"{left} shards" if left >= 0 else "Slurm is silent")
+            bar.update(sum(states.get(unit) == "ok" for unit in unit_ids) - bar.done, failed=failed)
     return all(states.get(unit) == "ok" for unit in unit_ids)

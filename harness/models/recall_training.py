@@ -95,7 +95,8 @@ def train(
         state = torch.load(resume_from / OPTIMIZER_STATE, map_location=device, weights_only=True)
         first = state["step"]
         optimizer.load_state_dict(state["optimizer"])
-    bar = tqdm(range(first, last), desc="training the recall model", unit="step", disable=not progress)
+    bar = tqdm(range(first, last), desc="training the recall model", unit="step",
+               disable=None if progress else True)  # None: no bar where there is no terminal
     for step in bar:
         rng = np.random.default_rng([TRAINING_STREAM, config.seed, step])
         batch = sample(process, config.batch_size, config.context_length, rng)

@@ -16,7 +16,7 @@ EMBEDDED = "recall"  # the name of the embedded model
 LARGEST = 2**16  # of the widths and of the context, beyond which torch cannot even count the weights
 _UNNAMED = "???"  # Hydra's mark of a value that must be given
 # Settings that the embedded model does not read.
-_NOT_OF_EMBEDDED = ("revision", "gguf_file", "adapter", "device_map", "trust_remote_code")
+NOT_OF_EMBEDDED = ("revision", "gguf_file", "adapter", "device_map", "trust_remote_code")
 
 
 @dataclass
@@ -94,7 +94,10 @@ class ModelSettings:
 
     @property
     def stem(self) -> str:
-        """The name of the default folders of runs: the last part of the path of the adapter or of the model."""
+        """The name of the default folders of runs: that of the GGUF file, or the last part of the path of the adapter
+        or the model."""
+        if self.gguf_file is not None and not self.embedded:
+            return Path(self.gguf_file).name.removesuffix(".gguf")
         return EMBEDDED if self.embedded else Path(self.adapter or self.name).name
 
     def require_name(self) -> None:
@@ -125,7 +128,7 @@ class ModelSettings:
         """Yield an error for every setting that differs from its default and that this model does not read."""
         default = ModelSettings()
         if self.embedded:
-            for key in _NOT_OF_EMBEDDED:
+            for key in NOT_OF_EMBEDDED:
                 if getattr(self, key) != getattr(default, key):
                     right = f"the embedded model (model.name={EMBEDDED}) does not read it"
                     yield wrong(key, getattr(self, key), right)

@@ -18,6 +18,10 @@ from harness.settings.explain import Known, explain, no_name, not_chosen, refuse
 from harness.settings.plain_values import refuse_unusable
 from harness.settings.validation import keys_of, plain, refuse_unread, validated
 
+# Settings whose lists have no default, so that nothing else says that they are lists.
+_LISTS = frozenset({"region.values", "region.deciles", "region.keep", "region.ratios", "region.components",
+                    "target.blocks"})  # fmt: skip
+
 
 class Root(Protocol):
     """The module settings.py of a measurement, whose settings are composed.
@@ -54,13 +58,15 @@ class Source:
 
     root: the module whose settings these are. config_dir: a folder with the user's own config groups, which is searched
     before conf/. others: keys, with defaults, that the YAML file may have for other measurements and that are removed
-    from the settings. keys_of_task: a function from a kind of task to its keys, for messages.
+    from the settings. keys_of_task: a function from a kind of task to its keys, for messages. as_meant: a function from
+    the overrides that the user typed and the names in each config group to the overrides that they stand for.
     """
 
     root: Root
     config_dir: str | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
     keys_of_task: Callable[[str], Sequence[str]] | None = None
+    as_meant: Callable[[Sequence[str], Mapping[str, Sequence[str]]], Sequence[str]] = lambda words, _: words
 
     def keys(self) -> dict[str, Any]:
         """Return the tree of all keys that may be set, with their defaults."""
@@ -81,6 +87,13 @@ class Source:
         if self.folder() != config_folder():
             folders.append(config_folder())
         return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+
+    def names(self) -> dict[str, list[str]]:
+        """Return the config groups with the names in each, those of the user's folder included."""
+        known = groups()
+        for group, own in (groups(Path(self.config_dir)) if self.config_dir is not None else {}).items():
+            known[group] = sorted({*known.get(group, []), *own})
+        return known
 
     def known(self) -> Known:
         """Return the names that messages may suggest."""
@@ -110,7 +123,9 @@ def compose(source: Source, overrides: Sequence[str]) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     refuse_keys(overrides)
-    words = [*overrides, *source.searchpath()]
+    where = source.searchpath()
+    overrides = _in_lists(source.as_meant(overrides, source.names()), source.keys())
+    words = [*overrides, *where]
     register_schema(source)
     GlobalHydra.instance().clear()
     try:
@@ -130,6 +145,21 @@ def compose(source: Source, overrides: Sequence[str]) -> Any:
     except yaml.YAMLError as error:  # a file of the user that is no YAML
         raise InputError(f"a YAML file of settings cannot be read: {' '.join(str(error).split())}") from error
     return settings_of(source, composed, overrides)
+
+
+def _in_lists(overrides: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
+    """Return overrides in which a single number for a setting that takes a list of numbers is a list of one."""
+    found = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        number = re.fullmatch(r"-?[\d.]+(e-?\d+)?", value)
+        if number and key.count(".") == 1 and not key.startswith(("+", "~", "tasks.")):
+            group, name = key.split(".")
+            below = keys.get(group)
+            if isinstance(below, Mapping) and (isinstance(below.get(name), list) or key in _LISTS):
+                override = f"{key}=[{value}]"
+        found.append(override)
+    return found
 
 
 def settings_of(source: Source, composed: Any, overrides: Sequence[str] = ()) -> Any:

@@ -14,6 +14,14 @@ from harness.registry import nearest
 LONGEST_KEY = 200
 
 
+# What else may be typed for a group.
+_MORE = {
+    "model": "; or give owner/name (on the hub), a folder, or a GGUF file",
+    "reference": "; or give owner/name (on the hub) or a folder",
+    "task": "; or give the name of any task of lm-eval",
+}
+
+
 def _no_keys(kind: str) -> Sequence[str]:
     return ()
 
@@ -58,7 +66,8 @@ def explain(error: Exception, known: Known, overrides: Sequence[str] = ()) -> st
         # Hydra lists no options for a name in a list of names
         options = re.search(r"Available options in '[^']+':\n((?:\t.*\n?)+)", text)
         there = options.group(1).split() if options else known.groups.get(group, [])
-        return f"{group}: there is no {name!r}; {nearest(name, list(there))}there are {', '.join(there)}"
+        more = _MORE.get(group, "")
+        return f"{group}: there is no {name!r}; {nearest(name, list(there))}there are {', '.join(there)}{more}"
     full = re.search(r"full_key: (\S+)", text)
     if full:
         reason = next(line for line in reversed(chain) if "full_key" in line).splitlines()[0]

@@ -1,4 +1,7 @@
-"""Sweeps over models, seeds and other settings by Hydra's sweeper and launcher, where each job is a separate run."""
+"""Sweeps over models, seeds and other settings in Hydra's grammar, where each combination is a separate run.
+
+Their combinations are taken one after the other, unless the user asks for a sweeper or a launcher of Hydra.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from harness.settings.compose import Source, compose, register_schema, settings_
 from harness.settings.explain import explain
 
 
-def sweep(source: Source, overrides: Sequence[str], job: Callable[[Any], object]) -> None:
+def sweep_by_hydra(source: Source, overrides: Sequence[str], job: Callable[[Any], object]) -> None:
     """Call `job` with the settings of every combination of a sweep.
 
     Raises InputError before the first call if a combination is wrong.
@@ -46,20 +49,38 @@ def sweep(source: Source, overrides: Sequence[str], job: Callable[[Any], object]
             raise InputError(explain(error, source.known())) from error
 
 
+def combinations(source: Source, overrides: Sequence[str]) -> list[tuple[str, list[str]]] | None:
+    """Return the name and the overrides of each run of a sweep. The name has the values that differ between runs.
+
+    None if the overrides have settings of Hydra, whose sweeper must then make the runs. Raises InputError for overrides
+    that are not in the grammar.
+    """
+    if any(override.lstrip("+~").startswith("hydra") or "${hydra" in override for override in overrides):
+        return None
+    swept, axes = _axes(source, overrides)
+    return [(", ".join(one for one, differs in zip(words, swept) if differs) or "run", list(words))
+            for words in itertools.product(*axes)]
+
+
 def check_sweep(source: Source, overrides: Sequence[str]) -> None:
     """Compose every combination of a sweep, to find errors before the first run. Raises an InputError of one line."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     # the values of these are known only within a job
     overrides = [override for override in overrides if "${hydra" not in override]
     if any(override.startswith("hydra/sweeper=") for override in overrides):
         return  # another sweeper has another grammar
+    for words in itertools.product(*_axes(source, overrides)[1]):
+        compose(source, words)
+
+
+def _axes(source: Source, overrides: Sequence[str]) -> tuple[list[bool], list[list[str]]]:
+    """Return for each override whether it is swept, and the overrides that it stands for."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
         axes = [[f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
                 if one.is_discrete_sweep() else [override] for one, override in zip(parsed, overrides)]
     except HydraException as error:
         raise InputError(explain(error, source.known())) from error
-    for combination in itertools.product(*axes):
-        compose(source, combination)
+    return [one.is_discrete_sweep() for one in parsed], axes

@@ -92,6 +92,13 @@ def _from_each_block(packed: PackedRequests, cost: ModelCost, n_encoder: int = 0
     return _suffix_sums(encoder + rest, packed.n_rows * cost.head)
 
 
+def cost_of_pass(study: Study, packed: PackedRequests) -> float:
+    """Return the floating-point operations of a pass of a study's model over packed requests."""
+    family = study.description.family
+    n_encoder = len({matrix.block for matrix in study.matrices if matrix.stack == "encoder"})
+    return _from_each_block(packed, model_cost(skeleton(study.description.config, family), family), n_encoder)[0]
+
+
 def _suffix_sums(values: list[float], last: float) -> tuple[float, ...]:
     sums = [last]
     for value in reversed(values):

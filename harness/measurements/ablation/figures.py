@@ -281,7 +281,7 @@ def joined(cells: pandas.DataFrame, regions: Sequence[str]) -> list[list[str]]:
 
 
 def _title(one: MeasuredMetric, more: str = "", bars: str = "") -> str:
-    return f"{figure_text(f'{one.task}: {one.metric}{more}')}\n{figure_text(f'{measured_on(one)}{bars}')}"
+    return f"{figure_text(one.title + more)}\n{figure_text(f'{measured_on(one)}{bars}')}"
 
 
 def measured_on(one: MeasuredMetric) -> str:

@@ -6,21 +6,23 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from harness.evaluation.requests import DirectTask
+from harness.evaluation.requests import DirectTask, Request, ScoredTask, scored_tasks
+from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
-from harness.measurements.ablation.costs import edit_flops
+from harness.measurements.ablation.costs import cost_of_pass, edit_flops
 from harness.measurements.ablation.summary import bos_note
 from harness.measurements.ablation.units import Study
 from harness.models.editing import Ablation
-from harness.models.loading import TORCH_DTYPES, pick_device
+from harness.models.loading import TORCH_DTYPES, LoadedModel, pick_device
 from harness.spectral.ablation import edit
 from harness.spectral.decomposition import decompose, decomposition_flops
 from harness.spectral.regions import select
 from harness.tables.labels import region_words
+from harness.tables.text import count
 
 # Rates are measured on matrices of at most this rank, so that planning takes only about a second.
 LARGEST_MEASURED = {"cpu": 512, "cuda": 2048}  # a GPU reaches its rate on large matrices only
@@ -128,6 +130,54 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 3)
                 torch.cuda.synchronize(device)
             taken.append(time.perf_counter() - started)
     return statistics.median(taken[1:])
+
+
+def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
+    """Return how many cells will be measured and how long that takes, from one batch of real requests scored now.
+
+    The shorter time has the fastest of three passes over the batch; the longer time has the slowest, and half as much
+    again for what is not computed in passes. Empty for the embedded model, whose cells take no time.
+    """
+    if study.settings.model.embedded:
+        return ""
+    n = sum(cell.is_baseline for cell in cells)
+    counted = f"{count(len(cells), 'cell')} to measure: {count(len(cells) - n, 'ablation')} and {count(n, 'baseline')}"
+    wanted = {cell.task for cell in cells}
+    scored = {name: task for name, task in scored_tasks(study.tasks).items() if name in wanted}
+    if not scored:
+        return f"{counted}; the time is not known, because the model writes its answers"
+    passes = [_seconds_per_operation(study, task, loaded) for task in scored.values()]
+    cost, shape = forecast(study, cells), Counter(matrix.shape for matrix in study.matrices).most_common(1)[0][0]
+    rates = measure_rates(loaded.device, TORCH_DTYPES[study.description.dtype], shape)
+    fast, slow = (
+        Rates(1 / seconds, rates.decomposition, rates.edit)
+        for seconds in (min(low for low, _ in passes), max(high for _, high in passes))
+    )
+    longest = 1.5 * cost.seconds(slow)
+    between = f"between {_duration(cost.seconds(fast))} and {_duration(longest)}" if longest >= 1 else "less than 1 s"
+    most = " at most (adaptive precision)" if study.settings.runtime.precision == "adaptive" else ""
+    written = "" if wanted == scored.keys() else ", and longer for tasks in which the model writes its answers"
+    return f"{counted}; {between}{most} on {loaded.device.type}, as measured on one batch{written}"
+
+
+def _seconds_per_operation(study: Study, task: ScoredTask, loaded: LoadedModel) -> tuple[float, float]:
+    """Return the fewest and the most seconds per floating-point operation over three passes of one batch of a task."""
+    options = replace(study.settings.runtime.scoring(), reuse=False, lazy=False)
+    step, tokens = max(1, len(task.requests) // 64), 0
+    chosen: list[Request] = []
+    for request in task.requests[::step]:
+        if chosen and tokens + len(request.tokens) > options.batch_tokens:
+            break
+        chosen.append(request)
+        tokens += len(request.tokens)
+    scorer = Scorer(loaded, {task.name: replace(task, requests=chosen)}, options)
+    operations = cost_of_pass(study, scorer.packed[task.name])
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        scorer.score(task.name)
+        taken.append(time.perf_counter() - started)
+    return min(taken) / operations, max(taken) / operations
 
 
 def describe_study(study: Study) -> str:

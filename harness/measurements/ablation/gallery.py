@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness.files import write_json
 from harness.measurements.ablation import effects
+from harness.measurements.ablation.kept_figure import kept_cells, kept_figure
 from harness.measurements.ablation.summary import MeasuredMetric, ranks_in_task
 from harness.tables import drawing, labels, text
 
@@ -21,7 +22,7 @@ FIRST_DECILE = "decile 1 is the largest tenth; arXiv 2410.17770 counts from the 
 RECORD = "figures.json"
 # All that figures read of a cell. They get no other column, so that what changes a figure changes its digest.
 COLUMNS = ["target", "target_kind", "block", "layer_type", "region", "region_by", "region_kind", "fraction_start",
-           "fraction_stop", "q_value", "model", "gguf_file", *effects.COLUMNS]
+           "fraction_stop", "region_keep", "q_value", "model", "gguf_file", *effects.COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def draw(found: Sequence[MeasuredMetric], n_rows: int, out: Path) -> Gallery:
     record: dict[str, list[list[str]]] = {}
     gallery = Gallery({}, [])
     for one in sorted(with_cells, key=lambda one: ranks[id(one)]):
-        heat = _has_heat_map(one)
-        if not one.primary or gallery.n_figures + 1 + heat > most:
+        heat, kept = _has_heat_map(one), len(kept_cells(one)) > 0
+        if not one.primary or gallery.n_figures + 1 + heat + kept > most:
             gallery.left_out.append(f"{one.task} {one.metric}")
             continue
         digest = _digest(one)
@@ -88,13 +89,19 @@ def _drawn(one: MeasuredMetric, out: Path, heat: bool) -> list[tuple[str, str]]:
     tenths = f" ({FIRST_DECILE})" if (one.cells["region_by"] == "decile").any() else ""
     region_figure(of_columns, out / f"{stem}-regions.png")
     about = f"{measured_on(one)}{tenths}"
-    figures = [(f"{stem}-regions.png", f"{one.metric} of {one.task} against the removed region; bars are 95 % intervals"
+    figures = [(f"{stem}-regions.png", f"{one.title} against the removed region; bars are 95 % intervals"
                 f" of the change, paired over the same examples; {about}")]
     if heat:
         shown = heat_map_figure(of_columns, out / f"{stem}-blocks.png")
         figures.append(
             (f"{stem}-blocks.png", f"Change of {one.metric} by block and layer type; stars mark q < {effects.LEVEL}:"
                                    f" {_words(shown)}; {about}")
+        )
+    if len(kept_cells(of_columns)):
+        kept_figure(of_columns, out / f"{stem}-kept.png")
+        figures.append(
+            (f"{stem}-kept.png", f"{one.title} with only the largest, and with only the smallest singular values (as"
+                                 f" Figure 5 of LASER, arXiv 2312.13558); {about}")
         )
     return figures
 
@@ -117,8 +124,8 @@ def _digest(one: MeasuredMetric) -> str:
     whole = hashlib.sha256(repr((one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
     whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
     here = Path(__file__)
-    ours = [here, *(here.with_name(f"{name}.py") for name in ("figures", "effects", "summary"))]
-    shared = (drawing, labels, text)
+    names = ("figures", "kept_figure", "effects", "summary")
+    ours, shared = (here, *(here.with_name(f"{name}.py") for name in names)), (drawing, labels, text)
     for source in (*ours, *(Path(str(module.__file__)) for module in shared)):
         whole.update(source.read_bytes())
     whole.update(version("matplotlib").encode())

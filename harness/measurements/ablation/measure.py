@@ -60,6 +60,19 @@ def open_session(study: Study, ranks: Ranks, progress: bool) -> LoadedModel:
     return loaded
 
 
+def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
+    """Return how many cells will be measured, and about how long that takes."""
+    from harness.measurements.ablation.forecast import announce
+
+    try:
+        return announce(study, cells, loaded)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()
+    return ""
+
+
 def with_largest_batch(
     study: Study, ranks: Ranks, progress: bool, say: Callable[[str], None]
 ) -> tuple[Study, LoadedModel | None]:

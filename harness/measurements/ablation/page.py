@@ -108,7 +108,7 @@ def _section(one: MeasuredMetric, table: PageTable | None, found: Effects) -> Se
         for kind in dict.fromkeys(cells["target_kind"]):
             of_kind = cells[cells["target_kind"] == kind]
             charts += _charts(_Drawn(one, found, of_kind, rows, table))
-    return Section(f"{one.task}: {one.metric} ({better} is better)", sentences, charts)
+    return Section(f"{one.title} ({better} is better)", sentences, charts)
 
 
 class _Drawn:

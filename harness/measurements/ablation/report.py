@@ -126,7 +126,7 @@ def terminal_summary(
     for one in measured(metrics) if found is None else found:
         if not one.primary:
             continue
-        lines += ["", f"{one.task}: {one.metric} ({_better(one)})"]
+        lines += ["", f"{one.title} ({_better(one)})"]
         if one.baseline is not None:
             lines.append(f"  baseline {plus_minus(one.baseline['value'], one.baseline['stderr'])}")
             lines += [f"  {one.note}"] if one.note else []
@@ -230,7 +230,7 @@ def _markdown(
         figures = shown.drawn.get((one.task, one.metric), [])
         if not one.primary and not figures:
             continue
-        lines += [f"## {markdown_text(f'{one.task}: {one.metric}')} ({_better(one)})", ""]
+        lines += [f"## {markdown_text(one.title)} ({_better(one)})", ""]
         if one.baseline is not None:
             baseline = plus_minus(one.baseline["value"], one.baseline["stderr"])
             over = "" if is_missing(one.baseline["n"]) else f" over {int(one.baseline['n'])} examples"

@@ -50,6 +50,14 @@ class MeasuredMetric:
     cells: pandas.DataFrame
 
     @property
+    def title(self) -> str:
+        """The names of the task and of the metric for titles. A task that is called `lm_eval` here has the name there.
+        """
+        protocol = None if self.baseline is None else self.baseline["protocol"]
+        asked = json.loads(protocol).get("task") if self.task == "lm_eval" and isinstance(protocol, str) else None
+        return f"{asked or self.task}: {self.metric}"
+
+    @property
     def note(self) -> str | None:
         """What a reader must know of the primary metric's baseline, see `bos_note`."""
         if self.baseline is None or not self.primary or not isinstance(self.baseline["protocol"], str):

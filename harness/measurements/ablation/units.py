@@ -41,6 +41,7 @@ from harness.models.reference import Reference, describe_reference
 from harness.models.targets import BASELINE, UNEDITED, Target
 from harness.models.treatment import Treatment
 from harness.spectral.regions import Region, by_loss, from_plain, to_plain
+from harness.tasks.recall import EmbeddedTask
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 
 
@@ -177,6 +178,7 @@ def plan(settings: StudySettings) -> Study:
 
     Raises InputError if the model, the data or the settings do not fit each other.
     """
+    _require_own_task(settings)
     study = _from_settings(settings, prepare(settings))
     if any(by_loss(cell.ablation.region) for cell in study.units) and study.description.family.kind != "causal":
         key, other = ("top", "all or ends") if settings.region.by == "component" else ("ranks", "uniform")
@@ -188,6 +190,16 @@ def plan(settings: StudySettings) -> Study:
         check = check_branchable if branch else check_biasable
         check(bare, [matrix for matrix in study.matrices if matrix.name in touched])
     return study
+
+
+def _require_own_task(settings: StudySettings) -> None:
+    """Raise InputError for a task of the embedded model, which is the default, if the model is another one."""
+    found = [name for name, task in settings.tasks.items() if isinstance(task, EmbeddedTask)]
+    if found and not settings.model.embedded:
+        raise InputError(
+            "task: choose what is measured, for example task=wikitext or task=[ioi,lambada] (harness list tasks shows"
+            f" all); tasks.{found[0]} is for the embedded model only"
+        )
 
 
 def restore(folder: Path, manifest: Mapping[str, Any], settings: StudySettings) -> Study:

@@ -17,6 +17,7 @@ from harness.measurements.ablation.summary import is_baseline
 from harness.measurements.ablation.tables import TABLES as STUDY
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.tables.frames import dicts_of
+from harness.tables.labels import model_name
 from harness.tables.text import is_missing
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def _labels(found: Sequence[tuple[Path, Manifest, pandas.DataFrame]]) -> list[st
         first = metrics.iloc[0]
         name = str(first["model"])
         short = Path(name).name if name.startswith((".", "/", "~")) or name.count("/") > 1 else name
+        if not is_missing(first["gguf_file"]):
+            short = model_name(name, first["gguf_file"])
         names.append(short)
         revised.append(short if is_missing(first["revision"]) else f"{short}@{first['revision']}")
         whole.append(f"{revised[-1]} ({folder})")

@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING
 from harness.engine.manifest import read_in_order
 from harness.errors import printable
 from harness.files import replacing, write_text
+from harness.measurements.ablation.tables import read_metrics
 from harness.measurements.search.tables import TABLES
+from harness.tables.drawing import can_draw
 from harness.tables.frames import dicts_of, rows_of
-from harness.tables.text import count, markdown_table, markdown_text, safe_for_csv
+from harness.tables.labels import region_words
+from harness.tables.text import count, is_missing, markdown_table, markdown_text, p_text, safe_for_csv
 
 if TYPE_CHECKING:
     import pandas
 
 # Tables on the page. The predictions are not shown, because they have a row for each cell.
 SHOWN = ("verdict", "beside", "comparison", "composition")
-SUMMARY = ("task", "metric", "target", "region", "baseline", "value", "delta", "noise_floor", "p_holm", "verdict")
+GRID = Path("studies", "selection")  # the study of the grid, inside the folder of a search
+FIGURE = "grid.png"
+CONTROLS = {
+    "random": "random", "random_disjoint": "random elsewhere", "energy_matched": "same energy",
+    "energy_matched_disjoint": "same energy elsewhere",
+}  # fmt: skip
 TITLES = {
     "verdict": "The best cell of every metric, chosen on the selection part and judged on the report part",
     "beside": "What the best cells cost on the tasks without parts",
@@ -29,9 +37,10 @@ TITLES = {
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path | None:
-    """Print the verdict, and write search.md and a CSV file for each table into <folder>/report/.
+    """Print the verdict, and write search.md, a figure and a CSV file for each table into <folder>/report/.
 
-    Deltas below the noise floor of low precision are in parentheses.
+    The last lines that are printed are one sentence for each metric. Deltas below the noise floor of low precision are
+    in parentheses.
     write: a function that prints the text. Returns the path of search.md, or None if no stage has rows yet. Raises
     SchemaVersionError.
     """
@@ -44,7 +53,13 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     out.mkdir(exist_ok=True)
     problems = [f"{row.stage}: {(row.error or '').strip().splitlines()[-1]}"
                 for row in rows_of(stages[stages.status != "ok"])]
+    verdict = read_in_order(folder, TABLES, "verdict")
+    said = sentences(verdict)
     lines, files = ["# Search", "", *(f"> {markdown_text(problem)}" for problem in problems), ""], 0
+    lines += [*(f"- {markdown_text(one)}" for one in said), ""] if said else []
+    if _draw(folder, verdict, out / FIGURE):
+        lines += ["![Improvement of each searched metric over blocks and regions on the selection part; blue is better,"
+                  f" the star is the best cell, and grey was not measured]({FIGURE})", ""]
     for name in TABLES.names()[1:]:
         rows = read_in_order(folder, TABLES, name).drop(columns=TABLES.key)
         if rows.empty:
@@ -53,12 +68,77 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
             safe_for_csv(rows).to_csv(temporary, index=False)
         files += 1
         if name in SHOWN:
-            lines += [f"## {TITLES[name]}", "", _table(rows), ""]
+            more = "All columns are in [verdict.csv](verdict.csv)." if name == "verdict" else ""
+            lines += [f"## {TITLES[name]}", "", verdict_table(rows) if name == "verdict" else _table(_worded(rows)), ""]
+            lines += [more, ""] if more else []
     write_text(out / "search.md", "\n".join(lines))
-    verdict = read_in_order(folder, TABLES, "verdict")
-    write("\n".join([*([_table(verdict[list(SUMMARY)])] if len(verdict) else []), *map(printable, problems)]).rstrip())
+    shown = [verdict_table(verdict), ""] if len(verdict) else []
+    write("\n".join([*shown, *map(printable, [*said, *problems])]).rstrip())
     write(f"\n{out / 'search.md'} and {count(files, 'table')} as CSV")
     return out / "search.md"
+
+
+def sentences(verdict: pandas.DataFrame) -> list[str]:
+    """Return one sentence for each row of the table `verdict`: what the best cell does to examples that did not choose
+    it, beside its controls."""
+    found = []
+    for row in dicts_of(verdict):
+        what = f"{row['task']}, {row['metric']}: {row['target']}, {region_words(row['region'])}"
+        if is_missing(row["value"]) or is_missing(row["n"]):
+            found.append(f"{what}: {row['verdict']}, no value on the report part")
+            continue
+        drawn = [f"{words} {_signed(row[f'{name}_delta'])}" for name, words in CONTROLS.items()
+                 if not is_missing(row[f"{name}_delta"])]
+        controls = f", controls {', '.join(drawn)}" if drawn else ""
+        found.append(f"{what}: {_number(row['baseline'])} -> {_number(row['value'])} on"
+                     f" {count(int(row['n']), 'fresh example')}{controls}: {row['verdict']}")
+    return found
+
+
+def verdict_table(verdict: pandas.DataFrame) -> str:
+    """Return the table `verdict` as Markdown with eight columns."""
+    rows = []
+    for row in dicts_of(verdict):
+        delta = "" if is_missing(row["delta"]) else _signed(row["delta"])
+        if delta and not is_missing(row["delta_low"]):
+            delta += f" ({_signed(row['delta_low'])} to {_signed(row['delta_high'])})"
+        below = not is_missing(row["noise_floor"]) and abs(row["delta"]) < row["noise_floor"]
+        rows.append({
+            "task": row["task"], "metric": row["metric"], "cell": f"{row['target']}, {region_words(row['region'])}",
+            "baseline": _number(row["baseline"]), "value": _number(row["value"]),
+            "delta (95 % interval)": f"({delta})" if delta and below else delta, "p (Holm)": p_text(row["p_holm"]),
+            "verdict": row["verdict"],
+        })
+    return markdown_table(rows).rstrip()
+
+
+def _number(value: float | None) -> str:
+    if value is None or is_missing(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.4g}"
+
+
+def _worded(rows: pandas.DataFrame) -> pandas.DataFrame:
+    return rows.assign(**{name: rows[name].map(region_words) for name in ("region", "cells") if name in rows})
+
+
+def _draw(folder: Path, verdict: pandas.DataFrame, path: Path) -> bool:
+    """Draw the grid if there is one. Return whether there is a figure now."""
+    path.unlink(missing_ok=True)
+    if not can_draw() or not (folder / GRID / "metrics").is_dir():
+        return False
+    import numpy as np
+
+    from harness.measurements.search.figures import grid_figure
+
+    rows = read_metrics(folder / GRID)
+    rows = rows[(rows["status"] == "ok") & (rows["region_by"] != "control") & rows["delta"].notna()]
+    better = np.where(rows["higher_is_better"].astype(bool), rows["delta"], -rows["delta"])
+    return grid_figure(rows.assign(improvement=better), verdict, path) is not None
 
 
 def _table(rows: pandas.DataFrame) -> str:

@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+
+
+def knows(name: str) -> bool:
+    """Return whether lm-eval is installed and has a task, group or tag of this name. lm-eval is not imported."""
+    spec = find_spec("lm_eval")
+    if spec is None or spec.origin is None:
+        return False
+    root = Path(spec.origin).parent / "tasks"
+    return _find_yaml(name, root) is not None or _mentioned(name, root)
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,13 @@ def test_the_page_has_every_table_and_the_report_is_made_from_tables_alone(done,
     rows = [line for line in shown if line.startswith("| ioi |")]
     assert [row.rstrip(" |").rpartition(" | ")[2] for row in rows] == list(verdict.verdict)
     page = (output / "report" / "search.md").read_text()
+    assert (output / "report" / "grid.png").is_file() and "](grid.png)" in page
+    last = [line for line in shown if " fresh examples, controls random " in line]
+    assert [line.rpartition(": ")[2] for line in last] == list(verdict.verdict)
+    assert all(line.startswith(f"ioi, {row.metric}: {row.target}, bottom ") for line, row in zip(
+        last, verdict.itertuples()))
+    for line in (*last, *page.splitlines()):
+        assert not line.startswith("| task | metric | cell") or line.count("|") == 9
     sections = page.split("\n## ")[1:]
     assert [section.count("\n| ") for section in sections] == [
         1 + len(table(output, name)) for name in ("verdict", "beside", "comparison", "composition")
@@ -170,8 +177,7 @@ def test_the_page_has_every_table_and_the_report_is_made_from_tables_alone(done,
     for name in ("verdict", "beside", "comparison", "composition", "predictions"):
         lines = (output / "report" / f"{name}.csv").read_text().splitlines()
         assert len(lines) == 1 + len(table(output, name)) and "stage_id" not in lines[0]
-    (tmp_path / "studies").mkdir()
-    for part in ("manifest.json", *TABLES.names()):
+    for part in ("manifest.json", "studies", *TABLES.names()):
         (tmp_path / part).symlink_to(output / part)
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report" / "search.md").read_text() == page
