@@ -36,8 +36,7 @@ def knows(name: str) -> bool:
     spec = find_spec("lm_eval")
     if spec is None or spec.origin is None:
         return False
-    root = Path(spec.origin).parent / "tasks"
-    return _find_yaml(name, root) is not None or _mentioned(name, root)
+    return name in _stated(Path(spec.origin).parent / "tasks")
 
 
 @dataclass(frozen=True)
@@ -192,6 +191,14 @@ def _mentioned(name: str, root: Path) -> bool:
 def _line(start: bytes, name: str) -> re.Pattern[bytes]:
     """Return the pattern of a line of YAML with `start` and the name, which may be quoted, and perhaps a comment."""
     return re.compile(rb"^%s[ \t]*[\"']?%s[\"']?\s*(?:#.*)?$" % (start, re.escape(name).encode()), re.M)
+
+
+@functools.cache
+def _stated(root: Path) -> frozenset[str]:
+    """Return the names of all tasks and groups, and all words that stand alone on a line as a tag does."""
+    alone = re.compile(rb"^[ \t]*(?:-|tag[ \t]*:)[ \t]*[\"']?([\w:-]+)[\"']?\s*(?:#.*)?$", re.M)
+    tags = {found.decode() for path in _yaml_files(root) for found in alone.findall(path.read_bytes())}
+    return frozenset(tags.union(_all_names(root)))
 
 
 def _all_names(root: Path) -> list[str]:
