@@ -7,13 +7,16 @@ are escaped here, because plotly knows some tags in its labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.tables.drawing import LOG_SPAN, SERIES_COLOURS
 from harness.tables.page import View, chart_text
-from harness.tables.text import is_missing, shorten
+from harness.tables.text import is_missing, layer_key, shorten
+
+if TYPE_CHECKING:
+    import pandas
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x")
 LONGEST_TICK = 34
@@ -152,6 +155,22 @@ def interval_points(label: str, series: Sequence[Points], axes: Axes) -> View:
         "height": 470, "margin": {"t": 20, "r": 10, "l": 70, "b": 60}, "xaxis": x, "yaxis": y, "shapes": lines,
         "hovermode": "closest", "showlegend": len(series) > 1, "legend": {"font": {"size": 12}},
     })
+
+
+def block_maps(rows: pandas.DataFrame, columns: Mapping[str, str]) -> list[View]:
+    """Return a heat map over blocks and layer types for each column that has values; experts of a block are averaged.
+
+    rows: with the columns block and layer_type. columns: column -> the title of its colour bar.
+    """
+    blocks, types = sorted(set(rows["block"])), sorted(set(rows["layer_type"]), key=layer_key)
+    views = []
+    for column, unit in columns.items():
+        if column in rows and rows[column].notna().any():
+            table = rows.assign(**{column: rows[column].astype(float)}).pivot_table(
+                index="block", columns="layer_type", values=column, aggfunc="mean")
+            values = table.reindex(index=blocks, columns=types).to_numpy(float).tolist()
+            views.append(heat_map(unit, Grid([str(int(b)) for b in blocks], types, values), unit, centred=False))
+    return views
 
 
 def short_number(value: float | None) -> str:

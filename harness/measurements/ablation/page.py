@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.engine.manifest import settings_of
+from harness.engine.page import write_run_page
 from harness.measurements.ablation.effects import LEVEL, Effects, effects
 from harness.measurements.ablation.figures import by_series, joined, measured_on, tick
 from harness.measurements.ablation.summary import (
@@ -19,12 +19,12 @@ from harness.measurements.ablation.summary import (
     region_order,
     target_order,
 )
-from harness.measurements.ablation.tables import METRICS, read_examples
+from harness.measurements.ablation.tables import METRICS, TABLES, read_examples
 from harness.measurements.ablation.texts import read_texts
 from harness.tables.charts import Axes, Grid, Points, heat_map, interval_points
 from harness.tables.frames import rows_of
 from harness.tables.labels import region_words
-from harness.tables.page import Chart, Example, Page, PageTable, Section, View, frame_table, write_page
+from harness.tables.page import Chart, Example, Page, PageTable, Section, View, frame_table
 from harness.tables.text import count, is_missing, layer_key, p_text, plus_minus, signed
 
 if TYPE_CHECKING:
@@ -49,9 +49,6 @@ DETAILS = ("task", "metric", "target", "region", "value", "stderr", "baseline", 
            "q_value", "n", "n_available", "energy_removed", "norm_removed", "n_removed", "n_values",
            "fraction_start", "fraction_stop", "output_energy_removed", "realised_removal", "svd_method", "seconds",
            "cell_id")  # fmt: skip
-VERSIONS = ("study_id", "model", "model_digest", "model_type", "dtype", "device", "edit", "harness_version",
-            "git_commit", "torch_version", "transformers_version", "python_version", "hostname",
-            "started_at")  # fmt: skip
 
 
 def write_study_page(
@@ -62,19 +59,23 @@ def write_study_page(
     metrics: as `read_metrics` returns. found: `measured(metrics)`. problems: lines that a reader must see.
     """
     primary = [one for one in found if one.primary and len(one.cells)]
-    table = _table(folder, found, primary)
-    sections = [_section(one, table, effects(one)) for one in primary]
-    if table is not None:
-        sections.append(Section("All cells", [
-            "Click on + for all that is known of a cell, and for the examples that it changed most. Filters of numbers"
-            " are such as <0.05, >=2 or 1..2."], (), [table]))
-    failed = metrics[metrics["status"] == "error"].drop_duplicates("cell_id")
-    failures = [(f"{row.task}, {row.target}, {region_words(row.region)} ({row.cell_id})", row.error or "unknown")
-                for row in rows_of(failed)]
+    sections = study_sections(folder, found)
     sentence = "\n".join(headline_of(one) for one in primary) or headline(metrics) + "."
-    page = Page(headline(metrics), sentence, sections, origin(metrics), problems, _settings(folder, metrics), failures)
-    write_page(page, folder / "report" / "index.html")
-    return folder / "report" / "index.html"
+    baselines = metrics[is_baseline(metrics)].drop_duplicates("task")
+    protocols = {f"protocol of {row.task}": row.protocol for row in rows_of(baselines)}
+    page = Page(headline(metrics), sentence, sections, origin(metrics), problems, protocols)
+    return write_run_page(folder, TABLES, metrics, page)
+
+
+def study_sections(folder: Path, found: Sequence[MeasuredMetric]) -> list[Section]:
+    """Return the sections of a study: charts of the primary metric of each task, and the table of all cells."""
+    primary = [one for one in found if one.primary and len(one.cells)]
+    table = _table(folder, found, primary)
+    if table is None:
+        return []
+    return [*(_section(one, table, effects(one)) for one in primary), Section("All cells", [
+        "Click on + for all that is known of a cell, and for the examples that it changed most. Filters of numbers are"
+        " such as <0.05, >=2 or 1..2."], (), [table])]
 
 
 def headline_of(one: MeasuredMetric) -> str:
@@ -94,7 +95,7 @@ def headline_of(one: MeasuredMetric) -> str:
             f" {signed(most['delta'], most['delta_stderr'])} (q {p_text(most['q_value'])}).")
 
 
-def _section(one: MeasuredMetric, table: PageTable | None, found: Effects) -> Section:
+def _section(one: MeasuredMetric, table: PageTable, found: Effects) -> Section:
     cells = one.cells.join(found.rows)
     cells = cells[cells["effect"].notna()]
     better = "higher" if one.higher_is_better else "lower"
@@ -103,7 +104,7 @@ def _section(one: MeasuredMetric, table: PageTable | None, found: Effects) -> Se
     if len(order) and order["delta"].notna().any():
         sentences += [f"Best: {_listed(one, order.head(3))}.", f"Worst: {_listed(one, order.tail(3)[::-1])}."]
     charts = []
-    if table is not None and len(cells):
+    if len(cells):
         rows = {cell: row for row, cell in enumerate(table.values[[c.name for c in table.columns].index("cell id")])}
         for kind in dict.fromkeys(cells["target_kind"]):
             of_kind = cells[cells["target_kind"] == kind]
@@ -266,16 +267,3 @@ def _examples(
                 shown[int(row)] = [Example(str(name), text_of.get(str(name)),
                                            (baseline[name], after[name], change[name])) for name in top]
     return shown
-
-
-def _settings(folder: Path, metrics: pandas.DataFrame) -> dict[str, Any]:
-    found = {}
-    for name in VERSIONS:
-        values = sorted(set(metrics[name].dropna()))
-        if values:
-            found[name] = ", ".join(map(str, values[:3])) + (f" to {values[-1]}" if len(values) > 3 else "")
-    baselines = metrics[is_baseline(metrics)].drop_duplicates("task")
-    for row in rows_of(baselines):
-        if isinstance(row.protocol, str):
-            found[f"protocol of {row.task}"] = row.protocol
-    return found | settings_of(folder)

@@ -42,8 +42,8 @@ def order_of(metrics: pandas.DataFrame, rows: Sequence[Row]) -> Order:
 def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
     """Save a figure with a column of two panels for each target: the damage to each model, and the differences.
 
-    Bars of the damage are standard errors, bars of the difference 95 % intervals of Student's t; up is worse. With
-    more than five targets those with the largest difference relative to its error are drawn.
+    Bars are paired 95 % intervals of Student's t; up is worse. Lines join deciles alone. With more than
+    five targets those with the largest difference relative to its error are drawn.
     """
     targets = _most_different(rows, order.targets)
     names = list(dict.fromkeys([rows[0]["model_a"], *(row["model_b"] for row in rows)]))
@@ -61,18 +61,21 @@ def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
             at = sorted((order.regions.index(region), region) for region in by_region)
             x = [place + shift for place, _ in at]
             y = [sign * by_region[region][f"delta_{side}"] for _, region in at]
-            errors = [_or_zero(by_region[region][f"delta_stderr_{side}"]) for _, region in at]
+            errors = [half_width(by_region[region][f"delta_stderr_{side}"], by_region[region]["n_clusters"])
+                      for _, region in at]
             label = figure_text(shorten(name, 40))
+            style["linestyle"] = "-" if all(region.startswith("decile ") for region in order.regions) else "none"
             axes[0, column].errorbar(x, y, errors, label=label, linewidth=1.2, markersize=4, capsize=2, **style)
             if side == "b":
                 y = [sign * by_region[region]["difference"] for _, region in at]
-                errors = [_half_width(by_region[region]) for _, region in at]
+                errors = [half_width(by_region[region]["difference_stderr"], by_region[region]["n_clusters"])
+                          for _, region in at]
                 axes[1, column].errorbar(x, y, errors, label=label, linewidth=1.2, markersize=4, capsize=2, **style)
         for panel in axes[:, column]:
             panel.axhline(0, color="0.3", linewidth=0.9, linestyle="--")
             panel.grid(axis="y", color="0.92", linewidth=0.8)
         axes[0, column].set_title(figure_text(shorten(target, 24)), fontsize="medium")
-        ticks = [figure_text(shorten(_tick(region), 24)) for region in order.regions]
+        ticks = [figure_text(shorten(region_tick(region), 24)) for region in order.regions]
         axes[1, column].set_xticks(range(len(ticks)), ticks, rotation=45, ha="right", rotation_mode="anchor",
                                    fontsize="small")
     first = rows[0]
@@ -80,7 +83,8 @@ def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
         values = [abs(y) for panel in row for line in panel.lines for y in line.get_ydata() if math.isfinite(y) and y]
         if values and max(values) > 30 * sorted(values)[len(values) // 2]:
             row[0].set_yscale("symlog", linthresh=sorted(values)[len(values) // 2])
-    axes[0, 0].set_ylabel(f"damage: change of {figure_text(shorten(first['metric'], 24))}\n(up is worse)")
+    metric = figure_text(shorten(first["metric"], 24))
+    axes[0, 0].set_ylabel(f"damage: change of {metric}\n(up is worse; 95 % intervals)")
     against = figure_text(shorten(first["model_a"], 24))
     axes[1, 0].set_ylabel(f"damage minus that to\n{against} (95 % interval)")
     more = f" ({len(targets)} of {len(order.targets)} targets, the largest differences)"
@@ -119,7 +123,7 @@ def heat_map_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
                     panel.plot(at[1], at[0], "o", color="black", markeredgecolor="white", markersize=5)
         image = panel.imshow(grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
         panel.set_title(figure_text(shorten(name, 36)), fontsize="medium")
-        ticks = [figure_text(shorten(_tick(region), 24)) for region in order.regions]
+        ticks = [figure_text(shorten(region_tick(region), 24)) for region in order.regions]
         panel.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
     step = math.ceil(len(order.targets) / MAX_TARGET_TICKS)
     labels = [figure_text(shorten(target, 28)) for target in order.targets[::step]]
@@ -147,9 +151,9 @@ def _most_different(rows: Sequence[Row], targets: list[str]) -> list[str]:
     return [target for target in targets if target in chosen]
 
 
-def _half_width(row: Row) -> float:
-    error, clusters = row["difference_stderr"], row["n_clusters"]
-    if is_missing(error) or clusters < 2:
+def half_width(error: float | None, clusters: int) -> float:
+    """Return half the width of the 95 % interval of Student's t, or 0 without a standard error."""
+    if error is None or is_missing(error) or clusters < 2:
         return 0.0
     from scipy.stats import t
 
@@ -160,6 +164,7 @@ def _or_zero(value: float | None) -> float:
     return 0.0 if value is None or is_missing(value) else float(value)
 
 
-def _tick(region: str) -> str:
+def region_tick(region: str) -> str:
+    """Return the label of a region on an axis, which for a decile is only its interval."""
     words = region_words(region)
     return words.split("(")[-1].rstrip(")") if region.startswith("decile ") else words

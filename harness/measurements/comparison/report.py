@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from harness.engine.plan import run_id
 from harness.errors import InputError, printable
 from harness.files import replacing, told_in_one_line, write_text
+from harness.measurements.comparison.page import page_of
 from harness.measurements.comparison.pairing import Joined, StudyOf, join, read_studies
 from harness.measurements.comparison.tables import TABLES
 from harness.tables.drawing import NO_FIGURES, can_draw
 from harness.tables.labels import region_words
+from harness.tables.page import write_page
 from harness.tables.text import count, file_stem, is_missing, markdown_text, p_text, plus_minus, safe_for_csv, signed
 
 if TYPE_CHECKING:
@@ -65,7 +67,11 @@ def compare(
         summary = (*summary_of(joined, studies), *problems)
         drawn = _draw(folder, joined, studies) if figures else []
         write_text(folder / "compare.md", _markdown(joined, studies, summary, drawn))
-    write("\n".join(map(printable, [*summary, "", f"{folder / 'compare.md'}, compare.parquet and"
+        groups = {(task, metric): [row for row in joined.rows if (row["task"], row["metric"]) == (task, metric)]
+                  for task, metric in primary_metrics(joined, studies)}
+        title = f"Comparison of {' and '.join(one.model for one in studies)}"
+        write_page(page_of(title, summary, groups, studies[0].metrics), folder / "index.html")
+    write("\n".join(map(printable, [*summary, "", f"{folder / 'index.html'}, compare.md, compare.parquet and"
                                     f" {count(len(drawn), 'figure')}"])))
     return Comparison(folder, tables["compare"], tables["left_out"], tuple(summary))
 

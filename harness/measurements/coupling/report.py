@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.engine.page import captioned, write_run_page
 from harness.errors import InputError, printable
 from harness.files import write_text
 from harness.measurements.coupling import figures
 from harness.measurements.coupling.summary import of_blocks, of_trajectories, summarise, with_label
-from harness.measurements.coupling.tables import read_coupling
+from harness.measurements.coupling.tables import TABLES, read_coupling
 from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.page import Page, Section, frame_table
 from harness.tables.text import (
     aligned,
     count,
@@ -49,12 +51,14 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     out.mkdir(exist_ok=True)
     for old in out.glob("*.png"):
         old.unlink()
-    jacobians = with_label(jacobians)
+    every = jacobians = with_label(jacobians)
     failed = jacobians[jacobians["status"] != "ok"]
     jacobians = jacobians[jacobians["status"] == "ok"]
     problems = [f"failed: {row['weights']} prompt {row['prompt_id']}: {row['error'].splitlines()[-1]}"
                 for _, row in failed.iterrows()]
     lines, drawn = ["# Coupling", ""], []
+    sections: list[Section] = []
+    head: list[str] = []
     if len(jacobians):
         couplings, trajectories = (with_label(read_coupling(folder, name)) for name in ("couplings", "trajectories"))
         summary, ways, blocks = summarise(couplings), of_trajectories(trajectories), of_blocks(jacobians)
@@ -65,6 +69,10 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
             drawn = _draw(folder, out, jacobians, couplings, summary, ways, blocks)
         else:
             problems.append(NO_FIGURES)
+        sections = [Section("Coupling", tables=[frame_table("Coupling", summary)]),
+                    Section("Trajectories", tables=[frame_table("Trajectories", ways)]),
+                    Section("Blocks", tables=[frame_table("Blocks", blocks)]),
+                    Section("Figures", pictures=captioned(out, drawn))]
         lines += [*map(markdown_text, head), ""]
         for cells in tables:
             lines += [*markdown_lines(cells), ""]
@@ -74,6 +82,8 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     lines += [f"- {markdown_text(problem)}" for problem in problems]
     lines += [line for figure in drawn for line in (f"![{figure}]({figure})", "")]
     write_text(out / "coupling.md", "\n".join(lines))
+    page = Page(f"Coupling of {head[0]}" if head else "Coupling", "\n".join(head[1:]), sections, problems=problems)
+    write_run_page(folder, TABLES, every, page)
     write(f"\n{out / 'coupling.md'}, coupling_summary.csv, trajectories.csv, blocks.csv and"
           f" {count(len(drawn), 'figure')}")
     return out / "coupling.md"

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.engine.manifest import read_in_order
+from harness.engine.page import write_run_page
 from harness.errors import printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation.tables import read_metrics
+from harness.measurements.search.page import page_of
 from harness.measurements.search.tables import TABLES
 from harness.tables.drawing import can_draw
 from harness.tables.frames import dicts_of, rows_of
@@ -37,7 +39,7 @@ TITLES = {
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path | None:
-    """Print the verdict, and write search.md, a figure and a CSV file for each table into <folder>/report/.
+    """Print the verdict, and write search.md, index.html, a figure and a CSV file for each table into <folder>/report/.
 
     The last lines that are printed are one sentence for each metric. Deltas below the noise floor of low precision are
     in parentheses.
@@ -60,6 +62,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     if _draw(folder, verdict, out / FIGURE):
         lines += ["![Improvement of each searched metric over blocks and regions on the selection part; blue is better,"
                   f" the star is the best cell, and grey was not measured]({FIGURE})", ""]
+    on_page: dict[str, tuple[str, pandas.DataFrame]] = {}
     for name in TABLES.names()[1:]:
         rows = read_in_order(folder, TABLES, name).drop(columns=TABLES.key)
         if rows.empty:
@@ -68,10 +71,12 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
             safe_for_csv(rows).to_csv(temporary, index=False)
         files += 1
         if name in SHOWN:
+            on_page[name] = TITLES[name], rows
             more = "All columns are in [verdict.csv](verdict.csv)." if name == "verdict" else ""
             lines += [f"## {TITLES[name]}", "", verdict_table(rows) if name == "verdict" else _table(_worded(rows)), ""]
             lines += [more, ""] if more else []
     write_text(out / "search.md", "\n".join(lines))
+    write_run_page(folder, TABLES, stages, page_of(folder / GRID, said, on_page, problems))
     shown = [verdict_table(verdict), ""] if len(verdict) else []
     write("\n".join([*shown, *map(printable, [*said, *problems])]).rstrip())
     write(f"\n{out / 'search.md'} and {count(files, 'table')} as CSV")

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.engine.page import captioned, write_run_page
 from harness.errors import InputError, printable
 from harness.files import write_text
 from harness.measurements.spectra.change_report import read_changes
 from harness.measurements.spectra.figures import checkpoint_figure, outlier_figure, overlap_figure, spectrum_figure
-from harness.measurements.spectra.tables import read_spectra
+from harness.measurements.spectra.tables import TABLES, read_spectra
 from harness.optional import require
+from harness.tables.charts import block_maps
 from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.page import Chart, Page, Section, frame_table
 from harness.tables.text import aligned, count, figure_text, file_stem, markdown_lines, markdown_text, safe_for_csv
 
 if TYPE_CHECKING:
@@ -22,11 +25,17 @@ if TYPE_CHECKING:
 
 CSV_FORMAT = "%.6g"  # the parquet files have all digits
 SHORT_TAIL = 20  # values; the standard error of alpha, (alpha - 1) / sqrt(n), is above a fifth of alpha - 1 then
+# The statistics that the page draws by block and layer type, and the columns of its table; the others are in details.
+CHARTED = {"above": "% above the bulk", "below": "% below the bulk", "stable_rank": "stable rank",
+           "effective_rank": "effective rank", "alpha": "exponent of the tail", "sigma_max": "largest singular value",
+           "ks_mp": "distance from the Marchenko-Pastur law"}  # fmt: skip
+PAGE_COLUMNS = ("matrix", "rank", "n_above", "n_below", "sigma_max", "stable_rank", "effective_rank", "alpha", "ks_mp",
+                "porter_thomas_input", "porter_thomas_output")
 CSV_LEFT_OUT = ("error", "covariance", "hostname", "started_at", "seconds_decomposition", "seconds_statistics")
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path:
-    """Print a summary by layer type, and write spectra.md, CSV files and PNG figures into <folder>/report/.
+    """Print a summary by layer type, and write spectra.md, CSV files PNG figures and index.html into <folder>/report/.
 
     summary.csv has one row per layer type, matrices.csv one row per matrix. With a reference there are also
     changes.csv and change_regions.csv, with one row per control. write: a function that prints the text.
@@ -57,9 +66,47 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     lines += [f"- {markdown_text(problem)}" for problem in problems]
     lines += [line for figure in figures for line in (f"![{figure}]({figure})", "")]
     write_text(out / "spectra.md", "\n".join(lines))
+    sections = [_section(str(weights), rows) for weights, rows in _with_weights(ok).groupby("weights", sort=False)]
+    if not changes.changes.empty:
+        real = changes.changes[changes.changes["control"] == "real"]
+        sections.append(Section("What tuning did to the weights", changes.sentences(), [
+            Chart(f"Relative change of {name}", "|W - W_reference| / |W_reference|; grey: no such matrix.",
+                  block_maps(rows, {"relative_change": "relative change"}))
+            for name, rows in real.groupby("weights", sort=False)
+        ], [frame_table("Changes", changes.changes)]))
+    sections.append(Section("Figures", pictures=captioned(out, figures)))
+    title, *about = _headline(ok)
+    write_run_page(folder, TABLES, matrices, Page(f"Spectra of {title}", _sentence(summary), sections, "; ".join(about),
+                                                  problems))
     write("\n".join(map(printable, [*_headline(ok), "", *_text_table(summary), *changes.text(), *problems])))
     write(f"\n{out / 'spectra.md'}, summary.csv, matrices.csv and {count(len(figures), 'figure')}")
     return out / "spectra.md"
+
+
+def _with_weights(matrices: pandas.DataFrame) -> pandas.DataFrame:
+    return matrices.assign(weights=[label(row) for _, row in matrices.iterrows()])
+
+
+def _sentence(summary: pandas.DataFrame) -> str:
+    """Return the result in one sentence for each set of weights."""
+    if summary.empty:
+        return "No matrix has been measured."
+    whole = summary[summary["layer type"] == "all"]
+    return "\n".join(
+        f"{row['weights']}: {row['outside %']:.2f} % of the singular values of {count(int(row['matrices']), 'matrix')}"
+        f" are outside of the Marchenko-Pastur bulk, {row['above']} above and {row['below']} below it.".replace(
+            "matrixs", "matrices")
+        for row in whole.to_dict("records")
+    )
+
+
+def _section(weights: str, rows: pandas.DataFrame) -> Section:
+    shares = rows.assign(above=100 * rows["n_above"] / rows["rank"], below=100 * rows["n_below"] / rows["rank"])
+    chart = Chart("Statistics by block and layer type", "Grey: no such matrix. Experts of a block are averaged.",
+                  block_maps(shares, CHARTED), "statistic")
+    table = frame_table("Matrices", rows.drop(columns=[name for name in CSV_LEFT_OUT if name in rows]),
+                        {column.name: column.doc for column in TABLES["matrices"].columns}, PAGE_COLUMNS)
+    return Section(weights, charts=[chart] if chart.views else [], tables=[table])
 
 
 def figure(folder: str | os.PathLike, weights: str | None = None) -> Figure:

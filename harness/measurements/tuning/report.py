@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engine.manifest import MANIFEST, read_in_order, read_manifest
+from harness.engine.page import write_run_page
 from harness.errors import printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation.summary import region_order
 from harness.measurements.tuning.effects import AFTER, BEFORE, ORDER, UNPRUNED, effects
 from harness.measurements.tuning.tables import TABLES
+from harness.tables.charts import Axes, Points, interval_points
 from harness.tables.drawing import MARKERS, NO_FIGURES, SERIES_COLOURS, can_draw, new_figure, save_figure
 from harness.tables.frames import rows_of
 from harness.tables.labels import region_words
+from harness.tables.page import Chart, Page, Section, frame_table
 from harness.tables.text import aligned, count, figure_text, file_stem, markdown_text, p_text, safe_for_csv, shorten
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 NAMES = {BEFORE: "removed before tuning", AFTER: "removed after tuning"}
 LEVEL = 0.05
+REMOVED = "removed part of the spectrum (0 = largest singular value)"
+PAGE_COLUMNS = ("target", "region", "compared", "n_seeds", "value", "against", "effect", "low", "high", "p_holm")
 Row = dict[str, Any]
 
 
@@ -66,8 +71,36 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
             _figure(title, of_metric, regions, out / name)
             lines += [f"![Effect of each removal on {markdown_text(title)}]({name})", ""]
     write_text(out / "tune.md", "\n".join(lines))
+    sections = [_section(task, metric, rows, regions) for task, metric in _primary(results)]
+    sentence = "\n".join(line for task, metric in _primary(results)
+                         for line in [f"{task}: {metric}", *_sentences(task, metric, results, [
+                             row for row in rows if (row["task"], row["metric"]) == (task, metric)])])
+    write_run_page(folder, TABLES, tunings, Page(
+        f"Fine-tuning of {tunings['model'].iloc[0]} and removals", sentence, sections, problems=problems))
     write("\n".join(map(printable, [*said, "", f"{out / 'tune.md'} and effects.csv"])).strip())
     return out / "tune.md"
+
+
+def _section(task: str, metric: str, rows: Sequence[Row], regions: Sequence[str]) -> Section:
+    """Return the effects of both orders as charts, one for each target, and as a table."""
+    import pandas
+
+    of_metric = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+    table = frame_table("Effects", pandas.DataFrame(of_metric).assign(
+        region=[region_words(row["region"]) for row in of_metric]), shown=PAGE_COLUMNS)
+    views = []
+    for target in dict.fromkeys(row["target"] for row in of_metric):
+        series = []
+        for i, (compared, label) in enumerate(NAMES.items()):
+            at = [(regions.index(row["region"]) + 0.3 * (i - 0.5), k, row) for k, row in enumerate(of_metric)
+                  if (row["target"], row["compared"]) == (target, compared)]
+            series.append(Points(label, *([part(one) for one in at] for part in (
+                lambda one: one[0], lambda one: one[2]["effect"], lambda one: one[2]["low"],
+                lambda one: one[2]["high"], lambda one: one[1]))))
+        ticks = [region_words(region) for region in regions]
+        views.append(interval_points(target, series, Axes(REMOVED, "change against the tuned model", ticks, 0.0)))
+    chart = Chart("Change against the tuned model", "Bars are 95 % intervals over seeds.", views, "target", table)
+    return Section(f"{task}: {metric}", charts=[chart] if views else [], tables=[table])
 
 
 def _problems(folder: Path, tunings: pandas.DataFrame) -> list[str]:
@@ -160,5 +193,5 @@ def _figure(title: str, rows: Sequence[Row], regions: Sequence[str], path: Path)
     axes[0].set_ylabel("change against the tuned model\n(95 % interval over seeds)")
     axes[-1].legend(frameon=False, fontsize="small")
     figure.suptitle(figure_text(title))
-    figure.supxlabel("removed part of the spectrum (0 = largest singular value)", fontsize="medium")
+    figure.supxlabel(REMOVED, fontsize="medium")
     save_figure(figure, path)

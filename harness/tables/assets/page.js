@@ -249,12 +249,15 @@ function showChart(box, chart, tables) {
         Object.assign(layout, { height: layout.height + 90, margin: { ...layout.margin, t: 110 } });
         layout.legend = { ...layout.legend, orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom" };
       }
-      view.traces.forEach((trace) => { if (trace.colorbar) trace.colorbar = { ...trace.colorbar, title: null,
-                                                                              thickness: 8 }; });
+      layout.xaxis = { ...layout.xaxis, title: { ...(layout.xaxis || {}).title, font: { size: 10 } } };
+      view.traces.forEach((trace) => {  // numbers would run into each other
+        if (trace.colorbar) trace.colorbar = { ...trace.colorbar, title: null, thickness: 8 };
+        if (trace.type === "heatmap" && trace.x.length > 5) trace.texttemplate = "";
+      });
     }
     plot.style.height = `${layout.height}px`;
     return Plotly.react(plot, view.traces, layout, { responsive: true, displaylogo: false,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+      displayModeBar: window.innerWidth >= 600, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
   };
   if (chart.views.length > 1) {
     const choice = make("select", {}, ...chart.views.map((view, i) => make("option", { value: String(i),

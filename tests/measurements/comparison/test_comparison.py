@@ -19,6 +19,7 @@ from harness.cli import main
 from harness.engine.manifest import checksum_of
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.measurements.comparison.tables import TABLES
+from tests.pages import page_data
 from tests.studies import SMALL, run_here
 
 ROOT = Path(__file__).parents[3]
@@ -95,6 +96,9 @@ def test_what_one_study_lacks_is_named(pair, compared):
     assert len(compared.rows) + len(left_out) == len(metrics)
     assert any("Not compared" in line for line in compared.summary)
     page = (compared.folder / "compare.md").read_text()
+    content = page_data(compared.folder / "index.html")
+    n_primary = sum(table["n"] for table in content["tables"])
+    assert len(content["charts"]) >= 2 and 0 < n_primary <= len(compared.rows)
     assert "| b | target | region |" in page and all(f"]({one.name})" in page for one in compared.folder.glob("*.png"))
 
 

@@ -23,6 +23,7 @@ from harness.spectral.decomposition import decompose
 from harness.spectral.regions import small
 from tests.checkpoints import save_checkpoint, text_file
 from tests.models.tiny import tiny_model
+from tests.pages import page_data
 from tests.processes import run_ranks
 from tests.studies import CIRCUMSTANCES, status_of
 
@@ -153,7 +154,7 @@ def test_coupling_of_an_ablated_model(words, measured):
     assert found["m"].tolist() == pytest.approx(expected["m"], abs=1e-4)
     labels = with_label(read_coupling(measured, "jacobians"))["weights"]
     assert list(dict.fromkeys(labels)) == ["trained", "trained, down_proj: top 50 %",
-                                           f"trained, down_proj: {label}", "random"]
+                                           "trained, down_proj: bottom 50 %", "random"]
     jacobians = read_coupling(measured, "jacobians")
     assert jacobians.loc[jacobians["region"].notna(), "energy_removed"].between(0.01, 0.99).all()
     assert jacobians.loc[jacobians["region"].isna(), "energy_removed"].isna().all()
@@ -257,8 +258,10 @@ def test_the_report(measured, capsys):
     report = measured / "report"
     assert {path.name for path in report.iterdir()} == {
         "coupling.md", "coupling_summary.csv", "trajectories.csv", "blocks.csv", "pairs-trained.png",
-        "pairs-random.png", "ablations.png", "blocks.png", "trajectories.png",
+        "pairs-random.png", "ablations.png", "blocks.png", "trajectories.png", "index.html",
     }
+    assert len(page_data(report / "index.html")["tables"]) == 3
+    assert (report / "index.html").read_text().count("data:image/png") == 5
     summary = pd.read_csv(report / "coupling_summary.csv")
     rows = with_label(read_coupling(measured, "couplings"))
     rows = rows[(rows["weights"] == "trained") & (rows["k"] == 2)]

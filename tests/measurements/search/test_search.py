@@ -35,6 +35,7 @@ from harness.models.editing import ablated
 from harness.models.loading import load
 from harness.spectral.decomposition import decompose
 from harness.tables.store import read_table
+from tests.pages import page_data
 from tests.studies import ROOT, quiet
 
 NAMES = ["Lily", "Tom", "Ben", "Sue", "Max", "Mia", "Tim", "Anna"]
@@ -163,6 +164,9 @@ def test_the_page_has_every_table_and_the_report_is_made_from_tables_alone(done,
     rows = [line for line in shown if line.startswith("| ioi |")]
     assert [row.rstrip(" |").rpartition(" | ")[2] for row in rows] == list(verdict.verdict)
     page = (output / "report" / "search.md").read_text()
+    content = page_data(output / "report" / "index.html")
+    assert content["tables"][0]["n"] == len(verdict)
+    assert content["charts"][0]["views"][0]["traces"][0]["name"] == "best cell"
     assert (output / "report" / "grid.png").is_file() and "](grid.png)" in page
     last = [line for line in shown if " fresh examples, controls random " in line]
     assert [line.rpartition(": ")[2] for line in last] == list(verdict.verdict)

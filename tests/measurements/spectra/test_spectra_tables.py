@@ -19,6 +19,7 @@ from harness.measurements.spectra.tables import TABLES, read_spectra
 from harness.tables import writer
 from harness.tables.schema import SchemaVersionError
 from harness.tables.store import quarantine, unit_states, write_unit
+from tests.pages import page_data
 
 MATRICES = TABLES["matrices"].columns
 RUN = "0123456789ab"
@@ -186,6 +187,8 @@ def test_report_writes_tables_and_figures(tmp_path):
     said = []
     path = report(tmp_path, said.append)
     drawn = sorted(file.name for file in path.parent.glob("*.png"))
+    content = page_data(path.parent / "index.html")
+    assert content["charts"] and (path.parent / "index.html").read_text().count("data:image/png") == len(drawn)
     sets = ("random", "step10", "step9")
     expected = [f"{kind}-{weights}.png" for kind in ("outliers", "overlap", "spectrum") for weights in sets]
     assert drawn == ["checkpoints-training.png", *expected]

@@ -24,6 +24,7 @@ from harness.models.loading import load
 from harness.tables.store import read_table
 from tests.checkpoints import save_checkpoint
 from tests.encoders import save
+from tests.pages import page_data
 
 WORDS = "the a cat dog bird sat ran on under mat tree house and then it was".split()
 TUNE = ["tune.steps=6", "tune.batch_size=4", "tune.learning_rate=0.01", "tune.seeds=[0,1]", "threads=1",
@@ -228,6 +229,8 @@ def test_the_report_says_what_is_incomplete(tuned, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Tuned with nothing removed" in said and "removed before tuning" in said and "Incomplete" not in said
     page = (tuned / "report" / "tune.md").read_text()
+    content = page_data(tuned / "report" / "index.html")
+    assert len(content["charts"]) == len(content["tables"]) and content["tables"][0]["n"] == 2 * 3
     assert "orders.png" in page and (tuned / "report" / "classification-accuracy-orders.png").is_file()
     assert len(pd.read_csv(tuned / "report" / "effects.csv")) == 2 * 2 * 3
 
