@@ -50,8 +50,8 @@ def _section(name: str, title: str, rows: pandas.DataFrame) -> Section:
 
 def _chart(views: Sequence[View], table: PageTable) -> Chart:
     return Chart("The best cell beside its controls", "On the report part, whose examples did not choose the cell. The"
-                 " bar of the cell is its paired 95 % interval; that of a control is twice the standard deviation of its"
-                 " draws.", views, "metric", table)
+                 " bar of the cell is its paired 95 % interval; that of a control is twice the standard deviation of"
+                 " its draws.", views, "metric", table)
 
 
 def _verdict_views(rows: pandas.DataFrame) -> list[View]:
