@@ -56,7 +56,7 @@ def _chart(views: Sequence[View], table: PageTable) -> Chart:
 
 def _verdict_views(rows: pandas.DataFrame) -> list[View]:
     views = []
-    names = [column.removesuffix("_spread") for column in rows if str(column).endswith("_spread")]
+    names = [column.removesuffix("_spread") for column in map(str, rows.columns) if column.endswith("_spread")]
     for i, row in enumerate(rows_of(rows)):
         if is_missing(row.delta):
             continue
