@@ -179,7 +179,7 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
         listed[label] = (by, kind, None)
     for kind in said.get("gavish_donoho", []):
         listed[f"gavish_donoho {kind}"] = (by, kind, None)
-    assert listed, f"nothing that this test knows is listed in {said}"
+    assert listed or by == "none", f"nothing that this test knows is listed in {said}"
     if "random" in said.get("controls", []):
         listed |= {f"random ({label}) seed 0": ("control", "random", where) for label, (*_, where) in listed.items()}
     return listed
@@ -190,7 +190,7 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
 def test_every_region(name, recall, tmp_path):
     """The regions of the table are those that the YAML lists, no more and no fewer, and remove what it says."""
     said = content("region", name)
-    table = run(tmp_path, f"region={name}", "target.kind=all", *recall)
+    table = run(tmp_path, f"region={name}", *["target.kind=all"] * (name != "none"), *recall)
     expected = regions_of(said)
     of_grid = table[table.target == "all"].drop_duplicates("region").set_index("region")
     assert set(of_grid.index) == set(expected)
@@ -371,6 +371,9 @@ REFUSALS = {
     "no deciles": (["region=decile", "region.deciles=[]"], ["region.deciles: []", "[10]"]),
     "no side of the bulk": (["region=mp", "region.mp=[]"], ["region.mp: []", "[above]"]),
     "no side of the threshold": (["region=gavish_donoho", "region.gavish_donoho=[]"], ["region.gavish_donoho: []"]),
+    "target of no region": (["region=none", "target=type"], ["target.kind: 'type'", "region=none"]),
+    "control of no region": (["region=none", "region.controls=[random]"], ["region.controls: 'random'", "region=none"]),
+    "treatment of no region": (["region=none", "region.keep=true"], ["region.by: 'none'", "keep"]),
     "no seeds": (["region.controls=[random]", "region.random_seeds=[]"], ["region.random_seeds: []", "[0]"]),
     "no blocks": (["target.blocks=[]"], ["target.blocks: []", "null"]),
     "values of deciles": (["region=decile", "region.values=[0.3]"], ["region.values: [0.3]", "fraction or energy"]),
@@ -444,6 +447,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, recall, checkpoint, tmp_
     for word in mentioned:
         assert word in line
     assert not output.exists() and file.read_text() == "mine"
+
+
+def test_no_region_is_the_baseline_alone(recall, tmp_path, capsys):
+    """Plan, run, status and report of one cell, whose number is that of the baseline of another study."""
+    alone, beside = tmp_path / "alone", tmp_path / "beside"
+    assert main(["plan", "region=none", *recall, f"output={alone}"]) == 0
+    assert "no targets: the model is measured as it is" in capsys.readouterr().out
+    table = run(alone, "region=none", *recall)
+    assert main(["status", str(alone / "study")]) == 0 and main(["report", str(alone / "study")]) == 0
+    assert "units 1  done 1  failed 0  missing 0" in capsys.readouterr().out
+    other = run(beside, "target.kind=all", "region=index", "region.intervals=['0:1']", *recall)
+    baseline = other[other.target_kind == "baseline"]
+    for column in ("cell_id", "metric", "value", "stderr"):
+        assert table[column].tolist() == baseline[column].tolist()
+    assert len(table) and "region.by: 'none'" in refused(capsys, "search", "region=none", *recall)
 
 
 def test_window_longer_than_the_context(checkpoint, tmp_path, capsys):

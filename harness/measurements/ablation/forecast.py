@@ -190,9 +190,11 @@ def describe_study(study: Study) -> str:
         f"study {study.id}  folder {study.folder}",
         f"model {settings.model.label} ({description.config.model_type}, {description.dtype},"
         f" {1 + max(m.block for m in study.matrices)} blocks, {len(study.matrices)} matrices)",
-        f"targets {len(targets)}: {_some(targets)}",
-        f"regions {len(regions)}: {_some(regions)}",
     ]
+    if targets:
+        lines += [f"targets {len(targets)}: {_some(targets)}", f"regions {len(regions)}: {_some(regions)}"]
+    else:
+        lines.append("no targets: the model is measured as it is")
     for name, task in study.tasks.items():
         if isinstance(task, DirectTask):
             lines.append(f"task {name}: {len(task.example_ids)} examples, measured on the model directly")
@@ -229,7 +231,8 @@ def describe_study(study: Study) -> str:
         )
     if settings.runtime.precision == "adaptive":
         lines.append("precision adaptive: that is the most that it can cost, as a cell stops once its delta is decided")
-    lines.append(f"order baseline, then by first edited block: {_some(targets, 4)}")
+    if targets:
+        lines.append(f"order baseline, then by first edited block: {_some(targets, 4)}")
     return "\n".join(lines)
 
 

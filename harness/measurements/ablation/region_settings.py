@@ -67,6 +67,9 @@ class RegionSettings:
         if isinstance(self.rule, ComponentRule) and self.rule.top and self.treatment.calibration is None:
             right = "it needs a text for the loss: calibration=wikitext, or use region.all or region.ends without one"
             raise wrong("top", self.rule.top, right)
+        useless = [control for control in self.controls if control not in ("none", "other_order")]
+        if self.by == "none" and useless:
+            raise wrong("controls", useless[0], "region=none has no region for which it could be a control")
         if "lower_bulk" in self.controls and self.by != "mp":
             raise wrong("controls", "lower_bulk", "it is matched to the outliers of region.by=mp")
         if self._draws() and not self.random_seeds:
@@ -103,6 +106,8 @@ class RegionSettings:
     def unread(self) -> Iterator[SettingError]:
         """Yield an error if there are seeds that no control reads, and those of the treatment."""
         yield from self.treatment.unread()
+        if self.by == "none" and self.treatment != TreatmentSettings():
+            yield wrong("by", self.by, "it removes nothing, so that metric, keep, scale, replace and of mean nothing")
         if self.random_seeds != [0] and not self._draws():
             right = ("only the controls random, energy_matched, rotated and rotated_output read it; region.controls is"
                      f" [{', '.join(self.controls)}]")

@@ -51,7 +51,10 @@ class StudySettings:
             raise wrong("runtime.edit", "branch", f"the control {drawn[0]} edits the weights; use weight")
 
     def unread(self) -> Iterator[SettingError]:
-        """Yield an error if there is a reference that no region is about."""
+        """Yield an error if there is a reference that no region is about, or a target without a region."""
+        if self.region.by == "none" and self.target != TargetSettings():
+            right = "region=none edits no matrix; leave target=... out"
+            yield wrong("target.kind", self.target.kind, right)
         if self.reference.name is not None and self.region.treatment.of == "weight":
             yield wrong("reference.name", self.reference.name,
                         "only region.of=change and region.of=reference read it (and harness spectra)")

@@ -85,6 +85,8 @@ def check(settings: SearchSettings) -> None:
     study_settings.check(settings)
     if settings.region.treatment.of != "weight":
         raise wrong("region.of", settings.region.treatment.of, "a search is over parts of the weights; use harness run")
+    if settings.region.by == "none":
+        raise wrong("region.by", "none", "a search needs regions; for the baseline alone use harness run")
     settings.runtime.require_batch_tokens("search")
     for name, task in settings.tasks.items():
         if isinstance(task, SplitTask) and task.part is not None:

@@ -38,6 +38,7 @@ RULES: Registry[type[RegionRule]] = Registry("harness.regions", "a region rule",
     "component": "harness.spectral.regions.component:ComponentRule",
     "named": "harness.spectral.regions.named:NamedRule",
     "compression": "harness.spectral.regions.compression:CompressionRule",
+    "none": "harness.spectral.regions.unedited:UneditedRule",
 })  # fmt: skip
 
 
