@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from harness.errors import InputError
 
@@ -22,6 +22,17 @@ _REMEDIES = {
     errno.EEXIST: "a folder must be there: move away what is in its place",
     errno.EISDIR: "a file must be there: move the folder away", errno.ENOTEMPTY: "move away what is there",
 }  # fmt: skip
+
+
+def hash_file(file: BinaryIO, into: Any) -> str:
+    """Feed the rest of a file to a hash of hashlib, and return its digest in hexadecimal. Raises OSError.
+
+    It is what hashlib.file_digest of Python 3.11 does.
+    """
+    buffer = memoryview(bytearray(1 << 18))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        into.update(buffer[:count])
+    return str(into.hexdigest())
 
 
 def user_cache(name: str = "") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness import files
-from harness.files import new_folder, replacing, user_cache, write_json, write_text
+from harness.files import hash_file, new_folder, replacing, user_cache, write_json, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,3 +157,12 @@ def test_the_users_cache(monkeypatch, tmp_path):
         monkeypatch.delenv("XDG_CACHE_HOME") if unset is None else monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert user_cache("models") == tmp_path / "home" / ".cache" / "spectral-harness" / "models"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 18) - 1, 1 << 18, (1 << 19) + 7])
+def test_a_file_is_hashed_from_where_it_is_read(tmp_path, size):
+    content = bytes(number % 251 for number in range(size))
+    (tmp_path / "file").write_bytes(b"head" + content)
+    with (tmp_path / "file").open("rb") as file:
+        file.seek(4)
+        assert hash_file(file, hashlib.sha256()) == hashlib.sha256(content).hexdigest()

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.engine.ranks import Ranks
 from harness.engine.settings import ClusterSettings
 from harness.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Unit(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -81,11 +82,17 @@ class Division:
 
 
 def _portable(error: Exception, rank: int) -> Exception:
-    """Return a copy of an exception that another process can raise, with the traceback of this process as a note."""
+    """Return a copy of an exception that another process can raise.
+
+    It has the traceback of this process as a note, or in Python 3.10 as its cause.
+    """
     note = f"in process {rank}:\n{''.join(traceback.format_exception(error))}"
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
         copy = RuntimeError(f"{type(error).__name__}: {error}")
-    copy.add_note(note)
+    if sys.version_info >= (3, 11):
+        copy.add_note(note)
+    else:  # exceptions have no notes there
+        copy.__cause__ = RuntimeError(note)
     return copy

@@ -25,7 +25,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from harness.errors import InputError
-from harness.files import replacing, user_cache
+from harness.files import hash_file, replacing, user_cache
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -188,7 +188,7 @@ def _remember(remembered: Path, found: WeightFile, state: list[int]) -> None:
 def _hash(path: Path, file: BufferedReader, size: int) -> WeightFile:
     """Read a file once, from its beginning to its end, and return it with all digests."""
     if path.suffix == ".gguf":
-        return WeightFile(path, hashlib.file_digest(file, "sha256").hexdigest(), {})
+        return WeightFile(path, hash_file(file, hashlib.sha256()), {})
     start, tensors = _read_header(path, file, size)
     whole, found = hashlib.sha256(start), {}
     buffer = memoryview(bytearray(CHUNK))

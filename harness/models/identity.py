@@ -12,6 +12,7 @@ import torch
 from xxhash import xxh3_128
 
 from harness.errors import InputError, one_line
+from harness.files import hash_file
 from harness.models.checkpoint import WeightFile, find_weights, require_regular, weight_file
 from harness.models.settings import ModelSettings
 
@@ -25,7 +26,7 @@ def file_digest(path: Path) -> str:
     """
     require_regular(path)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(file, hashlib.sha256())
 
 
 def config_digests(folder: Path, settings: ModelSettings) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 import subprocess
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def provenance() -> dict[str, str | None]:
         "transformers_version": _version("transformers"),
         "python_version": platform.python_version(),
         "hostname": socket.gethostname(),
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

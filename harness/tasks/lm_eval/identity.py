@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.files import hash_file
 from harness.tasks.fingerprint import Describer, digest_of
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _common(found: Iterable[Any]) -> Any:
 
 def _file_digest(path: str) -> str:
     with Path(path).expanduser().open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+        return hash_file(file, hashlib.blake2b(digest_size=8))
 
 
 def _documents_digest(parts: Sequence[Part]) -> str:
