@@ -343,10 +343,10 @@ def test_recall_experiments(name, recall, tmp_path):
 
 
 def test_every_experiment_is_run_by_a_test():
-    """laser*: tests/measurements/search/test_search.py; small_values*, pair_*: tests/experiments;
+    """laser*: tests/measurements/search/test_search.py; small_values*, pair_*, prune_and_tune*: tests/experiments;
     svd_llm: tests/measurements/ablation/test_treatments.py;
     coupling*: tests/measurements/coupling/test_leaderboard.py."""
-    elsewhere = ("laser", "small_values", "svd_llm", "coupling", "pair")
+    elsewhere = ("laser", "small_values", "svd_llm", "coupling", "pair", "prune_and_tune")
     assert {name for name in names("experiment") if not name.startswith(elsewhere)} == {
         *FIRST_LOOK, "recall", "recall_published"
     }  # fmt: skip

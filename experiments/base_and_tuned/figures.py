@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,6 +22,9 @@ from harness.tables.drawing import MARKERS, SERIES_COLOURS, new_figure, save_fig
 SPECTRA = ("real", "full", "lora", "doubled")
 STUDIES = ("top", "undo", "graft", "own", "lora-top")
 METRICS = {"sst2": "accuracy", "text": "nll"}
+LABELS = {"sst2": "accuracy on 436 sentences of SST-2", "text": "nats per token of TinyStories"}
+COMPONENTS = {"largest components": "index", "as many at random": "random",
+              "values of the largest, random directions": "rotated"}  # fmt: skip
 COLUMNS = ["run", "task", "metric", "region", "n", "value", "stderr", "delta", "delta_stderr", "p_value",
            "energy_removed", "n_removed"]  # fmt: skip
 
@@ -37,6 +42,8 @@ def main(out: Path, folder: Path) -> None:
     for name in ("top", "lora-top"):
         if complete(out / name):
             components(rows_of(out / name), folder / f"{name}.png")
+    if complete(out / "undo") and complete(out / "graft"):
+        tenths(rows_of(out / "undo"), rows_of(out / "graft"), folder / "tenths.png")
 
 
 def complete(folder: Path) -> bool:
@@ -55,27 +62,56 @@ def rows_of(folder: Path) -> pd.DataFrame:
 
 
 def components(rows: pd.DataFrame, path: Path) -> None:
-    """Draw the accuracy of the base with some components of the change against their number."""
-    rows = rows[rows["task"] == "sst2"]
-    figure = new_figure(6.4, 4.2)
-    panel = figure.subplots()
-    series = {"largest components": "index", "as many at random": "random",
-              "values of the largest, random directions": "rotated"}
-    for i, (label, kind) in enumerate(series.items()):
-        found = rows[rows["region"].str.startswith(kind)]
-        k = found["region"].map(lambda region: int(re.search(r"0:(\d+)", region).group(1)))
-        found = found.assign(k=k).sort_values("k")
-        panel.errorbar(found["k"] * (1 + 0.03 * (i - 1)), found["value"], found["stderr"], label=label, capsize=2,
-                       color=SERIES_COLOURS[i], marker=MARKERS[i], markersize=5, linewidth=1.2)
-    for region, style in (("unedited", "-"), ("reference", "--")):
-        value = rows.loc[rows["region"] == region, "value"].item()
-        name = "tuned model" if region == "unedited" else "base"
-        panel.axhline(value, color="0.4", linestyle=style, linewidth=0.9, label=f"{name} ({value:.3f})")
-    panel.set_xscale("log", base=2)
-    panel.set_xlabel("components of the change of each matrix that are kept")
-    panel.set_ylabel("accuracy on 436 sentences of SST-2")
-    panel.legend(frameon=False, fontsize="small")
+    """Draw what the base with some components of the change does, against their number: accuracy and nats per token."""
+    figure = new_figure(10.4, 4.2)
+    for panel, (task, label) in zip(figure.subplots(1, 2), LABELS.items()):
+        of_task = rows[rows["task"] == task]
+        for i, (name, kind) in enumerate(COMPONENTS.items()):
+            found = of_task[of_task["region"].str.startswith(kind)]
+            found = found.assign(k=found["region"].map(lambda region: int(re.search(r"0:(\d+)", region).group(1))))
+            mean = found.groupby("k").agg({"value": "mean", "stderr": "max"})  # of the seeds of a control
+            x = mean.index * (1 + 0.03 * (i - 1))
+            panel.errorbar(x, mean["value"], mean["stderr"], label=name, capsize=2, color=SERIES_COLOURS[i],
+                           marker=MARKERS[i], markersize=5, linewidth=1.2)
+        _lines(panel, of_task, label)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("components of the change of each matrix that are kept")
     save_figure(figure, path)
+
+
+def tenths(undo: pd.DataFrame, graft: pd.DataFrame, path: Path) -> None:
+    """Draw what it does to undo the change in a tenth of the base's directions, and to have it in that tenth alone.
+
+    The random tenths are all draws of the same kind, so that they make one band, from the least to the greatest value.
+    """
+    figure = new_figure(10.4, 7.6)
+    for line, (said, rows, beside) in zip(figure.subplots(2, 2), (
+        ("undone in one tenth", undo, "unedited"), ("kept in one tenth alone", graft, "reference"),
+    )):  # fmt: skip
+        for panel, (task, label) in zip(line, LABELS.items()):
+            of_task = rows[rows["task"] == task]
+            random = of_task.loc[of_task["region"].str.startswith("rotated"), "value"]
+            panel.axhspan(random.min(), random.max(), color=SERIES_COLOURS[1], alpha=0.2, linewidth=0,
+                          label=f"{len(random)} random tenths")
+            found = of_task[of_task["region"].str.startswith("decile")]
+            tenth = found["region"].map(lambda region: int(re.search(r"decile (\d+)", region).group(1)))
+            found = found.assign(tenth=tenth).sort_values("tenth")
+            panel.plot(found["tenth"], found["value"], label="tenths of the base's directions", color=SERIES_COLOURS[0],
+                       marker=MARKERS[0], markersize=5, linewidth=1.2)
+            _lines(panel, of_task, label, [beside])
+            panel.set_title(f"the change is {said}", fontsize="medium")
+            panel.set_xlabel("tenth (1: largest singular values of the base)")
+            panel.set_xticks(range(1, 11))
+    save_figure(figure, path)
+
+
+def _lines(panel: Any, of_task: pd.DataFrame, label: str, regions: Sequence[str] = ("unedited", "reference")) -> None:
+    for region in regions:
+        name, style = {"unedited": ("tuned model", "-"), "reference": ("base", "--")}[region]
+        value = of_task.loc[of_task["region"] == region, "value"].item()
+        panel.axhline(value, color="0.4", linestyle=style, linewidth=0.9, label=f"{name} ({value:.3f})")
+    panel.set_ylabel(label)
+    panel.legend(frameon=False, fontsize="x-small")
 
 
 if __name__ == "__main__":

