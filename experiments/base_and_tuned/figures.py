@@ -20,7 +20,7 @@ from harness.measurements.spectra.change_report import read_changes
 from harness.tables.drawing import MARKERS, SERIES_COLOURS, new_figure, save_figure
 
 SPECTRA = ("real", "full", "lora", "doubled")
-STUDIES = ("top", "undo", "graft", "own", "lora-top")
+STUDIES = ("top", "undo", "graft", "lora-top")
 METRICS = {"sst2": "accuracy", "text": "nll"}
 LABELS = {"sst2": "accuracy on 436 sentences of SST-2", "text": "nats per token of TinyStories"}
 COMPONENTS = {"largest components": "index", "as many at random": "random",

@@ -7,7 +7,7 @@ here="$(dirname "$0")"
 assets="$(realpath "$1")"; out="$2"; shift 2
 python="${PYTHON:-python}"
 stages=("${@:-}")
-[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora spectra_doubled top undo graft own lora)
+[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora spectra_doubled top undo graft lora)
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
@@ -53,14 +53,10 @@ top() {
 # the change inside each tenth of the base's directions is undone, or is all that is left; beside random directions
 undo() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo output="$out/undo"; }
 graft() { "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=undo region.keep=true output="$out/graft"; }
-# each tenth of the change's own spectrum is removed
-own() {
-    "$python" -m harness run "${tuned[@]}" "${ask[@]}" "${stories[@]}" region=change region.controls=[none] output="$out/own"
-}
 lora() {  # rank 8 has no more components
     "$python" -m harness run "${adapted[@]}" "${ask[@]}" "${stories[@]}" "${components[@]}" \
         "region.intervals=['0:1','0:2','0:4','0:8']" output="$out/lora-top"
 }
 
 for stage in "${stages[@]}"; do "$stage"; done
-if [ "${#stages[@]}" = 10 ]; then "$python" "$here/figures.py" "$out" "$here"; fi
+if [ "${#stages[@]}" = 9 ]; then "$python" "$here/figures.py" "$out" "$here"; fi

@@ -28,6 +28,7 @@ def change_figure(
     """
     figure = new_figure(11.5, 4.2)
     *panels, counts = figure.subplots(1, 3)
+    panels[1].sharey(panels[0])  # before anything is drawn, so that both sides are in the limits
     controls = [str(row["control"]) for row in summary]
     for panel, side in zip(panels, _SIDES):
         panel.axhline(1, color="0.6", linewidth=0.8)
@@ -39,7 +40,6 @@ def change_figure(
                            label=_NAMES[control])
         panel.set_title(f"{side} directions", fontsize="medium")
         panel.set_xticks(range(1, 11))
-        panel.sharey(panels[0])
         panel.set_xlabel("tenth of the reference's directions, 1 = the largest", fontsize="small")
     panels[0].set_ylabel("energy of the change / that in random directions", fontsize="small")
     width = 0.8 / len(controls)

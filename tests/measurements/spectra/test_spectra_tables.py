@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.engine.manifest import KEYS, MANIFEST, MANIFEST_VERSION, checksum_of
-from harness.measurements.spectra import figures
+from harness.measurements.spectra import change_figures, figures
 from harness.measurements.spectra import report as report_module
 from harness.measurements.spectra.report import label, report, summarise
 from harness.measurements.spectra.tables import TABLES, read_spectra
@@ -216,6 +216,18 @@ def test_report_without_overlaps_and_of_zero_matrices(tmp_path):
     path = report(tmp_path, said.append)
     assert sorted(file.name for file in path.parent.glob("*.png")) == ["outliers-trained.png", "spectrum-trained.png"]
     assert "overlapping" not in said[0] and "alpha" not in said[0]
+
+
+def test_the_figure_of_changes_shows_both_sides_whole(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(change_figures, "save_figure", lambda figure, path: drawn.append(figure))
+    tenths = [{"side": side, "control": "real", "decile": i, "energy_ratio": ratio, "energy_ratio_stderr": 0.1}
+              for side, ratio in (("output", 1.0), ("input", 3.0)) for i in (1, 2)]
+    summary = [{"control": "real", "matrices": 2, "intruders output": 1, "intruders input": 2}]
+    change_figures.change_figure(tenths, summary, tmp_path / "x.png", "a title")
+    for panel in drawn[0].axes[:2]:
+        low, high = panel.get_ylim()
+        assert low < 0.9 and high > 3.1
 
 
 def test_panels_are_spread_over_the_blocks():
