@@ -14,8 +14,8 @@ from scipy.stats import t
 from harness.evaluation.adaptive import delta_interval
 from harness.evaluation.requests import ExampleScores
 from harness.evaluation.sequential import zero_mean_evidence
-from harness.evaluation.statistics import estimate, over_new_draw, paired
-from harness.tasks.clusters import BLOCKS
+from harness.evaluation.statistics import estimate, over_new_draw, paired, paired_interval
+from harness.tasks.clusters import block_count
 
 CONFIDENCES = (0.9, 0.95, 0.99)
 QUESTIONS = 200  # of a sample of a task whose examples are independent
@@ -68,21 +68,24 @@ def drawn_clusters(clusters: np.ndarray, count: int, rng: np.random.Generator) -
     return np.concatenate(drawn), np.arange(count).repeat([len(one) for one in drawn])
 
 
-def stretch(clusters: np.ndarray, n: int, rng: np.random.Generator) -> Sample:
-    """n consecutive windows of a text of documents in random order, in the blocks of a text without headings."""
+def stretch(clusters: np.ndarray, n: int, blocks: int, rng: np.random.Generator) -> Sample:
+    """n consecutive windows of a text of documents in random order, in blocks, as for a text without headings."""
     count = 2 + 4 * n // (len(clusters) // len(np.unique(clusters)))
     examples, _ = drawn_clusters(clusters, count, rng)
     begin = rng.integers(0, max(1, len(examples) - n))
-    return examples[begin : begin + n], np.arange(n) * BLOCKS // n
+    return examples[begin : begin + n], np.arange(n) * blocks // n
 
 
-def ways(task: str, clusters: np.ndarray) -> Iterator[tuple[str, Callable[[np.random.Generator], Sample]]]:
-    """The ways to draw a sample from a population, by name."""
+def ways(
+    task: str, clusters: np.ndarray, characters: float
+) -> Iterator[tuple[str, Callable[[np.random.Generator], Sample]]]:
+    """The ways to draw a sample from a population, by name. characters: of a window of WikiText."""
     count = SAMPLED.get(task, QUESTIONS)
     yield f"{task}: {count} of {len(np.unique(clusters))} clusters", lambda rng: drawn_clusters(clusters, count, rng)
     if task == "wikitext":
         for n in STRETCHES:
-            yield f"{task}: {BLOCKS} blocks of {n} windows", lambda rng, n=n: stretch(clusters, n, rng)
+            blocks = block_count(int(n * characters))
+            yield f"{task}: {n} windows in {blocks} blocks", lambda rng, n=n, k=blocks: stretch(clusters, n, k, rng)
 
 
 def populations(studies: Path) -> Iterator[tuple[int, str, str, ExampleScores, list[ExampleScores]]]:
@@ -103,10 +106,12 @@ def effects(studies: Path, repetitions: int) -> Rows:
     of the population.
     """
     found = []
+    characters = float(scores_of(studies / "causal", "wikitext", "byte_perplexity")[0].weight.mean())
     for number, task, metric, baseline, ablations in populations(studies):
-        for name, draw in ways(task, clusters_of(baseline)):
+        for name, draw in ways(task, clusters_of(baseline), characters):
             for cell, ablated in enumerate(ablations):
-                rng = np.random.default_rng([number, cell])
+                # each way draws samples of its own
+                rng = np.random.default_rng([number, cell, *name.encode()])
                 truth = estimate(ablated).value, paired(ablated, baseline).delta
                 for _ in range(repetitions):
                     sample = draw(rng)
@@ -125,12 +130,13 @@ def held(
 ) -> dict[str, dict[float, bool]]:
     """Whether the intervals of a sample hold the value and the delta of the population, at each confidence."""
     of_sample = [replace(scores.at(sample[0]), clusters=sample[1]) for scores in (ablated, baseline)]
-    value, delta = estimate(of_sample[0]), paired(*of_sample)
-    found: dict[str, dict[float, bool]] = {}
-    for name, centre, stderr, true in (("value", value.value, value.stderr, truth[0]),
-                                       ("delta", delta.delta, delta.stderr, truth[1])):
-        halves = {c: t.ppf(0.5 + c / 2, value.n_clusters - 1) * stderr for c in CONFIDENCES}
-        found[name] = {c: bool(abs(centre - true) <= half + 1e-12) for c, half in halves.items()}
+    value, slack = estimate(of_sample[0]), 1e-12
+    found: dict[str, dict[float, bool]] = {"value": {}, "delta": {}}
+    for confidence in CONFIDENCES:
+        half = t.ppf((1 + confidence) / 2, value.freedom) * value.stderr
+        found["value"][confidence] = bool(abs(value.value - truth[0]) <= half + slack)
+        low, high = paired_interval(*of_sample, confidence)
+        found["delta"][confidence] = bool(low - slack <= truth[1] <= high + slack)
     return found
 
 

@@ -71,14 +71,14 @@ def causal(assets: Path, folder: Path) -> list[str]:
     tasks = ",".join(task for task, _ in METRICS["causal"])
     return [
         *of_stories260K(assets), f"task=[{tasks}]",
-        *common("region.kinds=[large,small]", "region.values=[0.1]", "region.controls=[]", "target.blocks=[1,3]"),
+        *common("region.kinds=[large,small]", "region.values=[0.1,0.3]", "region.controls=[]", "target.blocks=[3]"),
         f"tasks.wikitext.data_files={data / 'wikitext-2-raw/test.jsonl'}", "tasks.wikitext.window=128",
         f"tasks.blimp.data_files={data / 'blimp'}", "tasks.blimp.limit=200",
         f"+tasks.boolq.data_files.train={data / 'boolq/train.jsonl'}",
-        f"+tasks.boolq.data_files.validation={data / 'boolq/validation.jsonl'}", "tasks.boolq.limit=1000",
+        f"+tasks.boolq.data_files.validation={data / 'boolq/validation.jsonl'}", "tasks.boolq.limit=300",
         f"+tasks.arc_easy.data_files.test={data / 'arc_easy/test.jsonl'}",
-        f"+tasks.arc_easy.data_files.validation={data / 'arc_easy/validation.jsonl'}", "tasks.arc_easy.limit=600",
-        "tasks.lambada.limit=600", f"tasks.qa_wikidata.data_files={data / 'bigbench/qa_wikidata.jsonl'}",
+        f"+tasks.arc_easy.data_files.validation={data / 'arc_easy/validation.jsonl'}", "tasks.arc_easy.limit=400",
+        "tasks.lambada.limit=400", f"tasks.qa_wikidata.data_files={data / 'bigbench/qa_wikidata.jsonl'}",
         "tasks.qa_wikidata.limit=600", "tasks.lm_eval.task=last_words", f"tasks.lm_eval.include_path={written}",
         "tasks.lm_eval.cluster_column=story",
     ]
@@ -86,7 +86,8 @@ def causal(assets: Path, folder: Path) -> list[str]:
 
 def draws(assets: Path, folder: Path) -> list[str]:
     return [
-        *of_stories260K(assets), "task=[ioi,factual,lambada]", "tasks.lambada.limit=300",
+        *of_stories260K(assets), "task=[ioi,factual,lambada]", "tasks.ioi.limit=300", "tasks.factual.limit=300",
+        "tasks.lambada.limit=150",
         *common("region.kinds=[small]", "region.values=[0.5]", "region.controls=[random]", "target.blocks=[3]"),
         f"region.random_seeds=[{','.join(map(str, range(SEEDS)))}]",
     ]

@@ -240,7 +240,7 @@ def sampled_metric(
     clusters, missed = baseline.at(drawn).clusters, 1 / n - 1 / population
     errors: list[float | None] = []
     for psi in (influence[0], influence[0] - influence[1]):
-        of_sample, groups = mean_stderr(psi, clusters)
+        of_sample, groups, _ = mean_stderr(psi, clusters)
         if of_sample is None:
             errors.append(None)
             continue

@@ -12,7 +12,6 @@ the harness imports this module, because it needs the package `evaluate`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import datasets
@@ -97,7 +96,7 @@ class LogitDifference(_InMemory):
 class PairedDelta(_InMemory):
     """Ablated minus baseline of any metric transform(sum of score / sum of weight) over the same examples.
 
-    Gives delta, stderr and the p_value of a two-sided t-test. For perplexities call `compute(transform="exp")`.
+    Gives delta, stderr and a two-sided p_value. For perplexities call `compute(transform="exp")`.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -112,7 +111,8 @@ class PairedDelta(_InMemory):
         ablated, baseline = (
             ExampleScores(np.asarray(score), np.asarray(weight), transform) for score in (ablated, baseline)
         )
-        return asdict(statistics.paired(ablated, baseline))
+        found = statistics.paired(ablated, baseline)
+        return {"delta": found.delta, "stderr": found.stderr, "p_value": found.p_value}
 
 
 _NLL = "summed negative log-likelihood of each window in nats"

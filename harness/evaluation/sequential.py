@@ -120,26 +120,26 @@ def zero_mean_evidence(draws: np.ndarray, confidence: float, clusters: np.ndarra
     """Return the Bayes factor against the hypothesis that the draws, float64 [n], come from a law of mean zero.
 
     The inverse of the largest Bayes factor so far is a p-value that is valid whenever one stops (Johari, Pekelis and
-    Walsh 2015). The factor is infinite if all draws are the same and not zero, and 1 if all are zero or if there are
-    fewer than two.
+    Walsh 2015). The factor is 1 if all draws are zero or if there are fewer than two. If all are the same and not zero,
+    it is that of the sign test for G clusters with a uniform prior, 2^G / (G + 1).
 
-    clusters: int64 [n], the cluster of each draw. The t statistic then has the standard error over the G clusters of
-    `statistics` and G - 1 degrees of freedom. The draws count as so many independent ones as have that standard error.
+    clusters: int64 [n], the cluster of each draw. The t statistic then has the standard error over the G clusters and
+    the degrees of freedom of `statistics`. The draws count as so many independent ones as have that standard error.
     """
     draws = np.asarray(draws, dtype=np.float64)
     n = len(draws)
     if n < 2 or not draws.any():
         return 1.0
     variance = float(draws.var(ddof=1))
-    stderr, groups = mean_stderr(draws, clusters)
-    if stderr is None:
+    stderr, groups, freedom = mean_stderr(draws, clusters)
+    if stderr is None or freedom is None:
         return 1.0
     if variance == 0:
-        return math.inf
+        return 2.0 ** min(groups, 1000) / (groups + 1)
     information = min(float(n), variance / stderr**2) if stderr > 0 else float(n)
-    square = information * float(draws.mean()) ** 2 / variance / (groups - 1)
+    square = information * float(draws.mean()) ** 2 / variance / freedom
     ratio = 1 + information * _prior(1 - confidence)
-    log = 0.5 * groups * (math.log1p(square) - math.log1p(square / ratio)) - 0.5 * math.log(ratio)
+    log = 0.5 * (freedom + 1) * (math.log1p(square) - math.log1p(square / ratio)) - 0.5 * math.log(ratio)
     return math.exp(min(log, 700.0))
 
 

@@ -6,13 +6,7 @@ The influences sum to zero, and the standard error is their sample standard devi
 this is the usual standard error of the mean, and `paired` is the paired t-test. For ratio estimators see Cochran,
 Sampling Techniques, 3rd ed., chapter 6; the influences are those of the infinitesimal jackknife of Jaeckel (1972).
 
-Examples of one cluster (the windows of a document, the questions to a passage) are not independent. The influences are
-then summed within each of the G clusters. Each sum is divided by 1 - h, where h is the cluster's share of the weights,
-which makes it the change of the metric if the cluster is left out. The variance of the metric is (G - 1) / G times the
-sum of their squares over n^2, and Student's t has G - 1 degrees of freedom. This is the cluster jackknife (CR3), which
-holds for few clusters of unequal size better than others (Cameron and Miller, A Practitioner's Guide to Cluster-Robust
-Inference, Journal of Human Resources 50, 2015, section VI; MacKinnon, Nielsen and Webb, Journal of Applied Econometrics
-38, 2023). If each example is its own cluster and the weights are equal, this is the same as above.
+Standard errors and p-values are over clusters of examples that depend on each other (see `clustering`).
 
 The p-value of the difference of a perplexity is computed for the difference of its logarithm, which is zero if that of
 the perplexity is. The delta method is too coarse where an ablation destroys a model.
@@ -26,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.evaluation.clustering import Clusters, changes_are_equal, t_test
+from harness.evaluation.counts import mcnemar_interval
 from harness.evaluation.requests import ExampleScores
 
 
@@ -33,13 +29,15 @@ from harness.evaluation.requests import ExampleScores
 class Estimate:
     """A metric: its value, its standard error in the same unit (None for a single cluster), and its n examples.
 
-    n_clusters: the number of clusters of the examples, which is n if all examples are independent.
+    n_clusters: the number of clusters of the examples, which is n if all examples are independent. freedom: the degrees
+    of freedom of the standard error, None for a single cluster.
     """
 
     value: float
     stderr: float | None
     n: int
     n_clusters: int
+    freedom: float | None
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,14 @@ class Delta:
     """The difference of a metric between two models on the same examples.
 
     delta: ablated - baseline, in the metric's own unit. stderr: its standard error from the paired differences, in the
-    same unit. p_value: two-sided, of Student's t with one degree of freedom less than there are clusters. stderr and
-    p_value are None for a single cluster.
+    same unit, with so many degrees of freedom. p_value: two-sided, of Student's t, or exact for a count; never 0. All
+    three are None for a single cluster.
     """
 
     delta: float
     stderr: float | None
     p_value: float | None
+    freedom: float | None
 
 
 def estimate(scores: ExampleScores) -> Estimate:
@@ -65,40 +64,54 @@ def estimate(scores: ExampleScores) -> Estimate:
     """
     score, weight = _arrays(scores)
     inside = (weight != 0) | (score != 0)
-    score, weight, groups = score[inside], weight[inside], _groups(scores, inside)
+    score, weight = score[inside], weight[inside]
+    clusters = _clusters(scores, inside)
     with np.errstate(invalid="ignore", over="ignore"):
         value, influence = _value_and_influence(score, weight, scores.transform)
-        return Estimate(value, _stderr(influence, groups, weight), len(score), _count(groups))
+        return Estimate(value, clusters.stderr(influence), len(score), clusters.count, clusters.freedom)
 
 
 def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
     """Return ablated - baseline over the same examples, with the standard error of the pairs and a p-value.
 
-    If no example differs, p is 1. If every example differs by the same amount, so that the standard error is exactly
-    zero, p is 0. Raises ValueError if the two have different examples (lengths or weights) or transforms, and as
-    `estimate` does.
+    If no example differs, p is 1. Raises ValueError if the two have different examples (lengths or weights) or
+    transforms, and as `estimate` does.
     """
-    score_a, weight = _arrays(ablated)
-    score_b, weight_b = _arrays(baseline)
-    if len(weight) != len(weight_b):
-        raise ValueError(f"not the same examples: {len(weight)} ablated, {len(weight_b)} in the baseline")
-    if not np.array_equal(weight, weight_b):
-        raise ValueError("not the same examples: the weights of ablated and baseline differ")
-    if ablated.transform != baseline.transform:
-        raise ValueError(f"not the same metric: transforms {ablated.transform!r} and {baseline.transform!r}")
-    inside = (weight != 0) | (score_a != 0) | (score_b != 0)
-    score_a, score_b, weight, groups = score_a[inside], score_b[inside], weight[inside], _groups(ablated, inside)
+    score_a, score_b, weight, clusters = _pairs(ablated, baseline)
     with np.errstate(invalid="ignore", over="ignore"):
         value_a, influence_a = _value_and_influence(score_a, weight, ablated.transform)
         value_b, influence_b = _value_and_influence(score_b, weight, baseline.transform)
         delta = value_a - value_b
-        stderr = _stderr(influence_a - influence_b, groups, weight)
-        tested, of_tested = delta, stderr
+        stderr = clusters.stderr(influence_a - influence_b)
         if ablated.transform == "exp" and math.isfinite(delta):
             of_log = [_value_and_influence(score, weight, "identity") for score in (score_a, score_b)]
-            tested = of_log[0][0] - of_log[1][0]
-            of_tested = _stderr(of_log[0][1] - of_log[1][1], groups, weight)
-    return Delta(delta, stderr, _p_value(tested, of_tested, _count(groups) - 1))
+            p_value = clusters.p_value(of_log[0][0] - of_log[1][0], clusters.stderr(of_log[0][1] - of_log[1][1]))
+        else:
+            p_value = clusters.p_value(delta, stderr, score_a - score_b)
+    return Delta(delta, stderr, p_value, clusters.freedom)
+
+
+def paired_interval(ablated: ExampleScores, baseline: ExampleScores, confidence: float) -> tuple[float, float]:
+    """Return the ends of the confidence interval of ablated - baseline, in the metric's own unit.
+
+    It is exact for an accuracy over independent questions, that is if every score is 0 or 1, every weight is 1, and
+    every example is its own cluster; it then contains zero exactly if the p-value of `paired` is not below
+    1 - confidence. Otherwise it is the delta and t times its standard error. The ends are NaN for a single cluster.
+    Raises ValueError as `paired` does.
+    """
+    score_a, score_b, weight, clusters = _pairs(ablated, baseline)
+    n = len(weight)
+    right_or_wrong = all(np.isin(array, (0.0, 1.0)).all() for array in (score_a, score_b))
+    if clusters.count == n > 1 and right_or_wrong and (weight == 1).all() and ablated.transform == "identity":
+        gained, lost = int((score_a > score_b).sum()), int((score_a < score_b).sum())
+        return mcnemar_interval(gained, lost, n, confidence)
+    found = paired(ablated, baseline)
+    if found.stderr is None or found.freedom is None:
+        return math.nan, math.nan
+    from scipy.special import stdtrit  # what scipy.stats.t.ppf calls, without its seconds of import
+
+    half = float(stdtrit(found.freedom, (1 + confidence) / 2)) * found.stderr
+    return found.delta - half, found.delta + half
 
 
 def difference_of_deltas(
@@ -120,17 +133,18 @@ def difference_of_deltas(
     if {scores.transform for scores in every} != {transform}:
         raise ValueError("not the same metric: the transforms differ")
     inside = (weight != 0) | np.any([one != 0 for one in score], axis=0)
-    weight, groups = weight[inside], _groups(ablated_b, inside)
+    weight, clusters = weight[inside], _clusters(ablated_b, inside)
     with np.errstate(invalid="ignore", over="ignore"):
         values, influences = zip(*(_value_and_influence(one[inside], weight, transform) for one in score))
         plus, minus = values[0] + values[1], values[2] + values[3]
         of_plus, of_minus = influences[0] + influences[1], influences[2] + influences[3]
-        delta, stderr = plus - minus, _stderr(of_plus - of_minus, groups, weight)
-        tested, of_tested = delta, stderr
+        delta, stderr = float(plus - minus), clusters.stderr(of_plus - of_minus)
         if transform == "exp" and math.isfinite(delta):
-            tested = math.log(plus / minus)
-            of_tested = _stderr(of_plus / plus - of_minus / minus, groups, weight)
-    return Delta(float(delta), stderr, _p_value(tested, of_tested, _count(groups) - 1))
+            p_value = clusters.p_value(math.log(plus / minus), clusters.stderr(of_plus / plus - of_minus / minus))
+        else:
+            changes = score[0][inside] + score[1][inside] - score[2][inside] - score[3][inside]
+            p_value = clusters.p_value(delta, stderr, changes)
+    return Delta(delta, stderr, p_value, clusters.freedom)
 
 
 @dataclass(frozen=True)
@@ -148,13 +162,14 @@ class Advantage:
     spread: float | None
 
 
-def mean_stderr(values: np.ndarray, clusters: np.ndarray | None) -> tuple[float | None, int]:
-    """Return the standard error of the mean of values, float64 [n], and the number of their clusters.
+def mean_stderr(values: np.ndarray, clusters: np.ndarray | None) -> tuple[float | None, int, float | None]:
+    """Return the standard error of the mean of values, float64 [n], the number of clusters, and degrees of freedom.
 
-    clusters: as in ExampleScores. The standard error is None for a single cluster.
+    clusters: as in ExampleScores. The standard error and its degrees of freedom are None for a single cluster.
     """
     groups = np.arange(len(values)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    return _stderr(values - values.mean(), groups, np.ones(len(values))), _count(groups)
+    of = Clusters(groups, np.ones(len(values)))
+    return of.stderr(values - values.mean()), of.count, of.freedom
 
 
 def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advantage:
@@ -176,7 +191,7 @@ def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advan
     examples. s^2 is taken to be at least w, and the part of v that exceeds w (1 + 1/m), because the model differs from
     the draws on more examples than they do from each other, is added. The degrees of freedom are then those of
     Satterthwaite (Biometrics 2, 1946). Where the draws differ by no more than their examples explain, p is larger than
-    necessary.
+    necessary. If neither draws nor examples differ, but the model does, p is 2 / (m + 1), that of its rank.
 
     Raises ValueError as `paired` does, and if there are no draws.
     """
@@ -189,23 +204,24 @@ def over_new_draw(model: ExampleScores, draws: Sequence[ExampleScores]) -> Advan
     spread = float(np.std([pair.delta for pair in pairs], ddof=1))
     weight = _arrays(model)[1]
     inside = np.any([(weight != 0) | (scores.score != 0) for scores in (model, *draws)], axis=0)
-    weight, groups = weight[inside], _groups(model, inside)
+    weight, clusters = weight[inside], _clusters(model, inside)
     found = [_value_and_influence(scores.score[inside], weight, "identity") for scores in (model, *draws)]
     (own, own_influence), influences = found[0], [influence for _, influence in found[1:]]
     changes, mean = [own - value for value, _ in found[1:]], np.mean(influences, axis=0)
     advantage, variance = float(np.mean(changes)), float(np.std(changes, ddof=1)) ** 2
-    of_delta = _stderr(own_influence - mean, groups, weight)
-    if of_delta is None or math.isnan(delta):
+    of_delta, freedom = clusters.stderr(own_influence - mean), clusters.freedom
+    if of_delta is None or freedom is None or math.isnan(delta):
         return Advantage(delta, None if of_delta is None else math.nan, spread)
     if advantage * delta < 0:
         return Advantage(delta, 1.0, spread)
-    of_draws = sum((_stderr(psi - mean, groups, weight) or 0.0) ** 2 for psi in influences) / (m - 1)
-    freedom = _count(groups) - 1
+    of_draws = sum((clusters.stderr(psi - mean) or 0.0) ** 2 for psi in influences) / (m - 1)
     between = max(variance, of_draws) * (1 + 1 / m)
     excess = max(of_delta**2 - of_draws * (1 + 1 / m), 0.0)
+    if changes_are_equal(advantage, math.sqrt(between + excess)):
+        return Advantage(delta, 2 / (m + 1), spread)
     parts = between**2 / (m - 1 if variance >= of_draws else freedom) + excess**2 / freedom
     satterthwaite = (between + excess) ** 2 / parts if parts else freedom
-    return Advantage(delta, _p_value(advantage, math.sqrt(between + excess), satterthwaite), spread)
+    return Advantage(delta, t_test(advantage, math.sqrt(between + excess), satterthwaite), spread)
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -245,35 +261,25 @@ def _value_and_influence(score: np.ndarray, weight: np.ndarray, transform: str) 
     return float(value), slope * (score - ratio * weight) * (len(score) / total)
 
 
-def _groups(scores: ExampleScores, inside: np.ndarray) -> np.ndarray:
-    """Return the clusters of the examples that belong to a metric, numbered from 0 without gaps: int64 [n]."""
+def _pairs(
+    ablated: ExampleScores, baseline: ExampleScores
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Clusters]:
+    """Return the scores of both, the weights and the clusters of the examples that belong to the metric."""
+    score_a, weight = _arrays(ablated)
+    score_b, weight_b = _arrays(baseline)
+    if len(weight) != len(weight_b):
+        raise ValueError(f"not the same examples: {len(weight)} ablated, {len(weight_b)} in the baseline")
+    if not np.array_equal(weight, weight_b):
+        raise ValueError("not the same examples: the weights of ablated and baseline differ")
+    if ablated.transform != baseline.transform:
+        raise ValueError(f"not the same metric: transforms {ablated.transform!r} and {baseline.transform!r}")
+    inside = (weight != 0) | (score_a != 0) | (score_b != 0)
+    return score_a[inside], score_b[inside], weight[inside], _clusters(ablated, inside)
+
+
+def _clusters(scores: ExampleScores, inside: np.ndarray) -> Clusters:
+    """Return the clusters of the examples that belong to a metric. inside: bool [n], which these are."""
+    weight = np.asarray(scores.weight, dtype=np.float64)[inside]
     if scores.clusters is None:
-        return np.arange(int(inside.sum()))
-    return np.unique(scores.clusters[inside], return_inverse=True)[1]
-
-
-def _count(groups: np.ndarray) -> int:
-    return int(groups.max()) + 1 if len(groups) else 0
-
-
-def _stderr(influence: np.ndarray, groups: np.ndarray, weight: np.ndarray) -> float | None:
-    n, count = len(influence), _count(groups)
-    if count < 2:
-        return None
-    if count == n:
-        return float(np.sqrt(np.square(influence).sum() / (n - 1) / n))
-    left = 1 - np.bincount(groups, weight) / weight.sum()
-    totals = np.bincount(groups, influence) / left
-    return float(np.sqrt(np.square(totals).sum() * (count - 1) / count) / n)
-
-
-def _p_value(delta: float, stderr: float | None, freedom: float) -> float | None:
-    if stderr is None:
-        return None
-    if math.isnan(delta) or math.isnan(stderr):
-        return math.nan
-    if stderr == 0:
-        return 1.0 if delta == 0 else 0.0
-    from scipy.special import stdtr  # what scipy.stats.t.sf calls, without its seconds of import
-
-    return float(2 * stdtr(freedom, -abs(delta / stderr)))
+        return Clusters(np.arange(len(weight)), weight)
+    return Clusters(np.unique(scores.clusters[inside], return_inverse=True)[1], weight)

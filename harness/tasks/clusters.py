@@ -5,11 +5,13 @@ windows, and a p-value that forgets this is too small. The clusters of a text ar
 
 1. its documents, if there are at least DOCUMENTS of them and they have two windows or more on average. A document is an
    article of WikiText, which begins with a heading such as " = Robert Boulter = ", or else a row of the data;
-2. otherwise BLOCKS stretches of consecutive windows of equal length (Ibragimov and Mueller, t-Statistic Based
-   Correlation and Heterogeneity Robust Inference, Journal of Business and Economic Statistics 28, 2010, who recommend 8
-   or 16). So a block is an eighth of the text, however long that is. Long blocks make neighbouring blocks nearly
-   independent, and Student's t with 7 degrees of freedom accounts for how few they are. Shorter blocks, such as those
-   of the cube root of the number of windows, do not cover articles (experiments/calibration).
+2. otherwise stretches of consecutive windows of equal length (Ibragimov and Mueller, t-Statistic Based Correlation and
+   Heterogeneity Robust Inference, Journal of Business and Economic Statistics 28, 2010, who recommend 8 or 16). There
+   are as many as have BLOCK_CHARACTERS each, at least 2 and at most 8. The windows of a document are alike, so that
+   blocks are nearly independent only if they are much longer than documents. If the documents of a text are not known,
+   their length is taken from WikiText: a block is eight of its articles long. Eight blocks of a shorter text give
+   p-values that are far too small (experiments/calibration). Two blocks hardly ever give a small one, because a text of
+   a few documents cannot say what other documents would show.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from harness.errors import InputError
 from harness.evaluation.requests import DirectTask, ExampleScores, PreparedTask
 from harness.tasks import data
 
-DOCUMENTS = 16
-BLOCKS = 8
+DOCUMENTS = 4
+FEWEST_BLOCKS, MOST_BLOCKS = 2, 8
+BLOCK_CHARACTERS = 160_000  # an article of WikiText-2 has 20,000 on average
 # An article of WikiText; its sections have two equals signs or more.
 HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 
@@ -44,8 +47,14 @@ def window_clusters(
     n = len(starts)
     clusters, called = np.searchsorted(begins, starts, side="right"), "articles" if headings else "rows"
     if not DOCUMENTS <= len(np.unique(clusters)) <= n / 2:
-        clusters, called = np.arange(n) * min(BLOCKS, n) // n, "blocks"
+        characters = int(starts[-1] - starts[0]) * n // max(n - 1, 1)
+        clusters, called = np.arange(n) * min(block_count(characters), n) // n, "blocks"
     return clusters, described(clusters, called)
+
+
+def block_count(characters: int) -> int:
+    """Return into how many blocks a text of so many characters is divided if its documents are not known."""
+    return min(max(characters // BLOCK_CHARACTERS, FEWEST_BLOCKS), MOST_BLOCKS)
 
 
 def by_column(

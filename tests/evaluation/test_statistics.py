@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.evaluation.requests import ExampleScores
-from harness.evaluation.statistics import Advantage, difference_of_deltas, estimate, holm, over_new_draw, paired
+from harness.evaluation.statistics import (
+    Advantage,
+    difference_of_deltas,
+    estimate,
+    holm,
+    over_new_draw,
+    paired,
+    paired_interval,
+)
 
 
 def _mean(score):
@@ -96,7 +104,8 @@ def test_no_difference_and_the_same_difference_everywhere():
     same = paired(_mean(score), _mean(score))
     assert (same.delta, same.stderr, same.p_value) == (0.0, 0.0, 1.0)
     moved = paired(_mean(score + 1), _mean(score))
-    assert (moved.delta, moved.stderr, moved.p_value) == (1.0, 0.0, 0.0)
+    # 8 times the same sign, of which nothing but the sign can be tested
+    assert (moved.delta, moved.stderr, moved.p_value) == (1.0, 0.0, 2.0**-7)
 
 
 def test_one_example_has_a_value_and_no_error():
@@ -267,6 +276,25 @@ def test_each_example_its_own_cluster_is_no_cluster(text):
     assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
+def _freedom_by_matrices(weights):
+    """Satterthwaite's degrees of freedom of the jackknife over clusters whose sums vary as their weights do.
+
+    Those of a quadratic form y' A y for y of the covariance V are (tr A V)^2 / tr (A V)^2.
+    """
+    share = weights / weights.sum()
+    left_out = np.diag(1 / (1 - share)) @ (np.eye(len(share)) - np.outer(share, np.ones(len(share))))
+    product = left_out.T @ left_out @ np.diag(share**2)
+    return np.trace(product) ** 2 / np.trace(product @ product)
+
+
+@pytest.mark.parametrize("weights", [np.ones(9), [1.0, 9.0], [1.0, 1.0, 1.0, 40.0], np.arange(1.0, 30.0) ** 2])
+def test_the_degrees_of_freedom_are_those_of_the_quadratic_form(weights):
+    weights = np.asarray(weights)
+    found = estimate(ExampleScores(weights, weights, clusters=np.arange(len(weights)))).freedom
+    assert found == pytest.approx(_freedom_by_matrices(weights), rel=1e-9)
+    assert (found == pytest.approx(len(weights) - 1)) == (len(set(weights)) == 1 or len(weights) == 2)
+
+
 @pytest.mark.parametrize("transform", ["identity", "exp"])
 def test_clusters_of_any_size_are_the_jackknife_over_clusters(text, transform):
     tokens, nll, shifted = text
@@ -281,7 +309,10 @@ def test_clusters_of_any_size_are_the_jackknife_over_clusters(text, transform):
     stderr = np.sqrt(8 / 9 * np.square(jackknifed - centre).sum())
     found = paired(*(ExampleScores(score, tokens, transform, clusters=clusters) for score in (shifted, nll)))
     # the p-value of a perplexity is that of its logarithm
-    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(abs(centre / stderr), 8), rel=1e-9)
+    freedom = _freedom_by_matrices(np.bincount(clusters, tokens))
+    assert 3 < freedom < 6
+    assert found.freedom == pytest.approx(freedom, rel=1e-9)
+    assert found.p_value == pytest.approx(2 * scipy.stats.t.sf(abs(centre / stderr), freedom), rel=1e-9)
     if transform == "identity":
         assert found.stderr == pytest.approx(stderr, rel=1e-9)
 
@@ -307,6 +338,67 @@ def test_p_over_clusters_is_uniform_where_the_examples_of_a_cluster_are_alike():
         robust.append(paired(replace(change, clusters=clusters), none).p_value)
     assert scipy.stats.kstest(robust, "uniform").pvalue > 0.01
     assert np.mean(np.array(naive) < 0.05) > 0.3
+
+
+def test_p_over_few_very_unequal_clusters_is_not_too_small():
+    """Student's t with one degree of freedom less than there are clusters is refused by the same samples."""
+    rng = np.random.default_rng(9)
+    refused, by_count = [], []
+    for _ in range(1500):
+        sizes = np.exp(rng.normal(0, 1.2, 12)) * 10 + 1
+        change = ExampleScores(np.repeat(rng.standard_normal(12) * sizes / 2, 2), np.repeat(sizes / 2, 2),
+                               clusters=np.arange(12).repeat(2))
+        found = paired(change, replace(change, score=np.zeros(24)))
+        refused.append(found.p_value < 0.05)
+        by_count.append(2 * scipy.stats.t.sf(abs(found.delta / found.stderr), 11) < 0.05)
+    assert np.mean(refused) < 0.05 + 3 * np.sqrt(0.05 / 1500)
+    assert np.mean(by_count) > 0.07
+
+
+@pytest.mark.parametrize("clusters", [2, 3])
+def test_a_few_clusters_that_change_equally_do_not_prove_anything(clusters):
+    """p was 0. Where nothing but the sign of the change is known, p is that of the sign test."""
+    groups = np.arange(clusters).repeat(4)
+    base = np.random.default_rng(4).standard_normal(4 * clusters)
+    for change in (1.0, 0.1):  # one is a count, the other is equal up to rounding only
+        scores = [ExampleScores(score, np.ones(len(base)), clusters=groups) for score in (base + change, base)]
+        assert paired(*scores).p_value == pytest.approx(2.0 ** (1 - clusters))
+
+
+def test_no_p_value_is_zero():
+    score = np.zeros(3000)
+    assert 0 < paired(_mean(score + 1), _mean(score)).p_value < 1e-300
+    assert 0 < paired(_mean(score + 0.3), _mean(score)).p_value < 1e-300
+    noise = np.random.default_rng(0).standard_normal(3000)
+    assert 0 < paired(_mean(score + 99 + noise), _mean(score)).p_value < 1e-300
+    # three draws that are all the same, and a model that differs everywhere by the same amount: the rank of the model
+    assert over_new_draw(_mean(score + 1), [_mean(score)] * 3).p_value == 2 / 4
+
+
+def test_counts_have_mcnemars_exact_test_and_its_interval():
+    rng = np.random.default_rng(3)
+    right = (rng.random(300) < 0.6).astype(float)
+    changed = right.copy()
+    changed[np.flatnonzero(right == 1)[:9]] = 0.0
+    changed[np.flatnonzero(right == 0)[:2]] = 1.0
+    found = paired(_mean(changed), _mean(right))
+    exact = scipy.stats.binomtest(2, 11, 0.5).pvalue
+    assert found.p_value == pytest.approx(exact)
+    assert exact > scipy.stats.ttest_rel(changed, right).pvalue
+    for confidence in (0.9, 0.95, 0.99):
+        low, high = paired_interval(_mean(changed), _mean(right), confidence)
+        assert low < found.delta < high and (high < 0) == (exact < 1 - confidence)
+    # nothing changed: the interval is not empty; 3 of n is the rule of three (one-sided at 95 %)
+    assert paired_interval(_mean(right), _mean(right), 0.9)[1] == pytest.approx(3 / 300, rel=0.01)
+
+
+def test_other_intervals_are_students(text):
+    tokens, nll, shifted = text
+    scores = [ExampleScores(score, np.full(80, 100.0)) for score in (shifted, nll)]
+    expected = scipy.stats.ttest_rel(shifted / 100, nll / 100).confidence_interval(0.99)
+    assert paired_interval(*scores, 0.99) == pytest.approx(tuple(expected))
+    one = [replace(score, clusters=np.zeros(80, dtype=int)) for score in scores]
+    assert np.isnan(paired_interval(*one, 0.95)).all()
 
 
 class TestDifferenceOfDeltas:

@@ -8,7 +8,6 @@ import pytest
 
 from harness.evaluation.requests import ExampleScores
 from harness.evaluation.statistics import paired
-from harness.tasks.clusters import BLOCKS
 from tests.studies import ROOT
 
 
@@ -40,8 +39,8 @@ def test_samples_keep_clusters_whole(modules, scores):
     examples, groups = nulls.drawn_clusters(clusters, 7, rng)
     assert (np.bincount(groups) == 20).all() and len(np.unique(groups)) == 7
     assert all(len(set(clusters[examples[groups == one]])) == 1 for one in range(7))
-    examples, groups = nulls.stretch(clusters, 64, rng)
-    assert len(examples) == 64 and (np.bincount(groups) == 64 / BLOCKS).all()
+    examples, groups = nulls.stretch(clusters, 64, 4, rng)
+    assert len(examples) == 64 and (np.bincount(groups) == 16).all()
     first, second = nulls.exchanged(*scores, clusters, rng)
     assert np.array_equal(first.score + second.score, scores[0].score + scores[1].score)
     swapped = first.score == scores[1].score

@@ -9,7 +9,7 @@ from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, ScoredTask
 from harness.measurements.ablation.cells import task_digest
 from harness.measurements.search.blank import blank_measure
-from harness.tasks.clusters import BLOCKS, by_column, window_clusters
+from harness.tasks.clusters import BLOCK_CHARACTERS, block_count, by_column, window_clusters
 from tests.evaluation.reference import tiny
 from tests.tasks.asking import asked
 
@@ -30,13 +30,22 @@ def test_rows_are_documents_where_they_are_long_and_many():
     starts = np.arange(0, 30 * 302, 50)
     clusters, protocol = window_clusters(rows, "\n\n", starts)
     assert protocol["clusters"] == "30 rows" and (clusters == starts // 302 + 1).all()
-    for few_or_short in (rows[:15], ["word"] * 2000, ["".join(rows)]):
+    for few_or_short in (rows[:3], ["word"] * 2000, ["".join(rows)]):
         length = len("\n\n".join(few_or_short))
         starts = np.arange(0, length, length // 160)[:160]
         clusters, protocol = window_clusters(few_or_short, "\n\n", starts)
-        assert protocol["clusters"] == f"{BLOCKS} blocks"
-        assert (np.bincount(clusters) == 160 / BLOCKS).all() and (np.diff(clusters) >= 0).all()
-    assert window_clusters(["ab"], "", np.arange(5))[1]["clusters"] == "5 blocks"  # each window is its own
+        assert protocol["clusters"] == "2 blocks"
+        assert (np.bincount(clusters) == 80).all() and (np.diff(clusters) >= 0).all()
+    assert window_clusters(["ab"], "", np.arange(1))[1]["clusters"] == "1 blocks"
+
+
+def test_a_long_text_without_documents_has_more_blocks():
+    """Each block has BLOCK_CHARACTERS characters, and there are at most eight."""
+    assert [block_count(n * BLOCK_CHARACTERS + 1) for n in range(11)] == [2, 2, 2, 3, 4, 5, 6, 7, 8, 8, 8]
+    starts = np.arange(0, 5 * BLOCK_CHARACTERS, 1000)
+    clusters, protocol = window_clusters(["x" * 5 * BLOCK_CHARACTERS], "", starts)
+    assert protocol["clusters"] == "5 blocks"
+    assert (np.bincount(clusters) == BLOCK_CHARACTERS / 1000).all()
 
 
 def test_the_same_text_in_other_rows_has_another_identity():

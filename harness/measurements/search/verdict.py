@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores
-from harness.evaluation.statistics import holm, over_new_draw
+from harness.evaluation.statistics import holm, over_new_draw, paired_interval
 from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.summary import measured
 from harness.measurements.ablation.tables import read_examples, read_metrics
@@ -133,6 +133,7 @@ def verdict_rows(
     rows = rows[rows.status == "ok"]
     by_cell = {key: row for key, row in zip(zip(rows.cell_id, rows.metric), dicts_of(rows))}
     metrics = {(one.task, one.metric): one for one in measured(rows)}
+    baseline_of = {cell.task: cell for cell in cell_of.values() if cell.is_baseline}
     with_floor = {cell.task for cell in cell_of.values() if cell.in_other_order}
     table = []
     for winner in found:
@@ -145,15 +146,16 @@ def verdict_rows(
             table.append(_failed(winner))
             continue
         sign = 1 if report["higher_is_better"] else -1
-        half = _half_width(report["delta_stderr"], report["n_clusters"])
         row: dict[str, Any] = {
             **_selected(winner),
             "n": report["n"], "baseline": report["baseline"], "value": report["value"], "delta": report["delta"],
-            "delta_low": report["delta"] - half, "delta_high": report["delta"] + half, "p_value": report["p_value"],
+            "p_value": report["p_value"],
             "noise_floor": of_metric.noise_floor,
         }
         transform = transforms[winner.task, winner.metric]
         best = example_scores(folder, cell_of[winner.ablation, winner.task].id, winner.metric, transform)
+        unedited = example_scores(folder, baseline_of[winner.task].id, winner.metric, transform)
+        row["delta_low"], row["delta_high"] = paired_interval(best, unedited, 0.95)
         beaten: list[bool | None] = []
         for name, draws in controls_of[winner.ablation].items():
             ids = [cell_of[draw, winner.task].id for draw in draws]
@@ -235,12 +237,3 @@ def _selected(winner: Winner) -> dict[str, Any]:
 
 def _failed(winner: Winner) -> dict[str, Any]:
     return {**_selected(winner), "p_value": math.nan, "beats_controls": None}
-
-
-def _half_width(stderr: float | None, n_clusters: int) -> float:
-    """Return half the width of the 95 % interval by Student's t, or NaN if there is no standard error."""
-    if stderr is None or math.isnan(stderr) or n_clusters < 2:
-        return math.nan
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, n_clusters - 1) * stderr)
