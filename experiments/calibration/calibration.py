@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--assets", type=Path, required=True, help="the folder with data/ and models/")
     parser.add_argument("--studies", type=Path, default=Path("results/calibration"), help="folder of the studies")
-    parser.add_argument("--repetitions", type=int, default=100, help="samples of each ablation")
+    parser.add_argument("--repetitions", type=int, default=200, help="samples of each ablation")
     parser.add_argument("--processes", type=int, default=2, help="cores that may be used")
     parser.add_argument("--output", type=Path, default=HERE)
     args = parser.parse_args()

@@ -177,7 +177,7 @@ def intervals(studies: Path, repetitions: int) -> Rows:
         for ablated in (one.at(first) for one in ablations):
             truth = paired(ablated, baseline).delta
             slack = 1e-9 * abs(truth)
-            for seed in range(repetitions * 5 // 4):
+            for seed in range(repetitions // 2):
                 order = np.random.default_rng(seed).permutation(len(first))
                 for confidence in CONFIDENCES:
                     ends = (delta_interval(ablated, baseline, order[:n], confidence) for n in looks(len(first)))

@@ -27,7 +27,7 @@ from functools import cached_property
 
 import numpy as np
 
-from harness.evaluation.counts import sign_flip_p
+from harness.evaluation.counts import are_counts, sign_flip_p
 
 EQUAL = 1e-12  # a standard error of so small a share of the delta is that of equal changes, apart from rounding
 SMALLEST = float(np.finfo(np.float64).tiny)  # stands for every p-value that is smaller, so that none is 0
@@ -78,7 +78,7 @@ class Clusters:
             return None
         if math.isnan(delta) or math.isnan(stderr):
             return math.nan
-        if changes is not None and np.array_equal(changes, np.rint(changes)):
+        if changes is not None and are_counts(changes):
             exact = sign_flip_p(np.bincount(self.groups, changes))
             if exact is not None:
                 return max(exact, SMALLEST)

@@ -20,6 +20,11 @@ _POINTS = 200  # of the numerical integration over the share of gains
 _HALVINGS = 40
 
 
+def are_counts(changes: np.ndarray) -> bool:
+    """Return whether all changes of the examples' scores, float64 [n], are whole numbers."""
+    return bool(np.array_equal(changes, np.rint(changes)))
+
+
 def sign_flip_p(changes: np.ndarray) -> float | None:
     """Return the two-sided p-value of the exact test of clusters with these changes, which are whole numbers [G].
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.evaluation.clustering import Clusters, changes_are_equal, t_test
-from harness.evaluation.counts import mcnemar_interval
+from harness.evaluation.counts import are_counts, mcnemar_interval
 from harness.evaluation.requests import ExampleScores
 
 
@@ -96,21 +96,27 @@ def paired_interval(ablated: ExampleScores, baseline: ExampleScores, confidence:
 
     It is exact for an accuracy over independent questions, that is if every score is 0 or 1, every weight is 1, and
     every example is its own cluster; it then contains zero exactly if the p-value of `paired` is not below
-    1 - confidence. Otherwise it is the delta and t times its standard error. The ends are NaN for a single cluster.
-    Raises ValueError as `paired` does.
+    1 - confidence. Otherwise it is the delta and t times its standard error. For other counts, whose changes are whole
+    numbers, it is wider where few clusters change: as in the score interval of Wilson (Journal of the American
+    Statistical Association 22, 1927), the variance is that of t^2 more clusters with a change of the usual size (of one
+    answer if none changed). The ends are NaN for a single cluster. Raises ValueError as `paired` does.
     """
     score_a, score_b, weight, clusters = _pairs(ablated, baseline)
-    n = len(weight)
+    n, changes = len(weight), score_a - score_b
     right_or_wrong = all(np.isin(array, (0.0, 1.0)).all() for array in (score_a, score_b))
     if clusters.count == n > 1 and right_or_wrong and (weight == 1).all() and ablated.transform == "identity":
-        gained, lost = int((score_a > score_b).sum()), int((score_a < score_b).sum())
-        return mcnemar_interval(gained, lost, n, confidence)
+        return mcnemar_interval(int((changes > 0).sum()), int((changes < 0).sum()), n, confidence)
     found = paired(ablated, baseline)
     if found.stderr is None or found.freedom is None:
         return math.nan, math.nan
     from scipy.special import stdtrit  # what scipy.stats.t.ppf calls, without its seconds of import
 
-    half = float(stdtrit(found.freedom, (1 + confidence) / 2)) * found.stderr
+    t, variance = float(stdtrit(found.freedom, (1 + confidence) / 2)), found.stderr**2
+    if ablated.transform == "identity" and are_counts(changes):
+        totals = np.bincount(clusters.groups, changes)
+        size = float(np.mean(np.square(totals[totals != 0]))) if totals.any() else 1.0
+        variance += t**2 * size / float(weight.sum()) ** 2
+    half = t * math.sqrt(variance)
     return found.delta - half, found.delta + half
 
 

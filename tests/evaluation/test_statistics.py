@@ -401,6 +401,17 @@ def test_other_intervals_are_students(text):
     assert np.isnan(paired_interval(*one, 0.95)).all()
 
 
+def test_an_interval_of_a_count_over_clusters_has_width_where_nothing_changed():
+    clusters = np.arange(20).repeat(5)
+    right = replace(_mean(np.ones(100)), clusters=clusters)
+    t = scipy.stats.t.ppf(0.975, 19)
+    assert paired_interval(right, right, 0.95) == pytest.approx((-(t**2) / 100, t**2 / 100))
+    changed = replace(right, score=np.where(clusters == 3, 0.0, 1.0))
+    stderr = paired(changed, right).stderr
+    half = t * np.hypot(stderr, t * 5 / 100)
+    assert paired_interval(changed, right, 0.95) == pytest.approx((-0.05 - half, -0.05 + half))
+
+
 class TestDifferenceOfDeltas:
     """(b ablated - b) - (a ablated - a), against scipy and against leaving each cluster out."""
 
