@@ -184,7 +184,8 @@ def paired(ablated: Score, baseline: Score) -> pandas.DataFrame:
     """Return how two scores of one task differ, paired over the examples.
 
     The table has one row per metric: metric, baseline, value, delta (ablated - baseline, in the unit of the metric),
-    stderr (of delta), p_value (two-sided, Student's paired t). Raises InputError if the examples are not the same.
+    stderr (of delta), p_value (two-sided, paired; exact for counts of right answers). Raises InputError if the examples
+    are not the same.
 
     >>> base = model.score(ioi)
     >>> with model.ablated("mlp", sh.regions.small(0.5)):

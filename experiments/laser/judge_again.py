@@ -5,8 +5,9 @@
 VERDICT.csv: the verdict of a search, as figures.py writes it, with the rows of the named tasks only; it is written
 anew. FOLDER: where these cells are measured, which resumes. SETTING: those of the search that chose the cells. With a
 smaller search.report_limit only the comparison with the controls is on fewer examples, and the column control_n says
-on how many. Rows whose verdict is "no" are not measured, because no control can change it; their
-controls keep the mean of the draws that the search had, without a p-value.
+on how many; otherwise the p-value and the interval of the cell itself are computed anew, too. Rows whose verdict is
+"no" are not measured, because no control can change it; their controls keep the mean of the draws that the search had,
+without a p-value.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main(published: str, folder: str, *settings: str) -> None:
         of_controls = {key: value for key, value in new.items() if key.startswith(("random", "energy_matched", "over"))}
         judged.append({**old, **of_controls, "beats_controls": new["beats_controls"], "control_n": new["n"]})
         if new["n"] == old["n"]:
+            judged[-1] |= {key: new[key] for key in ("p_value", "delta_low", "delta_high")}
             assert abs(new["delta"] - old["delta"]) < 1e-3 * abs(old["delta"]), (old["delta"], new["delta"])
     judge(judged)
     columns = [*(name for name in VERDICT.names() if name != "stage_id"), "control_n"]

@@ -55,7 +55,7 @@ VERDICT = Table("verdict", "one row per task and metric: the best cell of the gr
     Column("baseline", "float64", "Metric of the unablated model on the report part."),
     Column("value", "float64", "Metric of the best cell on the report part."),
     Column("delta", "float64", "`value - baseline`."),
-    Column("delta_low", "float64", "Lower end of the 95 % confidence interval of `delta` (Student's t, paired)."),
+    Column("delta_low", "float64", "Lower end of the 95 % confidence interval of `delta`, paired (docs/precision.md)."),
     Column("delta_high", "float64", "Upper end of this interval."),
     Column("p_value", "float64", "Two-sided p-value of `delta` = 0, paired."),
     _FLOOR,

@@ -12,7 +12,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from scipy.stats import spearmanr, ttest_rel
+from scipy.stats import binomtest, spearmanr, ttest_rel
 
 from harness.cli import main
 from harness.engine.manifest import read_manifest
@@ -124,10 +124,17 @@ def test_the_verdict_is_what_scipy_says_of_the_reported_examples(done):
 
     for row in verdict.itertuples():
         best, plain = scores(row.target, row.region, row.metric), scores("baseline", "none", row.metric)
-        test = ttest_rel(best, plain[best.index])
-        assert row.p_value == pytest.approx(test.pvalue, rel=1e-9) or best.equals(plain[best.index])
-        interval = test.confidence_interval(0.95)
-        assert (row.delta_low, row.delta_high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+        change = best - plain[best.index]
+        if row.metric == "accuracy":  # McNemar's exact test
+            gained, changed = int((change > 0).sum()), int((change != 0).sum())
+            assert row.p_value == pytest.approx(binomtest(gained, changed).pvalue if changed else 1.0, rel=1e-9)
+            assert row.delta_low < row.delta < row.delta_high
+            assert (row.delta_low > 0 or row.delta_high < 0) == (row.p_value < 0.05)
+        else:
+            test = ttest_rel(best, plain[best.index])
+            interval = test.confidence_interval(0.95)
+            assert row.p_value == pytest.approx(test.pvalue, rel=1e-9)
+            assert (row.delta_low, row.delta_high) == pytest.approx((interval.low, interval.high), rel=1e-9)
         for control in ("random", "energy_matched", "random_disjoint", "energy_matched_disjoint"):
             label = control.replace("_disjoint", " outside")
             if control.endswith("disjoint") and getattr(row, f"{control}_draws") != 2:
