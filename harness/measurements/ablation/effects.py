@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     import pandas
 
 INTERVAL = 0.95
+SMALLEST = 1e-300  # a smaller p-value may be one that no float holds (evaluation/clustering.py)
 LEVEL = 0.05  # of q, below which an effect has a star
 # All that an effect is computed from.
-COLUMNS = ("value", "baseline", "delta", "delta_stderr", "p_value", "n", "n_clusters", "precision", "ci_low", "ci_high")
+COLUMNS = ("value", "baseline", "delta", "delta_stderr", "delta_freedom", "delta_low", "delta_high", "p_value", "n",
+           "n_clusters", "precision", "ci_low", "ci_high")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,31 @@ def effects(one: MeasuredMetric) -> Effects:
         for name in ("value", "baseline", "delta", "delta_stderr", "p_value", "ci_low", "ci_high")
     )
     clusters = cells["n_clusters"].fillna(cells["n"]).to_numpy(float)
+    degrees = _of(cells, "delta_freedom", clusters - 1)
     adaptive = (cells["precision"] == "adaptive").to_numpy()
     with np.errstate(all="ignore"):
         if not ratio:
-            half = _quantile(clusters - 1) * stderr
-            found = delta, delta - half, delta + half
+            half = _quantile(degrees) * stderr
+            found = delta, _of(cells, "delta_low", delta - half), _of(cells, "delta_high", delta + half)
             exact = low, high
         else:
             log = np.log(value / baseline)
-            half = _quantile(clusters - 1) * _stderr_of_log(log, p, clusters - 1, stderr / value)
+            half = _quantile(degrees) * _stderr_of_log(log, p, degrees, stderr / value)
             found = np.exp(log), np.exp(log - half), np.exp(log + half)
             exact = (baseline + low) / baseline, (baseline + high) / baseline
     columns = {"effect": found[0], "low": np.where(adaptive, exact[0], found[1]),
                "high": np.where(adaptive, exact[1], found[2])}
     return Effects(pandas.DataFrame(columns, index=cells.index), ratio)
+
+
+def _of(cells: pandas.DataFrame, name: str, otherwise: np.ndarray) -> np.ndarray:
+    """Return a column, with other numbers where it is null or missing."""
+    import numpy as np
+
+    if name not in cells:
+        return otherwise
+    found = cells[name].to_numpy(float)
+    return np.where(np.isnan(found), otherwise, found)
 
 
 def _quantile(degrees: np.ndarray) -> np.ndarray:
@@ -94,4 +107,4 @@ def _stderr_of_log(log: np.ndarray, p: np.ndarray, degrees: np.ndarray, rough: n
     from scipy.special import stdtrit
 
     statistic = -stdtrit(np.where(degrees >= 1, degrees, np.nan), p / 2)
-    return np.where(log == 0, 0.0, np.where((p > 0) & (statistic > 0), np.abs(log) / statistic, rough))
+    return np.where(log == 0, 0.0, np.where((p > SMALLEST) & (statistic > 0), np.abs(log) / statistic, rough))

@@ -17,7 +17,7 @@ from harness.engine.measurement import Measured
 from harness.engine.run import error_row
 from harness.evaluation.adaptive import Sampled
 from harness.evaluation.requests import ExampleScores
-from harness.evaluation.statistics import estimate, paired
+from harness.evaluation.statistics import estimate, paired, paired_interval
 from harness.measurements.ablation.cells import Cell, numeric_settings
 from harness.measurements.ablation.outcomes import Failed, Outcome, Scored
 from harness.measurements.ablation.units import Study
@@ -198,7 +198,9 @@ def _row(
     if baseline is not None and unedited is not None and math.isfinite(unedited[name]):
         delta = paired(scores, baseline[name])
         row |= {"baseline": unedited[name], "delta": delta.delta, "delta_stderr": delta.stderr}
-        row["p_value"] = delta.p_value
+        row |= {"p_value": delta.p_value, "delta_freedom": delta.freedom}
+        ends = paired_interval(scores, baseline[name], 0.95)
+        row |= {f"delta_{end}": value if math.isfinite(value) else None for end, value in zip(("low", "high"), ends)}
     return row
 
 

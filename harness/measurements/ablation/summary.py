@@ -69,10 +69,10 @@ class MeasuredMetric:
         """The size of a delta that rounding alone explains; None if it was not measured, as in float32.
 
         It is |d| + t sqrt(2) s. Here d is the delta of the unablated model with another order of additions, s its
-        standard error, and t the 97.5 % quantile of Student's t with one degree of freedom less than there are
-        clusters. Other roundings would give another delta, and the difference of the two has the standard error
-        sqrt(2) s. So at least 95 % of such deltas are smaller than the floor, also if they are not zero on average.
-        Without a standard error, which a single cluster lacks, the floor is |d|.
+        standard error, and t the 97.5 % quantile of Student's t with the degrees of freedom of that error. Other
+        roundings would give another delta, and the difference of the two has the standard error sqrt(2) s. So at least
+        95 % of such deltas are smaller than the floor, also if they are not zero on average. Without a standard error,
+        which a single cluster lacks, the floor is |d|.
         """
         row = self.other_order
         if row is None or is_missing(row["delta"]) or not _in_other_order(row):
@@ -83,7 +83,9 @@ class MeasuredMetric:
         from scipy.special import stdtrit  # what scipy.stats.t.ppf calls, without its long import
 
         n = row["n"] if is_missing(row["n_clusters"]) else row["n_clusters"]
-        return delta + float(stdtrit(int(n) - 1, 0.975)) * math.sqrt(2) * float(stderr)
+        known = row.get("delta_freedom")
+        freedom = int(n) - 1 if is_missing(known) else float(known)
+        return delta + float(stdtrit(freedom, 0.975)) * math.sqrt(2) * float(stderr)
 
     @property
     def floor_note(self) -> str | None:

@@ -27,6 +27,9 @@ METRICS = (
     Column("delta", "float64", "`value - baseline`."),
     Column("delta_stderr", "float64", "Standard error of `delta`, paired over examples, over clusters."),
     Column("p_value", "float64", "Two-sided p-value of `delta` = 0, paired, over clusters, for this cell alone."),
+    Column("delta_low", "float64", "Lower end of the paired 95 % interval of `delta`; null if adaptive."),
+    Column("delta_high", "float64", "Upper end of this interval, exact for counts of right answers."),
+    Column("delta_freedom", "float64", "Degrees of freedom of `delta_stderr`; null if adaptive."),
     Column("higher_is_better", "bool", "Whether a larger value is better."),
     Column("ci_low", "float64", "Lower end of the confidence interval of `delta` over all `n_available` examples."),
     Column("ci_high", "float64", "Upper end of this interval. Both are null if `precision` is exact."),
@@ -118,7 +121,7 @@ EXAMPLES = (
 )
 
 TABLES = TableSet(
-    "ablation", 3,
+    "ablation", 4,
     (Table("metrics", "one row per cell and metric", METRICS),
      Table("examples", "one row per cell, metric and example", EXAMPLES)),
     key="cell_id", label=("target", "region", "task"),

@@ -61,14 +61,14 @@ def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
             at = sorted((order.regions.index(region), region) for region in by_region)
             x = [place + shift for place, _ in at]
             y = [sign * by_region[region][f"delta_{side}"] for _, region in at]
-            errors = [half_width(by_region[region][f"delta_stderr_{side}"], by_region[region]["n_clusters"])
+            errors = [half_width(by_region[region][f"delta_stderr_{side}"], by_region[region]["freedom"])
                       for _, region in at]
             label = figure_text(shorten(name, 40))
             style["linestyle"] = "-" if all(region.startswith("decile ") for region in order.regions) else "none"
             axes[0, column].errorbar(x, y, errors, label=label, linewidth=1.2, markersize=4, capsize=2, **style)
             if side == "b":
                 y = [sign * by_region[region]["difference"] for _, region in at]
-                errors = [half_width(by_region[region]["difference_stderr"], by_region[region]["n_clusters"])
+                errors = [half_width(by_region[region]["difference_stderr"], by_region[region]["freedom"])
                           for _, region in at]
                 axes[1, column].errorbar(x, y, errors, label=label, linewidth=1.2, markersize=4, capsize=2, **style)
         for panel in axes[:, column]:
@@ -151,13 +151,13 @@ def _most_different(rows: Sequence[Row], targets: list[str]) -> list[str]:
     return [target for target in targets if target in chosen]
 
 
-def half_width(error: float | None, clusters: int) -> float:
+def half_width(error: float | None, freedom: float | None) -> float:
     """Return half the width of the 95 % interval of Student's t, or 0 without a standard error."""
-    if error is None or is_missing(error) or clusters < 2:
+    if error is None or is_missing(error) or freedom is None or is_missing(freedom):
         return 0.0
     from scipy.stats import t
 
-    return float(t.ppf(0.975, clusters - 1) * error)
+    return float(t.ppf(0.975, freedom) * error)
 
 
 def _or_zero(value: float | None) -> float:

@@ -35,7 +35,7 @@ def page_of(
 def _section(task: str, metric: str, rows: Sequence[Row], metrics: pandas.DataFrame) -> Section:
     import pandas
 
-    halves = [half_width(row["difference_stderr"], row["n_clusters"]) for row in rows]
+    halves = [half_width(row["difference_stderr"], row["freedom"]) for row in rows]
     frame = pandas.DataFrame(rows).assign(
         region=[region_words(row["region"]) for row in rows],
         low=[row["difference"] - half for row, half in zip(rows, halves)],
@@ -72,7 +72,7 @@ def _target(target: str, rows: Sequence[Row], order: Order, number: Mapping[int,
     for i, (name, side, of_model) in enumerate(names):
         shift = 0.5 * ((i + 0.5) / len(names) - 0.5)
         values = [sign * row[f"delta_{side}"] for row in of_model]
-        halves = [half_width(row.get(f"delta_stderr_{side}"), row["n_clusters"]) for row in of_model]
+        halves = [half_width(row.get(f"delta_stderr_{side}"), row["freedom"]) for row in of_model]
         series.append(Points(name, [order.regions.index(row["region"]) + shift for row in of_model], values,
                              [value - half for value, half in zip(values, halves)],
                              [value + half for value, half in zip(values, halves)],

@@ -244,7 +244,8 @@ class _Pair:
             "task": task, "metric": metric, "target": target, "region": region, "model_a": self.a.model,
             "model_b": self.b.model, "n": int(rows[0]["n"]), **of_model, "difference": found.delta,
             "difference_stderr": found.stderr, "p_value": found.p_value, "p_holm": None,
-            "n_clusters": int(rows[0]["n_clusters"]), "higher_is_better": bool(rows[0]["higher_is_better"]),
+            "n_clusters": int(rows[0]["n_clusters"]), "freedom": found.freedom,
+            "higher_is_better": bool(rows[0]["higher_is_better"]),
             "delta_stderr_a": rows[0]["delta_stderr"], "delta_stderr_b": rows[1]["delta_stderr"],
         }  # fmt: skip
 

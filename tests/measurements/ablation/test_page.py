@@ -25,7 +25,7 @@ HOSTILE = "<img src=x onerror=\"window.pwned=1\"><script>window.pwned=1</script>
 # ---------------------------------------------------------------- effects
 
 
-@pytest.mark.parametrize("clusters", [None, np.repeat(np.arange(8), 5)])
+@pytest.mark.parametrize("clusters", [None, np.repeat(np.arange(8), [1, 2, 3, 4, 5, 6, 9, 10])])
 def test_the_interval_of_a_ratio_is_that_of_the_paired_log_likelihoods(clusters):
     from scipy.stats import t
 
@@ -34,11 +34,11 @@ def test_the_interval_of_a_ratio_is_that_of_the_paired_log_likelihoods(clusters)
     scores = [ExampleScores(one, np.ones(40), "exp", False, clusters=clusters) for one in (before, before + change)]
     found = paired(scores[1], scores[0])
     values = [float(np.exp(one.score.mean())) for one in scores]
-    stderr, n = mean_stderr(change, clusters)
+    stderr, n, freedom = mean_stderr(change, clusters)
     row = metric_row("a", value=values[1], baseline=values[0], delta=found.delta, delta_stderr=found.stderr,
-                     p_value=found.p_value, n=40, n_clusters=n)
+                     p_value=found.p_value, n=40, n_clusters=n, delta_freedom=freedom)
     one = effects(measured(pd.DataFrame([row]))[0])
-    half = t.ppf(0.975, n - 1) * stderr
+    half = t.ppf(0.975, freedom) * stderr
     expected = np.exp([change.mean(), change.mean() - half, change.mean() + half])
     assert one.ratio and np.allclose(one.rows.iloc[0], expected, rtol=1e-10)
 
@@ -53,6 +53,7 @@ def test_effects_of_other_metrics_adaptive_rows_and_single_clusters():
 
     assert np.allclose(of(), [-0.1, -0.1 - 2.262157 * 0.02, -0.1 + 2.262157 * 0.02], atol=1e-7)
     assert of(precision="adaptive", ci_low=-0.3, ci_high=0.1) == [-0.1, -0.3, 0.1]
+    assert of(delta_low=-0.15, delta_high=-0.04) == [-0.1, -0.15, -0.04]
     assert np.isnan(of(n_clusters=1)[1])
 
 
