@@ -11,7 +11,7 @@ import torch
 
 from harness.evaluation.adaptive import Sampled, SampledMetric
 from harness.evaluation.requests import ExampleScores, ScoredTask
-from harness.evaluation.statistics import estimate, paired
+from harness.evaluation.statistics import estimate, paired, paired_interval
 from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.outcomes import Failed, SampledPart, Scored
 from harness.measurements.ablation.region_settings import NO_REGION
@@ -46,6 +46,8 @@ def test_values_deltas_and_examples(maker):
     (row,) = measured.rows["metrics"]
     assert row["status"] == "ok" and row["value"] == estimate(now).value == 2.75 and row["seconds"] == 1.5
     assert row["baseline"] == 1.625 and row["delta"] == paired(now, baseline).delta == 1.125
+    ends = paired_interval(now, baseline, 0.95)
+    assert (row["delta_low"], row["delta_high"], row["delta_freedom"]) == (*ends, pytest.approx(3))
     assert (row["target"], row["region"], row["region_seed"]) == ("all", "random (small 0.1) seed 3", 3)
     assert (row["blocks"], row["layer_types"], row["n_matrices"]) == ("0-1,3", "q_proj,up_proj", 4)
     assert json.loads(row["settings"])["batch_tokens"] == 7 and json.loads(row["protocol"]) == {"window": 8}
