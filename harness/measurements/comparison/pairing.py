@@ -58,8 +58,9 @@ class StudyOf:
 class Joined:
     """The rows of a comparison.
 
-    rows: those of the table `compare`, with `n_clusters` and `higher_is_better` besides. left_out: those of the table
-    of that name. notes: sentences on pairs that were compared although something differs.
+    rows: those of the table `compare`, with `n_clusters`, `freedom` (degrees of freedom) and `higher_is_better`
+    besides. left_out: those of the table of that name. notes: sentences on pairs that were compared although something
+    differs.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
