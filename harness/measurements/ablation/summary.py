@@ -84,7 +84,7 @@ class MeasuredMetric:
 
         n = row["n"] if is_missing(row["n_clusters"]) else row["n_clusters"]
         known = row.get("delta_freedom")
-        freedom = int(n) - 1 if is_missing(known) else float(known)
+        freedom = int(n) - 1.0 if known is None or is_missing(known) else float(known)
         return delta + float(stdtrit(freedom, 0.975)) * math.sqrt(2) * float(stderr)
 
     @property

@@ -26,6 +26,7 @@ from harness.measurements.ablation.report import report, terminal_summary
 from harness.measurements.ablation.summary import MeasuredMetric, measured
 from harness.measurements.ablation.tables import read_metrics
 from harness.measurements.ablation.units import plan
+from harness.tables.labels import region_words
 from tests.evaluation.test_division import together
 from tests.studies import run_settings
 from tests.tables.synthetic import metric_row, sized, study_rows, targets, write_rows
@@ -131,7 +132,7 @@ def test_a_report_marks_what_is_below_the_floor(low, monkeypatch):
         assert f"oise floor {floor:.2g}; smaller deltas are in parentheses" in text
     lines = "\n".join(said).splitlines()
     for row, below in zip(one.cells.itertuples(), noise):
-        line = next(line for line in lines if row.target in line and row.region in line)
+        line = next(line for line in lines if row.target in line and region_words(row.region) in line)
         assert ("(+" in line or "(-" in line) == below
     floors = csv[csv.target_kind == "matrix"].groupby("metric")["noise_floor"].unique()
     assert [len(values) for values in floors] == [1] * len(floors)
@@ -294,7 +295,8 @@ def test_figures_show_the_floor(tmp_path):
         assert len(bands) == expected
         if expected:
             box = bands[0].get_extents().transformed(panel.transData.inverted())
-            assert math.isclose(box.y0, 20 - floor) and math.isclose(box.y1, 20 + floor)
+            share = floor / low.baseline["value"]  # the figure shows ratios of perplexities
+            assert math.isclose(box.y0, 1 - share) and math.isclose(box.y1, 1 + share)
     hatched = _hatched_cells(low, tmp_path / "low.png")
     assert hatched == int((low.cells["delta"].abs() < floor).sum()) and 0 < hatched < len(low.cells)
     assert _hatched_cells(plain, tmp_path / "plain.png") == 0
