@@ -1,6 +1,8 @@
 """What the files around the code say of versions and commands: containers, workflow, hooks of commits."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,15 @@ def test_the_page_on_clusters_names_the_image():
     for line in (f"spectral-ablation-harness:{harness.__version__}", "containers/apptainer.def",
                  "containers/Dockerfile", "/shared/harness.sif", "/shared/harness.sqsh"):  # fmt: skip
         assert line in text, line
+
+
+def test_nothing_needs_a_newer_python_than_the_oldest(pythons):
+    """int.is_integer is of 3.12; here it is that of a float, which is old."""
+    pytest.importorskip("vermin")
+    command = ["-c", "from vermin import main; main()", f"--target={pythons[0]}-", "--violations", "--no-tips",
+               "--processes=1", "--exclude", "int.is_integer", "harness"]  # fmt: skip
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_workflow_runs_every_python_that_is_named(pythons, workflow):
