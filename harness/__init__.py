@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from harness.models.families import Family, Stored
     from harness.models.targets import TargetSettings
     from harness.spectral import regions
+    from harness.tables.drawing import FigureSettings
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _MODULE_OF = {
         "harness.api",
     ),
     "Family": "harness.models.families",
+    "FigureSettings": "harness.tables.drawing",
     "Stored": "harness.models.families",
     "InputError": "harness.errors",
     "RuntimeSettings": "harness.evaluation.settings",
@@ -60,6 +62,7 @@ _MODULE_OF = {
 __all__ = [
     "Comparison",
     "Family",
+    "FigureSettings",
     "InputError",
     "MatrixView",
     "Model",

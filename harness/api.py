@@ -57,6 +57,7 @@ from harness.settings.compose import config_folder
 from harness.settings.validation import validated
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region
+from harness.tables.drawing import FigureSettings, drawn_as
 from harness.tables.store import unit_states
 from harness.tasks.registry import TASKS, check_kinds, prepare_task, require_name, task_of
 from harness.tasks.settings import Task
@@ -506,20 +507,26 @@ class Run:
         there = unit_states(self.folder, find(self.kind).tables)
         return {unit: there.get(unit, "missing") for unit, _ in self.manifest.units}
 
-    def report(self) -> Path | None:
-        """Print the summary and write the report into <folder>/report/. Return its page, or None for no rows."""
-        return find(self.kind).report.report(self.folder)
+    def report(self, figures: FigureSettings | None = None) -> Path | None:
+        """Print the summary and write the report into <folder>/report/. Return its page, or None for no rows.
 
-    def plot(self, **which: Any) -> Figure:
+        figures: the format and width of its figures, such as FigureSettings("pdf", "column").
+        """
+        with drawn_as(figures or FigureSettings()):
+            return find(self.kind).report.report(self.folder)
+
+    def plot(self, figures: FigureSettings | None = None, **which: Any) -> Figure:
         """Return the main figure as a figure of matplotlib, which can be shown, changed and saved.
 
+        figures: its width, such as FigureSettings(width="column"); whoever saves the figure chooses the format.
         which: `task` and `metric` for a study, `weights` for spectra; by default the first of each. Raises InputError
         if this kind of run has no figure, or there is nothing to draw.
         """
         report = find(self.kind).report
         if not hasattr(report, "figure"):
             raise InputError(f"{self.kind} has no figure of its own")
-        return report.figure(self.folder, **which)
+        with drawn_as(figures or FigureSettings()):
+            return report.figure(self.folder, **which)
 
 
 def _silent(line: str) -> None:

@@ -93,7 +93,7 @@ COMMANDS = {
     "status": Command("count the done, running, pending, failed and missing units of a run", of_folder.status,
                       of_folder.add_status),
     "report": Command("make tables and figures of a run from its parquet files", of_folder.report,
-                      of_folder.add_folder),
+                      of_folder.add_report),
     "compact": Command("merge the small files of done units, also while a run goes on", of_folder.compact,
                        of_folder.add_folder),
     "compare": Command("compare studies of several models, or one run with published numbers", comparison.compare,

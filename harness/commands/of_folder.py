@@ -11,9 +11,11 @@ from harness.commands.outcome import exit_status, ignore
 
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from harness.engine.measurement import Measurement
+    from harness.tables.drawing import FigureSettings
 
 FOLDER = "folder of a run: results/<model>-<id>, or the value of output=..."
 
@@ -71,14 +73,35 @@ def status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    parser.add_argument("overrides", nargs="*", metavar="figures.KEY=VALUE", help="figures.format=pdf or svg beside the"
+                        " PNG files; figures.width=column (3.5 inches) or page (7.2 inches)")
+
+
 def report(arguments: argparse.Namespace) -> int:
     """Report on a run from its tables."""
     from harness.files import told_in_one_line
+    from harness.tables.drawing import drawn_as
 
+    settings = _figure_settings(arguments.overrides)
     (measurement, folder), *_ = _runs_in(arguments.folder)
-    with told_in_one_line(folder):
+    with told_in_one_line(folder), drawn_as(settings):
         measurement.report.report(folder)
     return 0
+
+
+def _figure_settings(overrides: Sequence[str]) -> FigureSettings:
+    from harness.errors import InputError
+    from harness.tables.drawing import FigureSettings
+
+    values = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key not in ("figures.format", "figures.width") or not equals:
+            raise InputError(f"report: {override!r} is wrong; figures.format=... and figures.width=... can be set")
+        values[key.removeprefix("figures.")] = value
+    return FigureSettings(**values)
 
 
 def _runs_in(folder: str) -> list[tuple[Measurement, Path]]:

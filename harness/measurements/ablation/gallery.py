@@ -67,17 +67,15 @@ def draw(found: Sequence[MeasuredMetric], n_rows: int, out: Path) -> Gallery:
         record[digest] = [list(figure) for figure in figures]
         gallery.drawn[one.task, one.metric] = [(name, caption) for name, caption in figures]
     names = {name for figures in record.values() for name, _ in figures}
-    for old in out.glob("*.png"):
-        if old.name not in names:
-            old.unlink()
+    drawing.remove_figures(out, names)
     write_json(out / RECORD, record)
     return gallery
 
 
 def clear(out: Path) -> Gallery:
     """Remove the figures of an earlier report, and return a gallery without figures."""
-    for old in (*out.glob("*.png"), out / RECORD):
-        old.unlink(missing_ok=True)
+    drawing.remove_figures(out)
+    (out / RECORD).unlink(missing_ok=True)
     return Gallery({}, [])
 
 
@@ -121,7 +119,8 @@ def _digest(one: MeasuredMetric) -> str:
     import pandas
 
     value = None if one.baseline is None else [str(one.baseline[name]) for name in ("value", "n", "protocol")]
-    whole = hashlib.sha256(repr((one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
+    style = drawing.figure_settings()
+    whole = hashlib.sha256(repr((style, one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
     whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
     here = Path(__file__)
     names = ("figures", "kept_figure", "effects", "summary")

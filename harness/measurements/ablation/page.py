@@ -34,6 +34,9 @@ MOST_EXAMPLES = 8  # that are shown of one cell
 # Of so many cells, and within so many rows of the table of examples, the page has the examples; others have none.
 CELLS_WITH_EXAMPLES, ROWS_OF_EXAMPLES = 400, 400_000
 MOST_VIEWS = 64
+# All that charts read of a cell.
+CHARTED = ("cell_id", "target", "target_kind", "block", "layer_type", "region", "region_by", "region_kind",
+           "fraction_start", "fraction_stop", "delta", "q_value")  # fmt: skip
 BARS = "Bars are 95 % intervals of the change, paired over the same examples."
 SCORES = ("without ablation", "with ablation", "change")
 SHOWN = ("task", "target", "region", "value", "delta", "ratio", "low", "high", "p", "q", "energy removed")
@@ -96,7 +99,7 @@ def headline_of(one: MeasuredMetric) -> str:
 
 
 def _section(one: MeasuredMetric, table: PageTable, found: Effects) -> Section:
-    cells = one.cells.join(found.rows)
+    cells = one.cells[list(CHARTED)].join(found.rows)
     cells = cells[cells["effect"].notna()]
     better = "higher" if one.higher_is_better else "lower"
     sentences = [f"{note[0].upper()}{note[1:]}." for note in (one.note, one.floor_note) if note]
@@ -243,7 +246,10 @@ def _examples(
     folder: Path, rows: pandas.DataFrame, primary: Sequence[MeasuredMetric]
 ) -> dict[int, list[Example]]:
     """Return the examples that changed most by the row of their cell, for the cells with the largest changes."""
-    texts, shown = read_texts(folder), {}
+    import numpy as np
+
+    texts = read_texts(folder)
+    shown: dict[int, list[Example]] = {}
     for one in primary:
         if one.baseline is None or is_missing(one.baseline["n"]):
             continue
@@ -253,17 +259,17 @@ def _examples(
         ids = of_task.loc[largest, "cell_id"]
         table = read_examples(folder, [*ids, one.baseline["cell_id"]], one.task)
         table = table[(table["metric"] == one.metric) & (table["weight"] != 0)]
-        table = table.assign(mean=table["score"] / table["weight"])
-        of_cell = dict(list(table.groupby("cell_id", sort=False)))
-        before = of_cell.get(one.baseline["cell_id"])
+        means, names = (table["score"] / table["weight"]).to_numpy(float), table["example_id"].to_numpy(str)
+        places = table.groupby("cell_id", sort=False).indices
+        before = places.get(one.baseline["cell_id"])
         if before is None:
             continue
-        baseline, text_of = before.set_index("example_id")["mean"], texts.get(one.task, {})
+        baseline, text_of = dict(zip(names[before], means[before])), texts.get(one.task, {})
         for row, cell in zip(largest, ids):
-            if cell in of_cell:
-                after = of_cell[cell].set_index("example_id")["mean"]
-                change = (after - baseline.reindex(after.index)).dropna()
-                top = change.abs().nlargest(MOST_EXAMPLES).index
-                shown[int(row)] = [Example(str(name), text_of.get(str(name)),
-                                           (baseline[name], after[name], change[name])) for name in top]
+            at = [i for i in places.get(cell, ()) if names[i] in baseline]
+            change = means[at] - np.array([baseline[names[i]] for i in at])
+            shown[int(row)] = [
+                Example(names[at[k]], text_of.get(names[at[k]]), (baseline[names[at[k]]], means[at[k]], change[k]))
+                for k in np.argsort(-np.abs(change), kind="stable")[:MOST_EXAMPLES]
+            ]  # fmt: skip
     return shown

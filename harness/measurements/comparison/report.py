@@ -13,7 +13,7 @@ from harness.files import replacing, told_in_one_line, write_text
 from harness.measurements.comparison.page import page_of
 from harness.measurements.comparison.pairing import Joined, StudyOf, join, read_studies
 from harness.measurements.comparison.tables import TABLES
-from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
 from harness.tables.labels import region_words
 from harness.tables.page import write_page
 from harness.tables.text import count, file_stem, is_missing, markdown_text, p_text, plus_minus, safe_for_csv, signed
@@ -214,8 +214,7 @@ def _draw(folder: Path, joined: Joined, studies: Sequence[StudyOf]) -> list[tupl
     """Draw the figures of the primary metrics. Return (task, file name, caption) of each."""
     from harness.measurements.comparison.figures import damage_figure, heat_map_figure, order_of
 
-    for old in folder.glob("*.png"):
-        old.unlink()
+    remove_figures(folder)
     drawn: list[tuple[str, str, str]] = []
     for task, metric in primary_metrics(joined, studies):
         rows = [row for row in joined.rows

@@ -13,7 +13,7 @@ from harness.files import write_text
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.measurements.components import figures, summary
 from harness.measurements.components.tables import read_components
-from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
 from harness.tables.text import (
     aligned,
     count,
@@ -46,8 +46,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         return None
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    for old in out.glob("*.png"):
-        old.unlink()
+    remove_figures(out)
     failed = matrices[matrices["status"] != "ok"]
     problems = [f"failed: {row['matrix']}: {row['error'].splitlines()[-1]}" for _, row in failed.iterrows()]
     if not can_draw():

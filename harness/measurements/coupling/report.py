@@ -14,7 +14,7 @@ from harness.measurements.coupling import figures
 from harness.measurements.coupling.summary import of_blocks, of_trajectories, summarise, with_label
 from harness.measurements.coupling.tables import TABLES, read_coupling
 from harness.optional import require
-from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
 from harness.tables.page import Page, Section, frame_table
 from harness.tables.text import (
     aligned,
@@ -49,8 +49,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         return None
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    for old in out.glob("*.png"):
-        old.unlink()
+    remove_figures(out)
     every = jacobians = with_label(jacobians)
     failed = jacobians[jacobians["status"] != "ok"]
     jacobians = jacobians[jacobians["status"] == "ok"]

@@ -15,7 +15,7 @@ from harness.measurements.spectra.figures import checkpoint_figure, outlier_figu
 from harness.measurements.spectra.tables import TABLES, read_spectra
 from harness.optional import require
 from harness.tables.charts import block_maps
-from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
 from harness.tables.page import Chart, Page, Section, frame_table
 from harness.tables.text import aligned, count, figure_text, file_stem, markdown_lines, markdown_text, safe_for_csv
 
@@ -44,8 +44,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     folder = Path(folder)
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    for old in out.glob("*.png"):
-        old.unlink()
+    remove_figures(out)
     matrices = read_spectra(folder, "matrices")
     failed = matrices[matrices["status"] != "ok"]
     ok = matrices[matrices["status"] == "ok"].drop(columns=["status", "error"])

@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from harness.cli import main
 from harness.measurements.ablation import figures as figures_module
 from harness.measurements.ablation import report as report_module
 from harness.measurements.ablation import summary
@@ -21,6 +22,7 @@ from harness.measurements.ablation.gallery import MAX_FIGURES, RECORD
 from harness.measurements.ablation.report import report, terminal_summary
 from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
 from harness.measurements.ablation.tables import read_metrics
+from harness.tables.drawing import DPI, FigureSettings, drawn_as
 from harness.tables.labels import region_words
 from harness.tables.text import plus_minus
 from tests.tables.synthetic import (
@@ -257,6 +259,23 @@ def test_figures_are_drawn_once_until_what_they_show_changes(tmp_path, stubs):
         row["seconds"] = 17.0
         row["value"] += row["metric"] == "margin"
     assert again() == []
+
+
+def test_figures_in_other_formats_and_widths(tmp_path, capsys):
+    write_rows(tmp_path, study_rows(targets("type", 1), deciles()))
+    with drawn_as(FigureSettings("pdf", "column")):
+        path, _ = run_report(tmp_path)
+    (pdf,) = path.parent.glob("*.pdf")
+    (box,) = re.findall(rb"/MediaBox \[ 0 0 ([0-9.]+) ([0-9.]+) \]", pdf.read_bytes())
+    assert float(box[0]) == 3.5 * 72  # one column
+    width, height = struct.unpack(">II", pdf.with_suffix(".png").read_bytes()[16:24])
+    assert width == 3.5 * DPI
+    run_report(tmp_path)  # the format is another: drawn again, and no figure of the earlier report stays
+    assert not list(path.parent.glob("*.pdf"))
+    assert struct.unpack(">II", pdf.with_suffix(".png").read_bytes()[16:24])[0] > width
+    for wrong, said in (("figures.format=gif", "one of png, pdf, svg is right"), ("figures.size=3", "can be set")):
+        assert main(["report", str(tmp_path), wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_drawing_that_is_interrupted_leaves_no_figure_that_counts(tmp_path, stubs, monkeypatch):
