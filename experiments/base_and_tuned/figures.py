@@ -36,6 +36,9 @@ def main(out: Path, folder: Path) -> None:
             tables = read_changes(out / f"spectra-{name}")
             tables.write_csv(folder / name)
             tables.draw(folder / name)
+    if complete(out / "spectra-overlaps"):
+        overlaps = pd.DataFrame(read_changes(out / "spectra-overlaps").overlap_summary())
+        overlaps.to_csv(folder / "overlaps.csv", index=False, float_format="%.5g")
     rows = [rows_of(out / name) for name in STUDIES if complete(out / name)]
     if rows:
         pd.concat(rows)[COLUMNS].to_csv(folder / "behaviour.csv", index=False, float_format="%.5g")

@@ -7,7 +7,7 @@ here="$(dirname "$0")"
 assets="$(realpath "$1")"; out="$2"; shift 2
 python="${PYTHON:-python}"
 stages=("${@:-}")
-[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora spectra_doubled top undo graft lora)
+[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora spectra_doubled overlaps top undo graft lora)
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
@@ -44,6 +44,11 @@ spectra_doubled() {
     "$python" -m harness spectra --quiet model=adapter model.adapter="$out/lora_doubled" model.name="$base" "${changes[@]}" \
         changes.controls=[rotated] output="$out/spectra-doubled"
 }
+# how the changes of full tuning and of LoRA overlap
+overlaps() {
+    "$python" -m harness spectra model=pretrained model.name="$out" 'revisions=[./full,./lora_merged]' \
+        reference=pretrained reference.name="$base" "${changes[@]}" changes.controls=[rotated] output="$out/spectra-overlaps"
+}
 # the base and the largest k components of the change, k components at random, and the k values in random directions
 components=(region=index region.of=change region.keep=true region.controls=[random,rotated,swap_values,swap_vectors])
 top() {
@@ -59,4 +64,4 @@ lora() {  # rank 8 has no more components
 }
 
 for stage in "${stages[@]}"; do "$stage"; done
-if [ "${#stages[@]}" = 9 ]; then "$python" "$here/figures.py" "$out" "$here"; fi
+if [ "${#stages[@]}" = 10 ]; then "$python" "$here/figures.py" "$out" "$here"; fi

