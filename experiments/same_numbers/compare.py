@@ -38,11 +38,15 @@ RECALL = ["model.recall.steps=60", "model.recall.dim=32", "model.recall.hidden_d
 
 @dataclass(frozen=True)
 class Small:
-    """One small study: the words behind `harness`, its tables, and the columns that tell its rows apart."""
+    """One small study: the words behind `harness`, its tables, and the columns that tell its rows apart.
+
+    rounding: relative differences up to this one are on purpose, because examples are scored in other groups.
+    """
 
     name: str
     words: tuple[str, ...]
     tables: dict[str, tuple[str, ...]]
+    rounding: float = 0.0
 
 
 # The columns that follow from clusters of examples: blocks of a text, for example. Without clusters they are as before.
@@ -63,7 +67,7 @@ class Purpose:
 
 def _other_ablation(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
     """Rows of which the region holds other singular values."""
-    if "n_removed" not in before:  # spectra
+    if not {*WHICH_VALUES} <= {*before} & {*after}:  # spectra, and what a search concludes from its cells
         return pd.Series(False, before.index)
     one, other = before[WHICH_VALUES].astype(float), after[WHICH_VALUES].astype(float)
     return ~((one == other) | (one.isna() & other.isna())).all(axis=1)
@@ -71,6 +75,13 @@ def _other_ablation(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
 
 def _of_words(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
     return _level(before, "metric").isin({"word_perplexity", "byte_perplexity", "bits_per_byte"})
+
+
+def _other_examples(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
+    """Rows of cells that adaptive precision stopped after other numbers of examples."""
+    if "n" not in before or "n" not in after:
+        return pd.Series(False, before.index)
+    return before["n"].astype(float) != after["n"].astype(float)
 
 
 def _clustered(before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
@@ -87,6 +98,7 @@ ON_PURPOSE = (
     Purpose("large and small regions of one fraction hold equally many values", _other_ablation),
     Purpose("words and bytes are those of the scored tokens", _of_words),
     Purpose("standard errors and p-values over clusters", _clustered, OF_CLUSTERS),
+    Purpose("adaptive precision stops after other numbers of examples", _other_examples),
 )
 # Texts, not numbers: ids, and protocols of tasks, which have new keys.
 TEXTS = {"cell_id", "spectrum_id", "protocol", "settings", "covariance"}
@@ -134,7 +146,7 @@ STUDIES = (
         "run", *MODEL, "target=matrix", "target.layer_types=[down_proj]", "region=fraction", "region.values=[0.3]",
         "task=[text,ioi]", *TEXT, *IOI, "tasks.text.window=64", "tasks.text.limit=200", "tasks.ioi.limit=200",
         "runtime=adaptive", "runtime.batch_tokens=512",
-    ), CELLS),
+    ), CELLS, rounding=1e-5),
     Small("branch in bfloat16", (
         "run", *MODEL, "model.dtype=bfloat16", "runtime.edit=branch", "target=type", "region=fraction",
         "region.kinds=[small]", "region.values=[0.05,0.1,0.5]", "task=text", *TEXT, "tasks.text.limit=6",
@@ -245,11 +257,10 @@ def _not_random(rows: pd.Index) -> int:
 def compare_on_purpose(study: Small, folders: dict[str, Path]) -> list[dict[str, object]]:
     """One row per table of cells or spectra: values that are equal, that differ on purpose, and that differ at all."""
     found = []
-    for table, key in study.tables.items():
-        name = table.rpartition("/")[2]
-        labels = BY_LABELS.get(name, key)
-        sides = {side: labelled(folders[side], table) if name in BY_LABELS else find(folders[side], table)
-                 for side in ("before", "after")}
+    # What a search concludes follows from its cells, which are compared.
+    for table in (table for table in study.tables if table.rpartition("/")[2] in BY_LABELS):
+        labels = BY_LABELS[table.rpartition("/")[2]]
+        sides = {side: labelled(folders[side], table) for side in ("before", "after")}
         before, after = (frame.set_index(list(labels)).sort_index() for frame in sides.values())
         # Random controls of equally many values are one control, which has the label of one of them.
         only = {side: _not_random(one.index.difference(other.index))
@@ -257,11 +268,12 @@ def compare_on_purpose(study: Small, folders: dict[str, Path]) -> list[dict[str,
         both = before.index.intersection(after.index)
         before, after = before.loc[both], after.loc[both]
         columns = [one for one in before.columns if one in after.columns and one not in CIRCUMSTANCES | TEXTS]
-        unequal = pd.DataFrame(False, before.index, columns)
+        unequal, apart = pd.DataFrame(False, before.index, columns), pd.DataFrame(0.0, before.index, columns)
         for column in columns:
             one, other = before[column], after[column]
             if pd.api.types.is_numeric_dtype(one) or pd.api.types.is_numeric_dtype(other):
                 one, other = one.astype(float), other.astype(float)
+                apart[column] = (one - other).abs() / one.abs().clip(lower=1.0)
             unequal[column] = ~((one == other) | (one.isna() & other.isna()))
         n_unequal, explained = int(unequal.to_numpy().sum()), []
         for purpose in ON_PURPOSE:
@@ -271,12 +283,18 @@ def compare_on_purpose(study: Small, folders: dict[str, Path]) -> list[dict[str,
             unequal.loc[rows, of] = False
             if n:
                 explained.append(f"{n}: {purpose.why}")
-        rest = {column: int(n) for column, n in unequal.sum().items() if n}
+        rounded = unequal & (apart <= study.rounding)
+        if n := int(rounded.to_numpy().sum()):
+            largest = apart.where(rounded, 0.0).to_numpy().max()
+            explained.append(f"{n}: examples are scored in other groups (relative difference at most {largest:.1e})")
+        unequal &= ~rounded
+        rest = {column: f"{n} {column} (by at most {apart[column][unequal[column]].max():.1e})"
+                for column, n in unequal.sum().items() if n}
         found.append({
             "study": study.name, "table": table, "rows of both": len(both), "only before": only["before"],
             "only after": only["after"], "values": len(both) * len(columns),
             "equal": len(both) * len(columns) - n_unequal, "differ on purpose": "; ".join(explained) or 0,
-            "differ otherwise": ", ".join(f"{n} {column}" for column, n in rest.items()) or 0,
+            "differ otherwise": ", ".join(rest.values()) or 0,
             "columns gone": ", ".join(sorted(set(sides["before"].columns) - set(sides["after"].columns))) or 0,
         })
     return found
