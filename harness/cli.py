@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from harness import __version__
+from harness import __version__, startup
 from harness.__main__ import INTERRUPTED
 from harness.commands import comparison, from_settings, listing, of_folder
 from harness.errors import InputError, complain
@@ -207,6 +207,7 @@ def _one_line_for_skipped_parts(show: Callable[..., None]) -> Callable[..., None
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: the arguments, by default those of the process."""
     _write_any_character()
+    startup.rest()
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
@@ -231,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         complain(InputError(f"standard output: {error.strerror}; write it to another place"))
         return 2
+    finally:
+        startup.wake()
 
 
 def _run(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "harness"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 ROOMS = re.findall(r"(?m)^\| `harness/(\w+)/` \|", PAGE)
 APART = ROOMS[-3:]  # "the last three rooms know nothing of each other"
-GROUND = ("errors", "files", "registry", "optional")
+GROUND = ("errors", "files", "registry", "optional", "startup")
 # libraries of the command line, of tasks, of tables and of figures
 NOT_OF_THE_CORE = (
     "pydantic", "hydra", "omegaconf", "datasets", "evaluate", "lm_eval", "pandas", "pyarrow", "matplotlib",

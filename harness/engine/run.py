@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from harness import startup
 from harness.engine.manifest import freeze, require_own
 from harness.engine.measurement import Context, Measured, Measurement, SpoiledRun
 from harness.engine.plan import Plan
@@ -208,6 +209,7 @@ def measure_units(measurement: Measurement, plan: Plan, units: Sequence[Any], co
     the first writes; its `describe` is replaced by the progress bar's. Raises InputError when rows cannot be written,
     LostStep when a process of the division is gone.
     """
+    startup.wake()
     division, written = context.division, []
     blank = _blank_rows(measurement, provenance())
     # of a division only the first process writes

@@ -19,7 +19,6 @@ exactly to those of the scored text, and to those of the whole text if every tok
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -36,12 +35,16 @@ from harness.evaluation.requests import (
     continuation_request,
 )
 from harness.settings.constraints import at_least
-from harness.tasks import chat, data, tokenization
+from harness.tasks import chat, data, token_cache, tokenization
 from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import window_clusters
 from harness.tasks.settings import DataTask, LimitedTask, check_bos
 
 DEFAULT_WINDOW = 2048
+TOKENS_AND_EDGES = "tokens and edges 1"  # must change when `_tokenise` returns something else
+# What \s of a regular expression matches, as code points.
+_SPACES = np.array([*range(0x09, 0x0E), *range(0x1C, 0x21), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029,
+                    0x202F, 0x205F, 0x3000], dtype="<u4")  # fmt: skip
 
 
 @dataclass
@@ -180,6 +183,10 @@ def _tokenise(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
     scaled to the length of the text: a word or a byte may then be counted with the neighbouring token.
     """
     exact = bool(getattr(tokenizer, "is_fast", False))
+    key = token_cache.key_of(tokenizer, text, TOKENS_AND_EDGES) if exact else None
+    kept = None if key is None else token_cache.read(key)
+    if kept is not None:
+        return *kept, exact
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=exact, verbose=False)
     tokens = np.asarray(encoding["input_ids"], dtype=np.int64)
     edges = np.zeros(len(tokens) + 1, dtype=np.int64)
@@ -191,6 +198,8 @@ def _tokenise(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
         lengths = np.cumsum([len(tokenizer.decode([token])) for token in tokens.tolist()])
         edges[1:] = np.floor(lengths * (len(text) / max(1, lengths[-1])))
     edges[-1] = len(text)
+    if key is not None:
+        token_cache.keep(key, (tokens, edges))
     return tokens, edges, exact
 
 
@@ -198,14 +207,19 @@ def _words_before(text: str) -> np.ndarray:
     """Return int64 [len(text) + 1], in which entry c > 0 is len(re.split(r"\\s+", text[:c])) and entry 0 is 0."""
     count = np.zeros(len(text) + 1, dtype=np.int64)
     if text:
-        count[1] = 1
-        runs = np.fromiter((match.start() for match in re.finditer(r"\s+", text)), dtype=np.int64)
-        count[runs + 1] += 1
+        space = np.isin(_code_points(text), _SPACES)
+        count[1:] = space
+        count[2:] -= space[1:] & space[:-1]  # a run of spaces counts once
+        count[1] += 1
     return np.cumsum(count)
 
 
 def _bytes_before(text: str) -> np.ndarray:
     """Return int64 [len(text) + 1], in which entry c is len(text[:c].encode())."""
-    code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    code = _code_points(text)
     size = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
     return np.concatenate([[0], np.cumsum(size, dtype=np.int64)])
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

@@ -111,19 +111,24 @@ NOT_OF_TEXTS = (
 )
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a digest of everything of a tokenizer on which the tokens of a text and the text of tokens depend."""
+def settings_of(tokenizer: Any) -> dict[str, Any]:
+    """Return what a tokenizer's tokens depend on, apart from the content of its backend or of its files."""
     named = getattr(tokenizer, "init_kwargs", None) or {}
     without = {*NOT_OF_TEXTS, *(getattr(tokenizer, "vocab_files_names", None) or {})}
     settings = {key: getattr(tokenizer, key, named.get(key)) for key in {*named, *OF_TEXTS}
                 if key not in without and not key.startswith("_")}
-    found = {
+    return {
         "class": _class_of(tokenizer),
         "settings": {key: value if isinstance(value, (bool, int, float, list, dict)) else str(value)
                      for key, value in settings.items() if value is not None},
         "special": {key: str(value) for key, value in getattr(tokenizer, "special_tokens_map", {}).items()},
         "special_ids": sorted(getattr(tokenizer, "all_special_ids", ())),
     }
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of everything of a tokenizer on which the tokens of a text and the text of tokens depend."""
+    found = settings_of(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())

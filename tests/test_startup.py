@@ -1,0 +1,24 @@
+"""The collector of garbage rests while the command line starts, and never longer."""
+
+import gc
+
+from harness import startup
+from harness.cli import main
+
+
+def test_the_collector_works_again_after_a_command(capsys):
+    assert gc.isenabled() and main(["plan", "nonsense=1"]) == 2 and gc.isenabled()
+
+
+def test_a_collector_that_is_switched_off_stays_off():
+    gc.disable()
+    try:
+        startup.rest()
+        startup.wake()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    startup.rest()
+    assert not gc.isenabled()
+    startup.wake()
+    assert gc.isenabled()
