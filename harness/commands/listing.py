@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from harness.errors import InputError
+
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +23,7 @@ ENTRY_POINTS = {"tasks": ("harness.tasks", "+tasks.NAME.kind={}"), "regions": ("
 
 
 def add_list(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=sorted(GROUPS), help="what is listed")
+    parser.add_argument("what", help=f"what is listed: {', '.join(GROUPS)}")
     parser.add_argument("--config-dir", help="a folder of yours with more YAML files of settings")
 
 
@@ -32,6 +34,8 @@ def show_list(arguments: argparse.Namespace) -> int:
     from harness.registry import added_names
     from harness.settings.configs import config_folder
 
+    if arguments.what not in GROUPS:
+        raise InputError(f"list: {arguments.what[:200]!r} is wrong; use one of {', '.join(GROUPS)}")
     group = GROUPS[arguments.what]
     folders = [config_folder(), *([Path(arguments.config_dir)] if arguments.config_dir else [])]
     found = {path.stem: path for folder in folders for path in (folder / group).glob("*.yaml")}
@@ -67,7 +71,7 @@ def described(path: Path) -> str:
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh"), help="your shell")
+    parser.add_argument("shell", help="your shell: bash or zsh")
 
 
 def completion(arguments: argparse.Namespace) -> int:
@@ -75,6 +79,8 @@ def completion(arguments: argparse.Namespace) -> int:
     from harness.cli import COMMANDS
     from harness.settings.configs import groups
 
+    if arguments.shell not in ("bash", "zsh"):
+        raise InputError(f"completion: {arguments.shell[:200]!r} is wrong; use bash or zsh")
     words = sorted({*(f"{group}={name}" for group, names in groups().items() for name in names), *_keys()})
     folders = " ".join(name for name, command in COMMANDS.items() if command.settings is None and name != "list")
     if arguments.shell == "zsh":

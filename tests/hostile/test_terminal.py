@@ -23,6 +23,7 @@ RIGHT = {
     "plan": RECALL, "status": ["{folder}"], "report": ["{folder}"], "compact": ["{folder}"], "work": ["{folder}"],
     "spectra": ["--help"], "search": ["--help"], "submit": ["--help"], "export": ["--help"],
     "compare": ["--help"], "tune": ["--help"], "coupling": ["--help"],
+    "components": ["--help"], "list": ["tasks"], "completion": ["bash"],
 }  # fmt: skip
 WRONG = {
     **{name: ["seed=±σ"] for name, command in COMMANDS.items() if command.settings},
