@@ -4,6 +4,9 @@ import gc
 
 from harness import startup
 from harness.cli import main
+from harness.models.loading import load
+from harness.models.settings import ModelSettings
+from tests.checkpoints import save_checkpoint
 
 
 def test_the_collector_works_again_after_a_command(capsys):
@@ -21,4 +24,10 @@ def test_a_collector_that_is_switched_off_stays_off():
     startup.rest()
     assert not gc.isenabled()
     startup.wake()
+    assert gc.isenabled()
+
+
+def test_the_collector_works_before_weights_are_loaded(tmp_path):
+    startup.rest()
+    load(ModelSettings(name=str(save_checkpoint(tmp_path / "model"))))
     assert gc.isenabled()

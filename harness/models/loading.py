@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from harness import startup
 from harness.errors import InputError, one_line
 from harness.models.adapter import base_of, open_adapter
 from harness.models.checkpoint import WeightFile
@@ -214,6 +215,7 @@ def load(
     it lacks are listed in `missing`, because spectra do not need them and scores do (see `require_head`).
     """
     description = description or describe_model(settings)
+    startup.wake()  # nothing as large as weights may wait for the collector
     device = pick_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else libraries take memory on the first device, too
