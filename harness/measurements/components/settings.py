@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from harness.engine.settings import ClusterSettings
@@ -81,7 +82,9 @@ Settings = ComponentsSettings
 
 
 def check(settings: ComponentsSettings) -> None:
-    """Raise InputError if settings that are to be run lack a model or their folder cannot be written."""
+    """Raise InputError if settings that are to be run lack a model, or name a study or a folder that cannot be used."""
     settings.model.require_name()
     settings.model.require_attention()
     require_folder(settings.output)
+    if settings.exact is not None and not Path(settings.exact).is_dir():
+        raise wrong("exact", settings.exact, "there is no such folder; name that of a study with region=component")

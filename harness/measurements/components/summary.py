@@ -35,9 +35,10 @@ def predicted(folder: Path) -> pandas.DataFrame:
 
 
 def exact_study(folder: Path) -> str | None:
-    """Return the folder of the study whose effects are shown, as the settings of a run name it, or None."""
-    named = read_manifest(folder).settings.get("exact")
-    return None if named is None else str(named)
+    """Return the folder of the study whose effects are shown, or None. A relative one is below where the run began."""
+    manifest = read_manifest(folder)
+    named = manifest.settings.get("exact")
+    return None if named is None else str(Path(manifest.content["working_directory"]) / str(named))
 
 
 def exact(study: str, folder: Path) -> pandas.DataFrame:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.engine.manifest import MANIFEST, manifest_there
 from harness.engine.plan import Plan, ShardCost, canonical, digest, folder_of, run_id
 from harness.errors import InputError
 from harness.evaluation.calibration import CalibrationText
@@ -113,8 +114,18 @@ def plan(settings: ComponentsSettings) -> ComponentsPlan:
     units = tuple(Unit(digest(canonical({**depends_on, "matrix": matrix.name})), matrix, matrix.layer_type)
                   for matrix in chosen)
     folder = folder_of(settings.output, f"components-{settings.model.stem}-{run_id(unit.id for unit in units)[:8]}")
+    _require_same_study(folder, settings.exact)
     return ComponentsPlan(folder=folder, settings=settings, units=units, description=description, tokenizer=tokenizer,
                           text=text, tasks=tasks, reference=reference)
+
+
+def _require_same_study(folder: Path, exact: str | None) -> None:
+    """Raise InputError if a run is there with another study in its manifest, because the report would show that one."""
+    there = manifest_there("components", folder)
+    if there is not None and there.settings.get("exact") != exact:
+        frozen = there.settings.get("exact")
+        raise InputError(f"exact: {exact!r} is not the study of {folder}, which is {frozen!r}; write it into"
+                         f" settings.exact of {folder / MANIFEST}, or name another output")
 
 
 def restore(folder: Path, manifest: Mapping[str, Any], settings: ComponentsSettings) -> ComponentsPlan:

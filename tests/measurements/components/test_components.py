@@ -90,19 +90,21 @@ def test_the_report_shows_measured_effects_beside_the_predictions(place, capsys)
     assert sorted(path.suffix for path in (place / "out" / "report").glob("extremes*"))
 
 
-def test_a_second_run_measures_nothing_and_everything_is_in_the_id(place):
+def test_a_second_run_measures_nothing_and_everything_is_in_the_id(place, capsys):
     before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*.parquet")}
     assert main(["components", "--quiet", *words(place), f"exact={place / 'exact'}"]) == 0
     assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*.parquet")} == before
 
     def id_of(*more):
-        return plan(compose_settings("components", words(place, *more))).id
+        return plan(compose_settings("components", [*words(place, *more), f"output={place / 'new'}"])).id
 
     variants = [[], ["tokens=4"], ["stability=[random]"], ["seed=1"], ["region.metric=activations"],
                 ["region.centred=true"], ["region.calibration.limit=11"], ["tasks.ioi.limit=3"], ["metrics=[p_target]"],
                 [f"model.name={place / 'other'}"], ["reference=pretrained", f"reference.name={place / 'other'}"]]
     assert len({id_of(*more) for more in variants}) == len(variants)
     assert id_of(f"exact={place / 'exact'}") == id_of()  # it is read by the report alone
+    assert main(["components", "--quiet", *words(place)]) == 2
+    assert "is not the study of" in capsys.readouterr().err
 
 
 def test_a_base_is_compared_and_foreign_studies_are_refused(place, tmp_path, capsys):
@@ -121,6 +123,7 @@ def test_a_base_is_compared_and_foreign_studies_are_refused(place, tmp_path, cap
 @pytest.mark.parametrize("more, message", [
     (["region.metric=activations"], "region.metric: 'activations' is wrong; it needs a text"),
     (["region.centred=true"], "region.centred: True is wrong; only a calibration text is centred"),
+    (["exact=nowhere"], "exact: 'nowhere' is wrong; there is no such folder"),
     (["metrics=[accuracy]"], "tasks.ioi: 'accuracy' of task ioi has no derivative"),
     (["stability=[random,random]"], "stability: ['random', 'random'] is wrong; each may be named once"),
 ])  # fmt: skip
