@@ -89,17 +89,19 @@ def heat_map(label: str, grid: Grid, unit: str, centred: bool = True, blue_is_hi
     few = len(grid.rows) * len(grid.columns) <= MOST_NUMBERS
     marks = grid.marks or [[""] * len(grid.columns)] * len(grid.rows)
     decimals = min(4, max(0, 1 - math.floor(math.log10(middle))))  # the same in all cells
-    texts = [[("" if is_missing(value) or not few else f"{value:.{decimals}f}") + mark
-              for value, mark in zip(line, signs)] for line, signs in zip(grid.values, marks)]
-    ticks = [sign * middle * 10**k for k in range(1, 8) if middle * 10**k <= top * 1.01 for sign in (-1, 1)]
+    texts = [["" if is_missing(value) else f"{value:.{decimals}f}{mark}" for value, mark in zip(line, signs)]
+             for line, signs in zip(grid.values, marks)]
+    decades = range(math.ceil(math.log10(middle)), math.floor(math.log10(top)) + 1)
+    ticks = [sign * 10.0**k for k in decades for sign in (-1, 1)]
     shown = [0.0, *ticks] if bent else None
     bar: dict[str, Any] = {"title": {"text": chart_text(unit), "side": "right"}, "thickness": 14}
     if shown is not None:
         bar |= {"tickvals": [place(one) for one in shown], "ticktext": [short_number(one) for one in shown]}
     trace = {
         "type": "heatmap", "z": [[place(value) for value in line] for line in grid.values],
-        "x": list(range(len(grid.columns))), "y": list(range(len(grid.rows))), "text": texts,
-        "texttemplate": "%{text}", "textfont": {"size": 11}, "hoverongaps": False, "xgap": 1, "ygap": 1,
+        "x": list(range(len(grid.columns))), "y": list(range(len(grid.rows))),
+        **({"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11}} if few else {}),
+        "hoverongaps": False, "xgap": 1, "ygap": 1,
         "hoverinfo": "text", "hovertext": [
             [f"{chart_text(grid.rows[y])}, {chart_text(grid.columns[x])}: {short_number(value)}"
              for x, value in enumerate(line)] for y, line in enumerate(grid.values)] if not grid.opens else [],
@@ -109,8 +111,14 @@ def heat_map(label: str, grid: Grid, unit: str, centred: bool = True, blue_is_hi
     }
     if grid.opens:
         trace["customdata"] = [list(line) for line in grid.opens]
+    traces = [trace]
+    starred = [(x, y) for y, line in enumerate(marks) for x, mark in enumerate(line) if mark] if not few else []
+    if starred:  # signs of their own are drawn faster than texts
+        traces.append({"type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False,
+                       "x": [x for x, _ in starred], "y": [y for _, y in starred],
+                       "marker": {"symbol": "star", "size": 5, "color": "#222"}})
     height = 130 + max(230, min(900, (34 if len(grid.rows) < 16 else 20) * len(grid.rows)))
-    return View(label, [trace], {
+    return View(label, traces, {
         "height": height, "margin": {"t": 20, "r": 10, "l": 60, "b": 60},
         "xaxis": _ticks(grid.columns) | {"showgrid": False, "zeroline": False},
         "yaxis": _ticks(grid.rows) | {"autorange": "reversed", "showgrid": False, "zeroline": False},

@@ -6,6 +6,7 @@ markers.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -91,6 +92,17 @@ def new_figure(width: float, height: float) -> Figure:
     if narrow is not None:
         width, height = narrow, height * min(1.0, max(0.55, narrow / width))
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def figure_scale() -> float:
+    """Return the size of writing and markers in comparison with figures as wide as they need."""
+    return _FONT[figure_settings().width] / _FONT["screen"]
+
+
+def wrapped(figure: Figure, text: str) -> str:
+    """Return a text of a title in lines that leave room for a legend at the right of a figure."""
+    letters = int(8.5 * figure.get_figwidth() / figure_scale())
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, letters) or [""])
 
 
 def save_figure(figure: Figure, path: Path) -> None:

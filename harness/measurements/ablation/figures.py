@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.measurements.ablation.effects import LEVEL, Effects, effects
 from harness.measurements.ablation.summary import MeasuredMetric, is_control, region_order
-from harness.tables.drawing import LOG_SPAN, MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure
+from harness.tables.drawing import (
+    LOG_SPAN,
+    MARKERS,
+    SERIES_COLOURS,
+    colour_map,
+    figure_scale,
+    new_figure,
+    save_figure,
+    wrapped,
+)
 from harness.tables.frames import groups_of, rows_of
 from harness.tables.labels import model_name, region_words
 from harness.tables.text import count, figure_text, is_missing, layer_key, shorten
@@ -105,7 +114,7 @@ def region_figure(one: MeasuredMetric, path: Path | None = None) -> Figure:
     axes[0].set_ylabel(_effect_name(one, found))
     figure.supxlabel("removed part of the spectrum (0 = largest singular value)", fontsize="medium")
     bars = "" if notes or found is None or whole["low"].isna().all() else "; bars: paired 95 % intervals"
-    figure.suptitle(_title(one, bars=bars), fontsize="medium")
+    figure.suptitle(wrapped(figure, _title(one, bars=bars)), fontsize="medium")
     if sequential:
         _block_bar(figure, axes, [name for name, _ in series])
     handles = {}
@@ -154,8 +163,8 @@ def _draw_series(axes: Axes, series: Sequence[tuple[str, pandas.DataFrame]], loo
             values = rows.set_index("region")["effect"]
         there = [region for region in look.regions if region in values.index]
         at = {region: ordinal[region] + shift for region in there}
-        axes.plot(list(at.values()), values[there], linestyle="none", markersize=4.5, zorder=3, label=figure_text(name),
-                  **style)
+        axes.plot(list(at.values()), values[there], linestyle="none", markersize=4.5 * figure_scale(), zorder=3,
+                  label=figure_text(name), **style)
         for group in joined(rows, there):
             axes.plot([at[region] for region in group], values[group], color=colour, linewidth=1.3, zorder=3)
     first_control = next((i for i, region in enumerate(look.regions) if region in look.controls), None)
@@ -251,7 +260,8 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
             step = math.ceil(len(blocks) / 20)
             panel.set_yticks(range(0, len(blocks), step), blocks[::step], fontsize="small")
             panel.set_ylabel("block")
-        _annotate(panel, _Grid(grid, sure, colours, norm), decimals if grid.size <= 40 else None)
+        room = grid.size <= 40 and figure_scale() == 1.0  # narrower panels have no room for numbers
+        _annotate(panel, _Grid(grid, sure, colours, norm), decimals if room else None)
     for panel in list(axes.flat)[len(regions) :]:
         panel.set_axis_off()
     assert image is not None  # there is at least one region
@@ -259,7 +269,7 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
     hatched = "; hatched: below the noise floor" if one.noise_floor else ""
     bar.set_label(f"delta against the baseline (blue is better;\nstar: q < {LEVEL}{hatched})")
     more = f" ({len(regions)} of {len(regions) + dropped} regions)" if dropped else ""
-    figure.suptitle(_title(one, more), fontsize="medium")
+    figure.suptitle(wrapped(figure, _title(one, more)), fontsize="medium")
     save_figure(figure, path)
     return regions
 

@@ -1,6 +1,6 @@
 "use strict";
 // The tables and charts of a report. All texts of the run reach the page as text nodes; no value is ever read as HTML.
-const PAGE_ROWS = 50, FEW = 14;
+const PAGE_ROWS = 50, FEW = 14, COLLATOR = new Intl.Collator("en", { numeric: true });  // 2.x before 10.x
 
 function make(tag, properties, ...children) {
   const node = Object.assign(document.createElement(tag), properties || {});
@@ -141,12 +141,11 @@ class CellTable {
       this.rows.push(row);
     }
     if (this.sorted) {
-      const values = this.table.data[this.sorted.i], sign = this.up ? 1 : -1, numeric = this.sorted.kind !== "text";
+      const values = this.keys(this.sorted), sign = this.up ? 1 : -1;
       this.rows.sort((a, b) => {  // rows without a value come last in either direction
         const one = values[a], other = values[b];
         if (one === null || other === null) return (one === null) - (other === null) || a - b;
-        const order = numeric ? one - other : String(one).localeCompare(String(other), "en", { numeric: true });
-        return sign * order || a - b;
+        return sign * (one - other) || a - b;
       });
     }
     this.columns.forEach((column, i) => {
@@ -155,6 +154,16 @@ class CellTable {
       this.heads[i].firstChild.textContent = column.name + { none: "", ascending: " ▲", descending: " ▼" }[state];
     });
     this.draw();
+  }
+
+  keys(column) {  // numbers that sort as the values do: for texts their places among the different ones
+    if (column.kind !== "text") return this.table.data[column.i];
+    if (!column.keys) {
+      const texts = [...new Set(this.table.data[column.i])].filter((one) => one !== null);
+      const place = new Map(texts.sort((one, other) => COLLATOR.compare(one, other)).map((one, i) => [one, i]));
+      column.keys = this.table.data[column.i].map((one) => (one === null ? null : place.get(one)));
+    }
+    return column.keys;
   }
 
   draw() {
