@@ -93,7 +93,7 @@ def measure(assets: Path, name: str) -> str:
         ablation, ratios = cells["exact"].ablation, []
         for run in runs.values():
             run.scorers.advance(ablation.target.first_block)
-        with ablated(runs["exact"].loaded, ablation, runs["exact"].decompose):
+        with ablated(runs["exact"].loaded, ablation, runs["exact"].sources):
             for number in range(repeats + 1):
                 order = list(MODES) if number % 2 else list(MODES)[::-1]
                 taken = {mode: seconds(runs[mode], cells[mode]) for mode in order}
