@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 from harness import __version__, startup
 from harness.__main__ import INTERRUPTED
-from harness.commands import comparison, from_settings, listing, of_folder
 from harness.errors import InputError, complain
 
 TYPE_CHECKING = False  # as in harness/__init__.py
@@ -38,6 +37,25 @@ class Command:
         self.help, self.run, self.add, self.settings, self.examples = help, run, add, settings, examples
 
 
+class Later:
+    """The functions of a module in commands/, each of one argument. The module is imported when one is called.
+
+    The modules take a tenth of `harness --help`.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        def call(argument: Any) -> Any:
+            from importlib import import_module
+
+            return getattr(import_module(f"harness.commands.{self._module}"), name)(argument)
+
+        return call
+
+
+comparison, from_settings, listing, of_folder = map(Later, ("comparison", "from_settings", "listing", "of_folder"))
 COMMANDS = {
     "run": Command("run what is missing of a study, then report", from_settings.measure, from_settings.add_measuring,
                    "ablation", (

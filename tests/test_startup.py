@@ -1,8 +1,11 @@
 """The collector of garbage rests while the command line starts, and never longer."""
 
 import gc
+import importlib
+import inspect
+import re
 
-from harness import startup
+from harness import cli, startup
 from harness.cli import main
 from harness.models.loading import load
 from harness.models.settings import ModelSettings
@@ -31,3 +34,11 @@ def test_the_collector_works_before_weights_are_loaded(tmp_path):
     startup.rest()
     load(ModelSettings(name=str(save_checkpoint(tmp_path / "model"))))
     assert gc.isenabled()
+
+
+def test_every_function_that_the_table_of_commands_names_exists():
+    """The table looks a function up when it is called, so that neither mypy nor an import finds a wrong name."""
+    named = set(re.findall(r"\b(comparison|from_settings|listing|of_folder)\.(\w+)", inspect.getsource(cli)))
+    assert len(named) > 10
+    for module, name in named:
+        assert callable(getattr(importlib.import_module(f"harness.commands.{module}"), name))
