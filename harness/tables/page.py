@@ -31,6 +31,7 @@ NO_CHARTS = "no charts on the page: they need plotly, pip install 'spectral-abla
 MOST_FAILURES = 50
 LEVEL = 4  # of gzip: level 9 takes five times as long and saves 3 %
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+P_VALUES = ("p", "q", "p_value", "p_holm")  # names of columns
 Kind = Literal["text", "number", "p"]
 
 
@@ -190,7 +191,7 @@ def frame_table(
         names = [name for name in shown if name in names] + [name for name in names if name not in shown]
     columns, values = [], []
     for name in names:
-        kind: Kind = "text" if there[name].dtype.kind not in "iuf" else "p" if name in ("p", "q") else "number"
+        kind: Kind = "text" if there[name].dtype.kind not in "iuf" else "p" if name in P_VALUES else "number"
         if kind == "text" and all(isinstance(one, (int, float)) and not isinstance(one, bool)
                                   for one in there[name].dropna()):
             kind = "number"

@@ -28,8 +28,8 @@ def page_of(
     study, which has the order of the labels.
     """
     sections = [_section(task, metric, rows, metrics) for (task, metric), rows in groups.items() if rows]
-    sentence = "\n".join(line.strip() for line in summary if line.strip())
-    return Page(title, sentence, sections)
+    headline, *others = [line.strip() for line in summary if line.strip()]
+    return Page(title, headline, [Section("What was found", others), *sections])
 
 
 def _section(task: str, metric: str, rows: Sequence[Row], metrics: pandas.DataFrame) -> Section:
