@@ -59,6 +59,7 @@ from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region
 from harness.tables.drawing import FigureSettings, drawn_as
 from harness.tables.store import unit_states
+from harness.tasks.lm_eval.index import knows
 from harness.tasks.registry import TASKS, check_kinds, prepare_task, require_name, task_of
 from harness.tasks.settings import Task
 
@@ -107,8 +108,8 @@ def load(name: str, **settings: Any) -> Model:
 def task(name: str, **settings: Any) -> NamedTask:
     """Return a task by name.
 
-    name: the name of a YAML file in conf/task/ ("wikitext", "piqa") or of a kind of task ("text", "ioi"). With the
-        setting `kind` it may be any other name.
+    name: the name of a YAML file in conf/task/ ("wikitext", "piqa"), of a kind of task ("text", "ioi"), or of a task
+        or group of lm-eval ("mmlu"). With the setting `kind` it may be any other name.
     settings: those of the task, as `tasks.<name>.*` on the command line.
     Raises InputError for an unknown name, kind or setting, and if a file does not exist.
 
@@ -123,9 +124,13 @@ def task(name: str, **settings: Any) -> NamedTask:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     elif name in TASKS:
         values = {"kind": name}
+    elif "kind" not in settings and knows(name):
+        values = {"kind": "lm_eval", "task": name}
     elif "kind" not in settings:
         there = sorted({*TASKS, *(path.stem for path in file.parent.glob("*.yaml"))})
-        raise InputError(f"task: there is no {name!r}; give kind=..., or use one of {', '.join(there)}")
+        raise InputError(
+            f"task: there is no {name!r}; give kind=..., a name of lm-eval, or one of {', '.join(there)}"
+        )
     missing = [key for key, value in {**values, **settings}.items() if value == "???"]
     if missing:
         raise InputError(f"task {name!r}: {missing[0]} must be given")

@@ -276,3 +276,8 @@ def test_rows_of_a_unit_that_is_not_done_are_not_shown(clean_small, tmp_path):
     assert cell in set(pd.read_parquet(folder / "examples")["cell_id"])
     assert cell not in set(there.examples["cell_id"]) and cell not in set(there.metrics["cell_id"])
     assert len(set(there.examples["cell_id"])) == N_SMALL - 1 and there.states[cell] == "missing"
+
+
+def test_a_name_of_lm_eval_is_a_task():
+    found = sh.task("mmlu", limit=3)
+    assert (found.name, found.task.task, found.task.limit) == ("mmlu", "mmlu", 3)
