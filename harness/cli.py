@@ -172,7 +172,7 @@ def _parser(known: dict[str, Command], argv: Sequence[str]) -> argparse.Argument
         one = subparsers.add_parser(name, help=command.help, formatter_class=_RawFormatter)
         if name not in argv:
             continue
-        one.set_defaults(measurement=command.settings)
+        one.set_defaults(measurement=command.settings, commands=known)
         if command.settings is not None:
             one.add_argument("overrides", nargs="*", metavar="setting=value", help="overrides in the grammar of Hydra")
             one.add_argument("--config-dir", help="a folder of yours that is also searched for YAML files of settings")

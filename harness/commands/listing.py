@@ -75,17 +75,20 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def completion(arguments: argparse.Namespace) -> int:
-    """Print a script that completes commands, the names of config groups and the names of settings."""
-    from harness.cli import COMMANDS
+    """Print a script that completes commands, the names of config groups and the names of settings.
+
+    arguments.commands: the commands by name, as `harness.cli` has them.
+    """
     from harness.settings.configs import groups
 
     if arguments.shell not in ("bash", "zsh"):
         raise InputError(f"completion: {arguments.shell[:200]!r} is wrong; use bash or zsh")
     words = sorted({*(f"{group}={name}" for group, names in groups().items() for name in names), *_keys()})
-    folders = " ".join(name for name, command in COMMANDS.items() if command.settings is None and name != "list")
+    commands = arguments.commands
+    folders = " ".join(name for name, command in commands.items() if command.settings is None and name != "list")
     if arguments.shell == "zsh":
         print("autoload -U +X bashcompinit && bashcompinit")
-    print(_SCRIPT.format(commands=" ".join(COMMANDS), words=" ".join(words), folders=folders, lists=" ".join(GROUPS)))
+    print(_SCRIPT.format(commands=" ".join(commands), words=" ".join(words), folders=folders, lists=" ".join(GROUPS)))
     return 0
 
 
