@@ -87,7 +87,7 @@ def refused(capsys, *arguments: str) -> str:
 def test_no_group_of_settings_is_left_out():
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == {
         "model", "reference", "target", "region", "task", "runtime", "cluster", "experiment", "tune",
-        "calibration",
+        "calibration", "tracker",
     }  # fmt: skip
 
 

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from harness.commands.outcome import exit_status, ignore
-from harness.errors import InputError, printable
+from harness.errors import InputError, one_line, printable
 
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Any
 
     from harness.commands.sweeps import Done
@@ -46,7 +47,27 @@ def _measure(measurement: Measurement, plan: Plan, arguments: argparse.Namespace
     if not quiet and is_main_process():
         with told_in_one_line(outcome.folder):
             measurement.report.report(outcome.folder)
-    return Done(exit_status(outcome), outcome.folder)
+    status = exit_status(outcome)
+    if is_main_process() and not _track(measurement, plan, outcome.folder):
+        status = 1
+    return Done(status, outcome.folder)
+
+
+def _track(measurement: Measurement, plan: Plan, folder: Path) -> bool:
+    """Give a run to the tracker of its settings; return whether that went well. The run itself is safe in any case."""
+    from harness.engine.trackers import TrackerSettings, track
+
+    settings = getattr(plan.settings, "tracker", TrackerSettings())
+    try:
+        where = track(measurement, folder, settings)
+    except Exception as error:  # of somebody else's package or server
+        reason = printable(one_line(error))
+        print(f"harness: tracker={settings.name}: {reason}; the run is whole in {folder}, and the same command gives it"
+              " to the tracker again", file=sys.stderr)
+        return False
+    if where is not None:
+        print(f"{settings.name}: {printable(where)}")
+    return True
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +178,8 @@ def _unread(command: str, overrides: Sequence[str], settings: Any) -> Iterator[s
         key = override.lstrip("+~").partition("=")[0]
         if key.split(".")[0] == "cluster" and command not in ("submit", "plan"):
             yield f"{key}: harness {command} does not read it; harness submit does"
+        if key.split(".")[0] == "tracker" and command == "submit":
+            yield f"{key}: harness submit does not read it; harness run with the same settings does, when all is done"
     model = getattr(settings, "model", None)
     if model is not None and model.revision is not None and os.path.isdir(os.path.expanduser(model.name)):
         yield (f"model.revision: nothing reads {model.revision!r}, because the local folder {model.name!r} has no"
@@ -174,6 +197,8 @@ def _that_apply(settings: Any, overrides: Sequence[str]) -> dict[str, Any]:
             del values["model"][key]
     if "reference" in values and settings.reference.of(settings.model) is None:
         del values["reference"]
+    if "tracker" in values and settings.tracker.name == "none":
+        del values["tracker"]
     if "cluster" in values and not any(override.startswith("cluster") for override in overrides):
         del values["cluster"]
     if getattr(getattr(settings, "runtime", None), "precision", None) == "exact":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from harness.engine.settings import ClusterSettings
+from harness.engine.trackers import TrackerSettings
 from harness.errors import SettingError, wrong
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements.ablation.region_settings import RegionSettings, read_region, region_keys
@@ -32,6 +33,7 @@ class StudySettings:
     tasks: Annotated[dict[str, Task], ReadBy(tasks_of)] = field(default_factory=dict)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    tracker: TrackerSettings = field(default_factory=TrackerSettings)
     output: str | None = None  # folder of the study; null: results/<model>-<study id>
     seed: Annotated[int, at_least(0)] = 0
 
@@ -70,3 +72,4 @@ def check(settings: StudySettings) -> None:
     if not settings.tasks:
         raise SettingError("task", "[] is wrong; choose at least one, for example task=wikitext or task=[ioi,lambada]")
     require_folder(settings.output)
+    settings.tracker.require_package()
