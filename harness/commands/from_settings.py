@@ -210,6 +210,8 @@ def _plan(measurement: Measurement, settings: Any, arguments: argparse.Namespace
     """Return the plan of a run. Raises InputError, also if this machine lacks the device and is to do the run."""
     if arguments.command != "submit":
         _require_device(settings)
+        if hasattr(settings, "tracker"):
+            settings.tracker.require_package()
         if arguments.quiet or not sys.stderr.isatty():
             _hush()
     return measurement.units.plan(settings)

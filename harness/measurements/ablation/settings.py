@@ -72,4 +72,3 @@ def check(settings: StudySettings) -> None:
     if not settings.tasks:
         raise SettingError("task", "[] is wrong; choose at least one, for example task=wikitext or task=[ioi,lambada]")
     require_folder(settings.output)
-    settings.tracker.require_package()
