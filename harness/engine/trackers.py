@@ -70,7 +70,8 @@ def record(measurement: Measurement, folder: Path) -> Record:
     values = {"units": float(len(manifest.units)), "failed": float((rows["status"] == "error").sum())}
     if {"target", "task", "metric", "value"} <= set(rows.columns):
         of_baseline = rows[(rows["target"] == "baseline") & rows["value"].notna()]
-        values |= {f"baseline/{row.task}/{row.metric}": float(row.value) for row in of_baseline.itertuples()}
+        names = "baseline/" + of_baseline["task"] + "/" + of_baseline["metric"]
+        values |= dict(zip(names.tolist(), of_baseline["value"].tolist()))
     settings = {key: value for key, value in settings_of(folder).items() if key.split(".")[0] not in NOT_OF_THE_RUN}
     pictures = tuple(sorted((folder / "report").rglob("*.png")))
     rows = rows.dropna(axis="columns", how="all")
@@ -145,7 +146,8 @@ def _tensorboard(of: Record, settings: TrackerSettings) -> str:
     with SummaryWriter(str(folder)) as writer:
         settings_table = [{"setting": key, "value": str(value)} for key, value in of.settings.items()]
         writer.add_text("settings", markdown_table(settings_table))
-        writer.add_text("rows", markdown_table(of.rows.astype(object).to_dict("records")))
+        rows = [dict(zip(of.rows.columns, row)) for row in of.rows.itertuples(index=False)]
+        writer.add_text("rows", markdown_table(rows))
         for key, value in of.values.items():
             writer.add_scalar(key, value)
         for path in of.figures:
