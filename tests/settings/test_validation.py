@@ -110,7 +110,7 @@ def test_the_values_handed_in_are_left_alone():
     ({"region": {"by": "mp", "mp": ["above", "belov"]}}, "region.mp: 'belov' is wrong; did you mean 'below'? use one of"
      " above, inside, below"),
     ({"region": {"by": "fractoin"}}, "region.by: 'fractoin' is not a region rule; did you mean 'fraction'? use one of"
-     " fraction, decile, index, laser, energy, mp, gavish_donoho, component, named, compression"),
+     " fraction, decile, index, laser, energy, mp, gavish_donoho, component, named, compression, none"),
     ({"tasks": {"t": {"kind": "textt"}}}, "tasks.t.kind: 'textt' is not a kind of task; did you mean 'text'? use one of"
      f" {', '.join(TASKS.names())}"),
     ({"tasks": {"t": {}}}, f"tasks.t.kind: None is not a kind of task; use one of {', '.join(TASKS.names())}"),
