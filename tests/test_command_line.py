@@ -499,6 +499,7 @@ def test_examples_of_the_help_compose(command, tmp_path, capsys, monkeypatch):
         main([command, "--help"])
     shown = capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
+    Path("results", "gpt2-components").mkdir(parents=True)
     for name in ("my.txt", "ioi.jsonl", "blimp", "train.jsonl", "validation.jsonl"):
         Path(name).touch()
     assert COMMANDS[command].examples
