@@ -561,7 +561,8 @@ def report(folder: Path) -> None:
         "Claim: identical numbers for a small part of the cost (issue: scoring near the limit). Command:", "",
         "    python experiments/speed/contest.py", "",
         "It writes this page (decompositions have a contest of their own: decomposition.py, decomposition-cpu.md).",
-        "startup.md has the times of start-up and reports, and contest-again.md a later run of this contest.", "",
+        "startup.md has the times of start-up and reports, contest-again.md a later run of this contest, and peers.md"
+        " the released code of others.", "",
         f"Hardware: {about}. GPU: not measured.", "",
         *_contestants(), "",
         "## Ratios: seconds of the other over ours", "",
