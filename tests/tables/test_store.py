@@ -259,7 +259,7 @@ def test_other_schema_version_is_refused(tmp_path, merged):
     if merged:
         store.compact(tmp_path, other, grace=0)
     for call in (read_metrics, read_examples, cell_states, compact):
-        with pytest.raises(SchemaVersionError, match=r"parquet: written under schema version 7, .*version 3; choose"):
+        with pytest.raises(SchemaVersionError, match=r"parquet: written under schema version 7, .*version 4; choose"):
             call(tmp_path)
     assert issubclass(SchemaVersionError, InputError)
 
