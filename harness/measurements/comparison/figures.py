@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.measurements.ablation.summary import region_order, target_order
-from harness.tables.drawing import MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure
+from harness.tables.drawing import MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure, wrapped
 from harness.tables.labels import region_words
 from harness.tables.text import figure_text, is_missing, shorten
 
@@ -47,7 +47,7 @@ def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
     """
     targets = _most_different(rows, order.targets)
     names = list(dict.fromkeys([rows[0]["model_a"], *(row["model_b"] for row in rows)]))
-    figure = new_figure(min(16.0, max(6.4, 1.8 + 0.42 * len(order.regions) * len(targets))), 6.4)
+    figure = new_figure(min(16.0, max(7.4, 4.2 + max(1.15, 0.42 * len(order.regions)) * len(targets))), 6.4)
     axes = figure.subplots(2, len(targets), sharex=True, sharey="row", squeeze=False)
     sign = -1 if rows[0]["higher_is_better"] else 1
     for column, target in enumerate(targets):
@@ -63,7 +63,7 @@ def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
             y = [sign * by_region[region][f"delta_{side}"] for _, region in at]
             errors = [half_width(by_region[region][f"delta_stderr_{side}"], by_region[region]["freedom"])
                       for _, region in at]
-            label = figure_text(shorten(name, 40))
+            label = figure_text(shorten(name, 32))
             style["linestyle"] = "-" if all(region.startswith("decile ") for region in order.regions) else "none"
             axes[0, column].errorbar(x, y, errors, label=label, linewidth=1.2, markersize=4, capsize=2, **style)
             if side == "b":
@@ -74,7 +74,7 @@ def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
         for panel in axes[:, column]:
             panel.axhline(0, color="0.3", linewidth=0.9, linestyle="--")
             panel.grid(axis="y", color="0.92", linewidth=0.8)
-        axes[0, column].set_title(figure_text(shorten(target, 24)), fontsize="medium")
+        axes[0, column].set_title(figure_text(shorten(target, 24)), fontsize="small")
         ticks = [figure_text(shorten(region_tick(region), 24)) for region in order.regions]
         axes[1, column].set_xticks(range(len(ticks)), ticks, rotation=45, ha="right", rotation_mode="anchor",
                                    fontsize="small")
@@ -84,13 +84,15 @@ def damage_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
         if values and max(values) > 30 * sorted(values)[len(values) // 2]:
             row[0].set_yscale("symlog", linthresh=sorted(values)[len(values) // 2])
     metric = figure_text(shorten(first["metric"], 24))
-    axes[0, 0].set_ylabel(f"damage: change of {metric}\n(up is worse; 95 % intervals)")
+    axes[0, 0].set_ylabel(f"damage: change of {metric}\n(up is worse; 95 % intervals)", fontsize="small")
     against = figure_text(shorten(first["model_a"], 24))
-    axes[1, 0].set_ylabel(f"damage minus that to\n{against} (95 % interval)")
+    axes[1, 0].set_ylabel(f"damage minus that to\n{against} (95 % interval)", fontsize="small")
     more = f" ({len(targets)} of {len(order.targets)} targets, the largest differences)"
-    figure.suptitle(figure_text(f"{first['task']}: {first['metric']}") + more * (len(targets) < len(order.targets)))
+    title = f"{first['task']}: {first['metric']}" + more * (len(targets) < len(order.targets))
+    figure.suptitle(wrapped(figure, figure_text(title)), fontsize="medium")
     figure.supxlabel("removed part of the spectrum (0 = largest singular value)", fontsize="medium")
-    axes[0, -1].legend(frameon=False, fontsize="small")
+    handles = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize="small")
     save_figure(figure, path)
 
 
@@ -135,7 +137,8 @@ def heat_map_figure(rows: Sequence[Row], order: Order, path: Path) -> None:
     more = f" ({len(shown)} of {len(pairs)} models)" if len(shown) < len(pairs) else ""
     first = rows[0]
     against = f"damage minus that to {shorten(first['model_a'], 28)}"
-    figure.suptitle(figure_text(f"{first['task']}: {first['metric']}, {against}{more}"), fontsize="medium")
+    title = figure_text(f"{first['task']}: {first['metric']}, {against}{more}")
+    figure.suptitle(wrapped(figure, title), fontsize="medium")
     save_figure(figure, path)
 
 
