@@ -60,6 +60,11 @@ def explain(error: Exception, known: Known, overrides: Sequence[str] = ()) -> st
         here = _keys_below(key.rpartition(".")[0], known.keys)
         near = nearest(key.rpartition(".")[2], here)
         return f"{key}: unknown key; {near}known here: {', '.join(here) or 'see the YAML file of that group'}"
+    elsewhere = re.search(r"In 'experiment/([^']+)': Could not override '([^']+)'\. No match in the defaults", text)
+    if elsewhere:
+        name, group = elsewhere.groups()
+        return (f"experiment: {name!r} is for another command, because this one has no settings {group!r}; the first"
+                f" lines of experiment/{name}.yaml name it")
     no_file = re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text)
     if no_file:
         group, name = no_file.groups()

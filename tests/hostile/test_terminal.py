@@ -178,7 +178,7 @@ INTERRUPT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 
 
 @pytest.mark.parametrize("module", [
-    "harness.cli", "argparse", "harness.errors", "harness.commands.from_settings", "harness.engine.manifest",
+    "harness.cli", "argparse", "harness.errors", "harness.commands.of_folder", "harness.engine.manifest",
     "harness.measurements", "harness.tables.store",
 ])
 def test_an_interrupt_while_a_module_is_imported(module, study):

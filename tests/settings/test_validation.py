@@ -405,7 +405,9 @@ def test_every_yaml_of_a_study_is_read_back(group, name):
 
 
 @pytest.mark.parametrize("group, name", [
-    pair for pair in OF_STUDIES if pair[0] not in ("task", "runtime", "reference") and pair[1] not in ("change", "undo")
+    pair for pair in OF_STUDIES
+    if pair[0] not in ("task", "runtime", "reference") and pair[1] not in ("change", "undo")
+    and pair != ("region", "none")
 ])  # fmt: skip
 def test_every_yaml_of_a_search_is_read_back(group, name):
     settings = compose_settings("search", [f"{group}={name}", *needed(group, name), "task=[ioi]", "search.keep=0.1"])
@@ -436,8 +438,15 @@ def test_every_yaml_of_coupling_is_read_back(group, name):
 def test_every_yaml_of_an_experiment_is_read_back(name):
     text = (config_folder() / "experiment" / f"{name}.yaml").read_text()
     named = ["model.name=some/thing"] if re.search(r"override /model: pretrained\b", text) else []
-    kind = "coupling" if name.startswith("coupling") else "ablation"
+    kinds = {"coupling": "coupling", "prune_and_tune": "tuning"}
+    kind = next((kind for start, kind in kinds.items() if name.startswith(start)), "ablation")
     assert_round_trip(compose_settings(kind, [f"experiment={name}", *named]))
+
+
+def test_an_experiment_of_another_command_is_one_line():
+    with pytest.raises(InputError, match=r"^experiment: 'prune_and_tune_sst2' is for another command, because this one "
+                                         r"has no settings 'tune'; the first lines of experiment/prune_and_tune_sst2"):
+        compose_settings("ablation", ["experiment=prune_and_tune_sst2"])
 
 
 # ---------------------------------------------------------------- rooms
