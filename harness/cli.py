@@ -114,6 +114,8 @@ COMMANDS = {
                       of_folder.add_report),
     "compact": Command("merge the small files of done units, also while a run goes on", of_folder.compact,
                        of_folder.add_folder),
+    "push": Command("upload the tables of a run to the Hugging Face Hub, as a data set with a card", of_folder.push,
+                    of_folder.add_push, examples=("harness push results/gpt2-ab12cd34 me/gpt2-deciles --private",)),
     "compare": Command("compare studies of several models, or one run with published numbers", comparison.compare,
                        comparison.add_compare),
     "list": Command("list the tasks, regions, models or experiments that there are", listing.show_list,

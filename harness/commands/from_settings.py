@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from harness.commands.sweeps import Done
+    from harness.engine.hub import Repository
     from harness.engine.measurement import Measurement
     from harness.engine.plan import Plan
+    from harness.measurements.ablation.export import Exported
 
 # The commands that do not have the name of their measurement.
 COMMAND_OF = {"ablation": "run", "tuning": "tune"}
@@ -121,19 +123,27 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factored", action="store_true", help="save matrices as low-rank factors if that is smaller")
     parser.add_argument("--study", metavar="FOLDER", help="the study of the cell that --cell names")
     parser.add_argument("--cell", metavar="CELL_ID", help="a cell whose ablation is saved, instead of settings")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the model there, too, with a card that says"
+                        " what was removed and what that did")
+    parser.add_argument("--private", action="store_true", help="make a new repository of the hub private")
 
 
 def export(arguments: argparse.Namespace) -> int:
     """Save a model with one ablation, which settings mean or which a cell of a study measured."""
+    from harness.engine.hub import Repository
     from harness.measurements.ablation.export import export, export_cell
 
     _hush()
+    repository = None
+    if arguments.push_to_hub is not None:
+        repository = Repository(arguments.push_to_hub, "model", arguments.private)
+    elif arguments.private:
+        raise InputError("--private: only a repository of the hub is private; give --push-to-hub OWNER/NAME, too")
     if arguments.study is None and arguments.cell is None:
         measurement, overrides = _measurement_of(arguments)
         settings = _compose(measurement, overrides, arguments)
         _require_device(settings)
-        print(export(settings, arguments.factored))
-        return 0
+        return _exported(export(settings, arguments.factored), repository, arguments)
     if arguments.study is None or arguments.cell is None:
         raise InputError("--study and --cell: give both, a study's folder and the id of one of its cells")
     output = None
@@ -142,7 +152,17 @@ def export(arguments: argparse.Namespace) -> int:
         if key != "output":
             raise InputError(f"{key}: a cell has its own settings; with --cell only output=FOLDER can be set")
         output = value
-    print(export_cell(arguments.study, arguments.cell, output, arguments.factored))
+    return _exported(export_cell(arguments.study, arguments.cell, output, arguments.factored), repository, arguments)
+
+
+def _exported(done: Exported, repository: Repository | None, arguments: argparse.Namespace) -> int:
+    print(done)
+    if repository is not None:
+        from harness.engine.hub import push
+        from harness.measurements.ablation.card import write_model_card
+
+        write_model_card(done.folder, arguments.study, arguments.cell)
+        print(push(repository, done.folder, ["*"], f"{done.ablation.target.label}: {done.ablation.label}"))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The commands that take the folder of a run: work, compact, status and report.
+"""The commands that take the folder of a run: work, compact, status, report and push.
 
 Each is a function from the parsed arguments to the exit status. `add_...` functions add the arguments of a command.
 """
@@ -102,6 +102,22 @@ def _figure_settings(overrides: Sequence[str]) -> FigureSettings:
             raise InputError(f"report: {override!r} is wrong; figures.format=... and figures.width=... can be set")
         values[key.removeprefix("figures.")] = value
     return FigureSettings(**values)
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    parser.add_argument("repository", metavar="OWNER/NAME", help="a data set on the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+
+
+def push(arguments: argparse.Namespace) -> int:
+    """Upload the tables of a run to the hub as a data set with a card."""
+    from harness.engine.dataset_card import push_run
+    from harness.engine.hub import Repository
+
+    (measurement, folder), *_ = _runs_in(arguments.folder)
+    print(push_run(measurement, folder, Repository(arguments.repository, "dataset", arguments.private)))
+    return 0
 
 
 def _runs_in(folder: str) -> list[tuple[Measurement, Path]]:
