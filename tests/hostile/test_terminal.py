@@ -23,11 +23,12 @@ RIGHT = {
     "plan": RECALL, "status": ["{folder}"], "report": ["{folder}"], "compact": ["{folder}"], "work": ["{folder}"],
     "spectra": ["--help"], "search": ["--help"], "submit": ["--help"], "export": ["--help"],
     "compare": ["--help"], "tune": ["--help"], "coupling": ["--help"],
-    "components": ["--help"], "list": ["tasks"], "completion": ["bash"],
+    "components": ["--help"], "list": ["tasks"], "completion": ["bash"], "push": ["--help"],
 }  # fmt: skip
 WRONG = {
     **{name: ["seed=±σ"] for name, command in COMMANDS.items() if command.settings},
     **{name: ["/no/such/±"] for name, command in COMMANDS.items() if not command.settings},
+    "push": ["/no/such/±", "me/±"],
 }
 ENCODINGS = ["ascii", "latin-1", "cp437", "utf-8"]
 
