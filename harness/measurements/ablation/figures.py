@@ -249,7 +249,8 @@ def heat_map_figure(one: MeasuredMetric, path: Path) -> list[str]:
             noise = np.ma.masked_where(~(np.abs(grid) < one.noise_floor), grid)
             edges = np.arange(len(types) + 1) - 0.5, np.arange(len(blocks) + 1) - 0.5
             panel.pcolor(*edges, noise, hatch="////", alpha=0)
-        title = textwrap.wrap(figure_text(region_words(region)), max(14, 6 * len(types)))
+        words = figure_text(region_words(region)).replace(" %", "\N{NO-BREAK SPACE}%")
+        title = textwrap.wrap(words, max(14, 6 * len(types)))
         panel.set_title("\n".join(title), fontsize="medium")
         under = i + columns >= len(regions)
         # Ticks take most of the time of a figure, so that only the panels at its left and lower edges have them.

@@ -440,7 +440,7 @@ def test_heat_map(drawn, higher):
     rows = study_rows(targets("matrix", 5), sized((0.1,)), (("metric", higher),))
     rows = [row for row in rows if (row["block"], row["layer_type"], row["region"]) != (2, "v_proj", "bulk 0.1")]
     figure = drawn(heat_map_figure, rows)
-    panels = {axes.get_title().replace("\n", " "): axes for axes in figure.axes if axes.images}
+    panels = {axes.get_title().replace("\n", " ").replace("\xa0", " "): axes for axes in figure.axes if axes.images}
     assert list(panels) == [
         "top 10 %", "middle 10 %", "bottom 10 %", "nothing removed", "random, same count as bottom 10 %",
     ]  # fmt: skip
