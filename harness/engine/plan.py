@@ -51,13 +51,14 @@ class ShardCost(Protocol):
 
 
 @dataclass
-class EvenCost:
-    """Every unit costs the same, and shares nothing with the others."""
+class SumOfCosts:
+    """Units share nothing, so that a shard costs what its units cost. cost_of: that of one, by default 1."""
 
+    cost_of: Callable[[Any], float] = lambda unit: 1.0
     total: float = 0.0
 
     def load(self, units: Sequence[Any]) -> float:
-        return float(len(units))
+        return float(sum(map(self.cost_of, units)))
 
     def of(self, load: float) -> float:
         return load
@@ -127,7 +128,7 @@ class Plan:
 
     def shard_cost(self) -> ShardCost:
         """The cost of a shard that holds nothing yet."""
-        return EvenCost()
+        return SumOfCosts()
 
     def require_settled(self, command: str) -> None:
         """Raises InputError where a setting asks for a value that only `settled` can find. command: the command that

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.engine.plan import EvenCost
+from harness.engine.plan import SumOfCosts
 from harness.engine.shards import split
 from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.costs import DECOMPOSITION_WEIGHT, CostTable, ShardOfCells
@@ -107,7 +107,7 @@ def test_only_a_baseline_is_missing():
 def test_units_of_one_cost_are_shared_out_evenly(sizes, n):
     """As of a measurement that says nothing of costs; groups stay whole and in order."""
     groups = [[f"{i}.{j}" for j in range(size)] for i, size in enumerate(sizes)]
-    shards = split(groups, n, EvenCost)
+    shards = split(groups, n, SumOfCosts)
     assert [unit for shard in shards for unit in shard] == [unit for group in groups for unit in group]
     assert len(shards) <= n and all(shards)
     assert all(len({unit.split(".")[0] for unit in one} & {unit.split(".")[0] for unit in other}) == 0
@@ -117,4 +117,4 @@ def test_units_of_one_cost_are_shared_out_evenly(sizes, n):
 
 def test_no_shards_at_all_is_a_mistake():
     with pytest.raises(ValueError, match="n is 0, must be at least 1"):
-        split([["a"]], 0, EvenCost)
+        split([["a"]], 0, SumOfCosts)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.engine.manifest import MANIFEST, manifest_there
-from harness.engine.plan import Plan, ShardCost, canonical, digest, folder_of, run_id
+from harness.engine.plan import Plan, ShardCost, SumOfCosts, canonical, digest, folder_of, run_id
 from harness.errors import InputError
 from harness.evaluation.calibration import CalibrationText
 from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask, TaskContext
@@ -35,22 +35,6 @@ class Unit:
     part: str
 
 
-@dataclass
-class _ShardOfMatrices:
-    """The cost of a shard: its decompositions, which share nothing, in floating-point operations."""
-
-    total: float = 0.0
-
-    def load(self, units: Sequence[Unit]) -> float:
-        return sum(decomposition_flops(*unit.matrix.shape) for unit in units)
-
-    def of(self, load: float) -> float:
-        return load
-
-    def add(self, load: float) -> None:
-        self.total += load
-
-
 @dataclass(frozen=True, kw_only=True)
 class ComponentsPlan(Plan):
     """The plan of the components of a model.
@@ -68,8 +52,8 @@ class ComponentsPlan(Plan):
     reference: Reference | None
 
     def shard_cost(self) -> ShardCost:
-        """Return the cost of an empty shard."""
-        return _ShardOfMatrices()
+        """Return the cost of an empty shard: of its decompositions, in floating-point operations."""
+        return SumOfCosts(lambda unit: decomposition_flops(*unit.matrix.shape))
 
     def before_jobs(self) -> None:
         """Train the embedded model once, so that not every job trains it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.engine.plan import Plan, ShardCost, digest, folder_of, run_id
+from harness.engine.plan import Plan, ShardCost, SumOfCosts, digest, folder_of, run_id
 from harness.errors import InputError
 from harness.evaluation.requests import DirectTask, ScoredTask, TaskContext
 from harness.measurements.spectra.settings import SpectraSettings
@@ -64,22 +64,6 @@ class Spectrum:
     part: str
 
 
-@dataclass
-class _ShardOfSpectra:
-    """The cost of a shard in floating-point operations of its decompositions, which share nothing."""
-
-    total: float = 0.0
-
-    def load(self, units: Sequence[Spectrum]) -> float:
-        return sum(decomposition_flops(*unit.matrix.shape) for unit in units)
-
-    def of(self, load: float) -> float:
-        return load
-
-    def add(self, load: float) -> None:
-        self.total += load
-
-
 @dataclass(frozen=True, kw_only=True)
 class SpectraPlan(Plan):
     """The plan of spectra. weights: all sets of weights. task: the text of the activation covariance, or None."""
@@ -90,8 +74,8 @@ class SpectraPlan(Plan):
     task: ScoredTask | None
 
     def shard_cost(self) -> ShardCost:
-        """Return the cost of an empty shard."""
-        return _ShardOfSpectra()
+        """Return the cost of an empty shard: of its decompositions, in floating-point operations."""
+        return SumOfCosts(lambda unit: decomposition_flops(*unit.matrix.shape))
 
     def before_jobs(self) -> None:
         """Train the embedded model once, so that not every job trains it."""
