@@ -7,7 +7,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +76,41 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+ABANDONED_SECONDS = 24 * 3600.0  # the process that wrote a temporary file of this age has ended
+
+
+def make_room(
+    folder: Path, budget_bytes: float, suffix: str = "", remove: Callable[[Path], object] | None = None
+) -> None:
+    """Remove the least recently used files of a cache until the rest fits, and temporary files that are abandoned.
+
+    suffix: of the files that are the cache's; names that begin with a dot are temporary files. remove: what removes a
+    file, which another process may remove meanwhile. Raises OSError if a file cannot be removed and `remove` is None.
+    """
+    kept, abandoned = [], []
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        try:
+            status = entry.stat()
+        except FileNotFoundError:  # another process has removed it
+            continue
+        if entry.name.startswith("."):
+            if status.st_mtime < time.time() - ABANDONED_SECONDS:
+                abandoned.append(Path(entry.path))
+        elif entry.name.endswith(suffix):
+            kept.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+    excess = sum(size for _, size, _ in kept) - budget_bytes
+    for _, size, path in sorted(kept):
+        if excess <= 0:
+            break
+        abandoned.append(path)
+        excess -= size
+    for path in abandoned:
+        if remove is None:
+            path.unlink(missing_ok=True)
+        else:
+            remove(path)
 
 
 @contextmanager

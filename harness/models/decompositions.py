@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness.files import make_room as make_room_in
 from harness.files import replacing, user_cache
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
@@ -31,7 +31,6 @@ from harness.spectral.decomposition import DECOMPOSITION_VERSION, Decomposition,
 LOG = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 BATCH_BYTES = 2**28  # the most bytes of float64 matrices that are decomposed together
-ABANDONED_SECONDS = 24 * 3600.0  # the process that wrote a temporary file of this age has ended
 
 
 @dataclass(frozen=True)
@@ -137,22 +136,7 @@ def store(cache: DiskCache, key: str, decomposition: Decomposition) -> int:
 
 def make_room(cache: DiskCache) -> None:
     """Remove the least recently used files until the rest fits into the budget, and abandoned temporary files."""
-    kept = []
-    for entry in os.scandir(cache.folder) if cache.folder.is_dir() else ():
-        try:
-            status = entry.stat()
-        except FileNotFoundError:  # another process has removed it
-            continue
-        if entry.name.endswith(SUFFIX):
-            kept.append((status.st_mtime_ns, status.st_size, entry.path))
-        elif entry.name.startswith(".") and status.st_mtime < time.time() - ABANDONED_SECONDS:
-            _remove(Path(entry.path))
-    excess = sum(size for _, size, _ in kept) - cache.budget_bytes
-    for _, size, path in sorted(kept):
-        if excess <= 0:
-            break
-        _remove(Path(path))
-        excess -= size
+    make_room_in(cache.folder, cache.budget_bytes, SUFFIX, _remove)
 
 
 def _remove(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.files import replacing, user_cache
+from harness.files import make_room, replacing, user_cache
 from harness.tasks.fingerprint import digest_of
 from harness.tasks.tokenization import settings_of
 
@@ -71,7 +71,7 @@ def keep(key: str, arrays: Arrays) -> None:
     try:
         with replacing(path, durable=False) as temporary:
             temporary.write_bytes(_digest(key, content) + content)
-        _make_room(path.parent)
+        make_room(path.parent, BUDGET_BYTES)
     except OSError as error:
         LOG.info("cannot write to %s (%s)", path, error)
 
@@ -82,13 +82,3 @@ def _path(key: str) -> Path:
 
 def _digest(key: str, content: bytes) -> bytes:
     return hashlib.sha256(key.encode() + content).digest()
-
-
-def _make_room(folder: Path) -> None:
-    files = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(folder))
-    excess = sum(size for _, size, _ in files) - BUDGET_BYTES
-    for _, size, path in files:
-        if excess <= 0:
-            break
-        Path(path).unlink(missing_ok=True)
-        excess -= size
