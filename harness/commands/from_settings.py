@@ -162,7 +162,7 @@ def _exported(done: Exported, repository: Repository | None, arguments: argparse
         from harness.measurements.ablation.card import write_model_card
 
         write_model_card(done.folder, arguments.study, arguments.cell)
-        print(push(repository, done.folder, ["*"], f"{done.ablation.target.label}: {done.ablation.label}"))
+        print(push(repository, done.folder, f"{done.ablation.target.label}: {done.ablation.label}"))
     return 0
 
 

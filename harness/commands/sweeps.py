@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from harness.engine.measurement import Measurement
     from harness.engine.plan import Plan
 
-
-
 LONGEST = 100  # characters of an error in the summary; the whole of it is said before
 
 
@@ -32,10 +30,11 @@ class Done:
 
 @dataclass
 class _Run:
-    """One run of a sweep. name: the values that only it has. error: why it was not done, as one line."""
+    """One run of a sweep. name: the values that only it has. plan: what it will do, or why it cannot be planned.
+    error: why it was not done, as one line."""
 
     name: str
-    plan: Plan | None = None
+    plan: Plan | InputError
     status: int = 0
     folder: Path | None = None
     error: str = ""
@@ -52,26 +51,26 @@ def sweep(
     Raises the first InputError if no run can be planned.
     """
     runs = [_planned(name, words, plan) for name, words in combinations]
-    wrong = [run for run in runs if isinstance(run, tuple)]
-    if len(wrong) == len(runs):
-        raise wrong[0][1]
-    for run, error in wrong:
-        complain(InputError(f"{run.name}: {error}"))
-    all_runs = [run[0] if isinstance(run, tuple) else run for run in runs]
-    for run in all_runs:
-        if run.plan is not None:
+    refused = [run.plan for run in runs if isinstance(run.plan, InputError)]
+    if len(refused) == len(runs):
+        raise refused[0]
+    for run in runs:
+        if isinstance(run.plan, InputError):
+            complain(InputError(f"{run.name}: {run.plan}"))
+    for run in runs:
+        if not isinstance(run.plan, InputError):
             _do(run, run.plan, job)
-    _say(all_runs)
+    _say(runs)
     if compared:
-        _compare(measurement, all_runs)
-    return max(run.status for run in all_runs)
+        _compare(measurement, runs)
+    return max(run.status for run in runs)
 
 
-def _planned(name: str, words: list[str], plan: Callable[[list[str]], Plan]) -> _Run | tuple[_Run, InputError]:
+def _planned(name: str, words: list[str], plan: Callable[[list[str]], Plan]) -> _Run:
     try:
         return _Run(name, plan(words))
     except InputError as error:
-        return _Run(name, None, 2, None, str(error)), error
+        return _Run(name, error, 2, None, str(error))
 
 
 def _do(run: _Run, plan: Plan, job: Callable[[Plan], Done]) -> None:
@@ -105,7 +104,7 @@ def _compare(measurement: Measurement, runs: Sequence[_Run]) -> None:
     """Compare the studies of different models with the first of them."""
     found: dict[tuple[Any, ...], Path] = {}
     for run in runs:
-        if run.folder is not None and run.plan is not None and measurement.name == "ablation":
+        if run.folder is not None and not isinstance(run.plan, InputError) and measurement.name == "ablation":
             model = run.plan.settings.model
             found.setdefault((model.label, model.revision, model.gguf_file), run.folder)
     if len(found) < 2:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,28 +37,23 @@ class Repository:
             raise InputError(f"{self.name}: nothing can be pushed while HF_HUB_OFFLINE is set; unset it")
 
 
-def push(repository: Repository, folder: Path, patterns: Sequence[str], message: str) -> str:
-    """Upload the files of a folder that match patterns, and return the address of the repository.
+def push(repository: Repository, folder: Path, message: str) -> str:
+    """Upload all files of a folder, and return the address of the repository, which is made if it is not there.
 
-    The repository is made if it is not there. patterns: as of `fnmatch`, relative to the folder. message: that of the
-    commit. Raises InputError with what the hub says if it refuses.
+    message: that of the commit. Raises InputError with what the hub says if it refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     api = HfApi()
     try:
         url = api.create_repo(repository.name, repo_type=repository.kind, private=repository.private, exist_ok=True)
-        api.upload_folder(repo_id=repository.name, repo_type=repository.kind, folder_path=folder,
-                          allow_patterns=list(patterns), commit_message=message)
-    except _refusals() as error:
+        api.upload_folder(
+            repo_id=repository.name, repo_type=repository.kind, folder_path=folder, commit_message=message
+        )
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise InputError(f"{repository.name}: the hub refuses: {one_line(error)}; `hf auth login` stores a token that"
                          " may write") from error
     return str(url)
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    errors = importlib.import_module("huggingface_hub.errors")
-    return (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, errors.OfflineModeIsEnabled, OSError)
 
 
 def write_card(folder: Path, front: str, text: str) -> None:

@@ -28,7 +28,7 @@ def hub(tmp_path, monkeypatch):
             calls.append((repo_id, repo_type, private, exist_ok))
             return f"https://huggingface.co/{repo_id}"
 
-        def upload_folder(self, *, repo_id, repo_type, folder_path, allow_patterns, commit_message):
+        def upload_folder(self, *, repo_id, repo_type, folder_path, commit_message, allow_patterns=None):
             assert calls and commit_message
             names = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
             for name in filter_repo_objects(names, allow_patterns=allow_patterns):
@@ -55,6 +55,7 @@ def test_a_study_becomes_a_data_set(hub, clean_small, tmp_path, capsys):
                                                        "examples.parquet"}
     card = DatasetCard.load(found / "README.md")
     assert [one["config_name"] for one in card.data.to_dict()["configs"]] == ["metrics", "examples"]
+    assert 'load_dataset("me/small", "metrics"' in card.content
     assert f"{N_SMALL} units: {N_SMALL - 1} done, 0 failed, 1 missing" in card.content
     metrics = load_dataset(str(found), "metrics", split="train", cache_dir=str(tmp_path / "cache")).to_pandas()
     assert len(metrics) == len(read_metrics(study)) and metrics["cell_id"].nunique() == N_SMALL - 1
