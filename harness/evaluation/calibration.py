@@ -120,6 +120,7 @@ class Calibration:
         self._current: tuple[IO[bytes], _Group] | None = None
         self._factors: OrderedDict[tuple[str, bool], Tensor] = OrderedDict()
         self._means: dict[str, Tensor] = {}
+        self._energies: dict[tuple[str, bool], Tensor] = {}
         self._losses: dict[tuple[str, str], Tensor] = {}
 
     def prepare(self, matrices: Sequence[Matrix]) -> None:
@@ -185,6 +186,17 @@ class Calibration:
                 self._factors.popitem(last=False)
         self._factors.move_to_end(which)
         return self._factors[which]
+
+    def output_energy(self, matrix: Matrix, centred: bool | None = None) -> Tensor:
+        """Return |W F|^2 with the factor F of one matrix, a float64 scalar: the mean square of its outputs.
+
+        The model must hold its unedited weight.
+        """
+        which = (matrix.name, self.text.centred if centred is None else centred)
+        if which not in self._energies:
+            outputs = self.weight(matrix).to(torch.float64) @ self.factor(matrix, centred)
+            self._energies[which] = outputs.square().sum()
+        return self._energies[which]
 
     def losses(self, matrices: Sequence[Matrix], decompose: Decompose, metric: str) -> Mapping[str, Tensor]:
         """Return the first-order change of the loss if each value of a spectrum is removed: matrix -> float64 [r].

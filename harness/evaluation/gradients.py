@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from harness.errors import InputError
+from harness.evaluation.inner import forward_replaced
 from harness.evaluation.requests import DirectTask, PreparedTask, Request, ScoredTask, Scores
 from harness.evaluation.statistics import estimate
 from harness.models.loading import LoadedModel, require_head
@@ -165,11 +167,24 @@ def _batches(requests: Sequence[Request], batch_tokens: int) -> list[_PaddedBatc
     return batches
 
 
-def _logits(loaded: LoadedModel, batch: _PaddedBatch) -> Tensor:
-    """Return the logits [M, vocabulary] for the scored tokens, in float64 if the model has that, else in float32."""
-    logits = loaded.model(input_ids=batch.input_ids.to(loaded.device), use_cache=False).logits
-    chosen = logits[batch.rows.to(logits.device), batch.positions.to(logits.device)]
-    return chosen if chosen.dtype == torch.float64 else chosen.float()
+def _logits(loaded: LoadedModel, batch: _PaddedBatch) -> tuple[Tensor, Tensor]:
+    """Return logits [K, vocabulary], and for each scored token its row among them, int64 [M].
+
+    The logits are float64 if the model has that, else float32. The head computes those of the scored positions only,
+    and those of each position once.
+    """
+    width = batch.input_ids.shape[1]
+    places, row = torch.unique(batch.rows * width + batch.positions, return_inverse=True)
+    head: Any = loaded.model.get_output_embeddings()
+    whole = head.forward
+
+    def at_places(hidden: Tensor) -> Tensor:
+        rows: Tensor = whole(hidden.flatten(0, 1)[places.to(hidden.device)])
+        return rows[None]
+
+    with forward_replaced(head, at_places):
+        logits = loaded.model(input_ids=batch.input_ids.to(loaded.device), use_cache=False).logits[0]
+    return logits if logits.dtype == torch.float64 else logits.float(), row.to(logits.device)
 
 
 def _scores(loaded: LoadedModel, task: ScoredTask, batches: Sequence[_PaddedBatch]) -> Scores:
@@ -177,12 +192,12 @@ def _scores(loaded: LoadedModel, task: ScoredTask, batches: Sequence[_PaddedBatc
     logprob, greedy = np.empty(offsets[-1]), np.empty(offsets[-1], dtype=bool)
     rank = np.empty(offsets[-1], dtype=np.int64)
     for batch in batches:
-        logits = _logits(loaded, batch)
+        logits, row = _logits(loaded, batch)
         targets = batch.targets.to(logits.device)
-        of_target = logits.gather(1, targets[:, None])
-        logprob[batch.entries] = (of_target[:, 0] - torch.logsumexp(logits, 1)).double().cpu().numpy()
-        greedy[batch.entries] = (logits.argmax(1) == targets).cpu().numpy()
-        rank[batch.entries] = (logits > of_target).sum(1).cpu().numpy()
+        of_target = logits[row, targets]
+        logprob[batch.entries] = (of_target - torch.logsumexp(logits, 1)[row]).double().cpu().numpy()
+        greedy[batch.entries] = (logits.argmax(1)[row] == targets).cpu().numpy()
+        rank[batch.entries] = (logits[row] > of_target[:, None]).sum(1).cpu().numpy()
     return Scores(logprob, greedy, rank, offsets)
 
 
@@ -206,9 +221,8 @@ def _weight_gradients(
             slope = torch.from_numpy(slopes[batch.entries])
             if not slope.any():
                 continue
-            logits = _logits(loaded, batch)
-            of_target = logits.gather(1, batch.targets.to(logits.device)[:, None])[:, 0]
-            logprob = of_target - torch.logsumexp(logits, 1)
+            logits, row = _logits(loaded, batch)
+            logprob = logits[row, batch.targets.to(logits.device)] - torch.logsumexp(logits, 1)[row]
             (logprob * slope.to(logprob.device, logprob.dtype)).sum().backward()
         gradients = {}
         for name, parameter in parameters.items():

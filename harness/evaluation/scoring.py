@@ -10,7 +10,7 @@ of a full pass.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from harness.evaluation.division import Division
+from harness.evaluation.inner import BUDGET, InnerOutputs, forward_replaced
 from harness.evaluation.packing import Batch, PackedRequests, pack, sharing_of
 from harness.evaluation.reading import Head, Reading, head_of, read, reading_of
 from harness.evaluation.requests import Request, ScoredTask, Scores
@@ -27,6 +28,7 @@ from harness.evaluation.waiting import without_waiting
 from harness.evaluation.whole_packing import WholeBatch, pack_whole
 from harness.models.families import Family
 from harness.models.loading import LoadedModel, require_head
+from harness.models.matrices import Matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,23 +40,6 @@ Answers = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 class _StopForward(Exception):
     """Ends a forward pass after the wanted block. It is always caught in this module."""
-
-
-@contextmanager
-def _forward_replaced(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """Replace a module's forward for the time of the context.
-
-    With device_map, accelerate has set a forward on the module before; it is restored.
-    """
-    original = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if original is None:
-            del module.forward
-        else:
-            module.forward = original
 
 
 def pack_for(
@@ -124,6 +109,8 @@ class Scorer:
         }
         self.block = 0
         self._store = StreamStore(loaded.device, options.stream_bytes, options.host_bytes)
+        # compiled blocks hold no stubs
+        self._inner = InnerOutputs(loaded, 0 if options.compile or not options.reuse else BUDGET)
         self._head = None if self.kind == "classification" else loaded.model.get_output_embeddings()
         softcap = getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None)
         self._read_head = Head(torch.Tensor.float)
@@ -147,11 +134,12 @@ class Scorer:
         reading = reading_of(rows, batch.entry_row, batch.targets, batch.entries, logit_rows)
         return reading.to(self._reading_device)
 
-    def score(self, task: str, first_block: int = 0) -> Scores:
+    def score(self, task: str, first_block: int = 0, edited: Sequence[Matrix] = ()) -> Scores:
         """Return the scores of one task under the present weights of the model.
 
-        first_block: the first block whose weights may differ from the unedited ones. Raises ValueError if the frontier
-        has been advanced beyond it, and LostStep.
+        first_block: the first block whose weights may differ from the unedited ones. edited: all matrices of this block
+        that may differ, so that what the block computes before them is not computed again; empty if that is not known.
+        Raises ValueError if the frontier has been advanced beyond the block, and LostStep.
         """
         packed, needs_rank = self.packed[task], self.needs_rank[task]
         if self.block > first_block:
@@ -159,14 +147,14 @@ class Scorer:
         logprob = np.empty(packed.n_entries, dtype=np.float64)
         greedy = np.empty(packed.n_entries, dtype=bool)
         rank = np.empty(packed.n_entries, dtype=np.int64) if needs_rank else None
-        for answers in self.division.together(f"scoring {task}", lambda: self._answers(task, needs_rank)):
+        for answers in self.division.together(f"scoring {task}", lambda: self._answers(task, needs_rank, edited)):
             entries, own_logprob, own_greedy, own_rank = answers
             logprob[entries], greedy[entries] = own_logprob, own_greedy
             if rank is not None and own_rank is not None:
                 rank[entries] = own_rank
         return Scores(logprob, greedy, rank, packed.offsets)
 
-    def _answers(self, task: str, needs_rank: bool) -> Answers:
+    def _answers(self, task: str, needs_rank: bool, edited: Sequence[Matrix]) -> Answers:
         """Return the answers of the batches that this process scores."""
         if self.lazy:
             self._move(task)
@@ -174,7 +162,7 @@ class Scorer:
         entries = [self._readings[key].entries for key in keys]
         # the host waits once, for the copy of all results: while it waits for a batch, a GPU has no next one to do
         return (np.concatenate([np.empty(0, dtype=np.int64), *entries]),
-                *_to_host([self._score_batch(key, needs_rank) for key in keys], needs_rank))
+                *_to_host([self._score_batch(key, needs_rank, edited) for key in keys], needs_rank))
 
     def _own(self, task: str) -> range:
         return self.division.own(len(self.packed[task].batches))
@@ -202,16 +190,19 @@ class Scorer:
     def stop_keeping(self) -> None:
         """Keep no stream from now on, so that every pass runs every block, which gives the same numbers."""
         self._store.clear()
+        self._inner.stop()
         self.reuse, self.block = False, 0
 
     def leave_device(self) -> None:
         """Keep no stream on the device any more, because memory ran out; what fits goes to host memory."""
         self._store.leave_device()
+        self._inner.stop()
 
     def advance(self, block: int) -> None:
         """Move the frontier to the boundary before `block`. The weights of earlier blocks must be the unedited ones."""
         if not self.reuse or block == self.block:
             return
+        self._inner.clear()
         if block < self.block:
             self._store.clear()
         self.block = block
@@ -265,7 +256,7 @@ class Scorer:
 
         with ExitStack() as stack:
             for block in self.loaded.blocks[first : kept.block]:
-                stack.enter_context(_forward_replaced(block, stub))
+                stack.enter_context(forward_replaced(block, stub))
             yield
 
     def _forward(self, batch: Batch | WholeBatch, kept: Kept) -> Any:
@@ -284,9 +275,12 @@ class Scorer:
 
     @torch.inference_mode()
     def _score_batch(
-        self, key: tuple[str, int], needs_rank: bool
+        self, key: tuple[str, int], needs_rank: bool, edited: Sequence[Matrix] = ()
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        hidden, reading = self._final_hidden(self._batches[key], self._store.get(key)), self._readings[key]
+        kept, reading = self._store.get(key), self._readings[key]
+        inner = any(one.block == kept.block for one in edited) and all(one.block >= kept.block for one in edited)
+        with self._inner.resumed(key, kept.block, edited) if inner else nullcontext():
+            hidden = self._final_hidden(self._batches[key], kept)
         hidden = hidden.to(self._reading_device, non_blocking=True)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, reading.rows)
         return read(self._read_head, rows, reading, needs_rank)
@@ -302,6 +296,6 @@ class Scorer:
             captured.append(hidden_states)
             return hidden_states[..., :1]
 
-        with self._resumed(kept), _forward_replaced(self._head, keep):
+        with self._resumed(kept), forward_replaced(self._head, keep):
             self._forward(batch, kept)
         return captured[0]

@@ -18,7 +18,7 @@ from harness.models.targets import Target
 from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, label_of, operation_of, spectrum_of
 from harness.spectral.ablation import Removal, bias_of, edit, others, removal
 from harness.spectral.decomposition import Decomposition
-from harness.spectral.regions import Region, fraction_interval, per_matrix, select
+from harness.spectral.regions import Region, by_loss, fraction_interval, per_matrix, select
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,20 @@ def resolved_regions(ablation: Ablation, matrices: Sequence[Matrix], sources: So
     return {name: dataclasses.replace(control, reference=one) for name, one in found.items()}
 
 
+def edited_matrices(ablation: Ablation, loaded: LoadedModel, sources: Sources) -> list[Matrix]:
+    """Return the matrices that an ablation may edit, in the order of the model.
+
+    They are those of the target, without those in which the region is known to be empty, as a component is in all
+    matrices but one. The model must hold its unedited weights. Raises ValueError as `resolved_regions` does.
+    """
+    matrices = [matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices]
+    if ablation.treatment.keep or not by_loss(ablation.region):
+        return matrices
+    own = resolved_regions(ablation, matrices, sources)
+    return [matrix for matrix in matrices
+            if not own[matrix.name].rank_only or len(select(own[matrix.name], None, matrix.shape))]
+
+
 def biases_of(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> list[Bias]:
     """Return the biases that replace the parts of an ablation by their means. The model must hold unedited weights."""
     matrices = [matrix for matrix in loaded.matrices if matrix.name in ablation.target.matrices]
@@ -219,7 +233,9 @@ def ablated(
             operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
             indices = ablation.positions(decomposition, own.get(matrix.name))
             original = matrix.read(loaded.model)
-            if edit_mode == "weight":
+            if own and not len(indices) and not operation.rest:  # the region picks values of other matrices
+                removed = removal(original, original, decomposition, indices, operation)
+            elif edit_mode == "weight":
                 weight, removed = edit(original, decomposition, indices, operation)
                 undo.callback(matrix.write, loaded.model, original)
                 matrix.write(loaded.model, weight)

@@ -110,6 +110,10 @@ class Calibrated(Protocol):
         """
         ...
 
+    def output_energy(self, matrix: Matrix, centred: bool | None = None) -> Tensor:
+        """Return |W F|^2 for one matrix, a float64 scalar. The model must hold its unedited weight."""
+        ...
+
     def mean(self, matrix: Matrix) -> Tensor:
         """Return the mean of the inputs of one matrix, float64 [in]."""
         ...
@@ -242,10 +246,13 @@ def operation_of(matrix: Matrix, region: Region, treatment: Treatment, sources: 
         usual = Operation(treatment.scale, inputs=calibrated.factor(matrix, True if to_mean else None),
                           centred=treatment.centred, mean=calibrated.mean(matrix), to_mean=to_mean)
         return _rotated(usual, matrix, region, treatment, sources)
+    # In their own metric the squares of the values are the energies already, but not after a replacement by means.
+    known = in_metric and not to_mean
+    covariance = True if to_mean else None
     return Operation(
         treatment.scale, "output" if in_metric else "own",
-        # In their own metric the squares of the values are the energies already, but not after a replacement by means.
-        inputs=None if in_metric and not to_mean else calibrated.factor(matrix, True if to_mean else None),
+        inputs=None if known else calibrated.factor(matrix, covariance),
+        output_energy=None if known else calibrated.output_energy(matrix, covariance),
         centred=treatment.centred, mean=calibrated.mean(matrix), to_mean=to_mean,
     )
 

@@ -32,6 +32,7 @@ class Operation:
     rest: whether everything but the part is meant, W' = W + (s - 1) (D - U_r U_r^T operand); only with an operand.
     inputs: float64 F [in, q], where F F^T is the second moment or the covariance of the matrix's inputs; None if it is
         not known, or if the values are "output". It tells what the part contributes to the outputs.
+    output_energy: float64 scalar |D F|^2 if it is known already, for it is the same for every part of D.
     centred: whether F F^T, or C, is the covariance.
     mean: float64 [in], the mean of the inputs; None if it is not known. to_mean: whether the part is replaced by its
         mean, so that a bias is added. `inputs` must then be those of the covariance.
@@ -41,6 +42,7 @@ class Operation:
     values: Literal["own", "output", "other"] = "own"
     operand: Tensor | None = None
     inputs: Tensor | None = None
+    output_energy: Tensor | None = None
     centred: bool = False
     mean: Tensor | None = None
     to_mean: bool = False
@@ -175,15 +177,18 @@ def removal(
         operand = operation.of(weight)
         energy_removed = _coordinates(operand, decomposition, indices).square().sum()
         energy = operand.square().sum()
-    if operation.inputs is not None:
+    if operation.inputs is not None and operation.output_energy is not None and not len(indices):
+        output_energy = operation.output_energy
+    elif operation.inputs is not None:
         operand, inputs = operation.of(weight), operation.inputs
         if decomposition.side == "left":
             outputs = _coordinates(operand, decomposition, indices) @ inputs
         else:  # the columns of D V_r are orthogonal, and their norms are the values
             outputs = removed[:, None].to(inputs) * (_vectors(decomposition, indices, inputs).T @ inputs)
-        output_removed, output_energy = outputs.square().sum(), (operand @ inputs).square().sum()
+        output_removed, whole = outputs.square().sum(), operation.output_energy
+        output_energy = (operand @ inputs).square().sum() if whole is None else whole
     of_mean = torch.zeros_like(energy)
-    if operation.mean is not None and known:
+    if operation.mean is not None and known and len(indices):
         of_mean = _part_of(operation, weight, decomposition, indices).square().sum()
     n_removed = len(indices)
     if operation.rest:  # everything but the part is meant
@@ -265,7 +270,7 @@ def realised_removal(after: Tensor, decomposition: Decomposition, indices: Tenso
 def _norms_of_own(after: Tensor, decomposition: Decomposition, indices: Tensor) -> list[Tensor]:
     # The rows of U_r^T W have the removed singular values as their norms, so W itself is not needed.
     there = decomposition.sigma[_on(decomposition.sigma.device, indices)]
-    left = _coordinates(after.to(torch.float64), decomposition, indices)
+    left = there if not len(indices) else _coordinates(after.to(torch.float64), decomposition, indices)
     return [torch.linalg.vector_norm(there), torch.linalg.vector_norm(left)]
 
 

@@ -55,17 +55,22 @@ def concentration(of: Directions) -> dict[str, Any]:
     return found
 
 
-def outputs(of: Directions, inputs: InputCovariance) -> tuple[dict[str, Any], Tensor]:
+def leading_directions(inputs: InputCovariance) -> Tensor:
+    """Return the LEADING eigenvectors of the covariance of the inputs as columns, float64 [in, LEADING] or fewer."""
+    return inputs.directions()[:, :LEADING]
+
+
+def outputs(of: Directions, inputs: InputCovariance, leading: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Return the columns about the outputs over the text of `inputs`, and the signs of the means of the outputs.
 
-    The signs, float64 [r], are 1 or -1.
+    leading: as `leading_directions` returns; matrices with the same input share it. The signs, float64 [r], are 1 or
+    -1.
     """
     mean = of.reading @ inputs.mean
     square = ((of.reading @ inputs.covariance) * of.reading).sum(1).clamp(min=0) + mean**2
     unit = of.input
     norm = torch.linalg.vector_norm(inputs.mean)
     cosine = unit @ inputs.mean / norm if norm else torch.zeros_like(mean)
-    leading = inputs.directions()[:, :LEADING]
     order = square.argsort(descending=True, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)

@@ -29,7 +29,7 @@ def test_outputs_are_those_of_a_plain_decomposition(shape, text):
     x, inputs = text
     weight = a_weight(shape)
     of = components.directions(weight, decompose(weight))
-    found, signs = components.outputs(of, inputs)
+    found, signs = components.outputs(of, inputs, components.leading_directions(inputs))
     u, s, vt = np.linalg.svd(weight.numpy(), full_matrices=False)
     plain = x @ vt.T * s
     assert np.allclose(found["output_rms"], np.sqrt((plain**2).mean(0)))
@@ -50,7 +50,8 @@ def test_in_the_metric_of_the_activations_the_values_are_the_outputs(text):
     _, inputs = text
     weight = a_weight((7, 12))
     found = decompose_in_metric(weight, inputs.factor())
-    columns, _ = components.outputs(components.directions(weight, found), inputs)
+    of = components.directions(weight, found)
+    columns, _ = components.outputs(of, inputs, components.leading_directions(inputs))
     assert np.allclose(columns["output_rms"], found.sigma)
     assert columns["output_rank"].tolist() == list(range(7))
 
@@ -81,5 +82,6 @@ def test_rounding_to_4_bits_has_16_levels_in_each_block():
 def test_a_zero_matrix_has_columns_without_a_number_where_there_is_none(text):
     _, inputs = text
     weight = torch.zeros(7, 12)
-    columns, _ = components.outputs(components.directions(weight, decompose(weight)), inputs)
+    of = components.directions(weight, decompose(weight))
+    columns, _ = components.outputs(of, inputs, components.leading_directions(inputs))
     assert not columns["output_rms"].any() and np.isnan(columns["constant_share"]).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from harness.measurements.ablation.region_settings import (
     REFERENCE_MATRICES,
     REFERENCE_MODEL,
     SWAPS,
+    RegionSettings,
 )
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.description import ModelDescription
@@ -28,9 +29,13 @@ from harness.models.editing import Ablation
 from harness.models.targets import BASELINE, UNEDITED, Target, control_target
 from harness.models.treatment import REMOVE, Treatment
 from harness.spectral.regions import Region, select
+from harness.spectral.regions.named import NamedRule, parse_name
 
 NUMBERS_VERSION = 3  # must be raised when a change of the code changes the numbers of cells
 ADAPTIVE_VERSION = 2  # the same for those that only adaptive cells have
+
+
+Chosen = Callable[[Target, Region], bool]
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,15 @@ class Cell:
 
 def expand_ablations(
     targets: Sequence[Target], regions: Sequence[Region], shapes: Mapping[str, tuple[int, int]],
-    treatment: Treatment = REMOVE, every: bool = False,
+    treatment: Treatment = REMOVE, chosen: Chosen | None = None,
 ) -> list[Ablation]:
     """Return all ablations of a study: the baseline, the controls that remove nothing, then those of each target.
 
-    shapes: matrix -> (out, in). treatment: what is done with every region. every: whether the regions are all values of
-    the largest matrix, of which a target has those that one of its matrices has. Raises InputError if a region is
-    otherwise empty for one of the matrices, or if it is kept and holds all values.
+    shapes: matrix -> (out, in). treatment: what is done with every region. chosen: which regions each target has; None:
+    all. Raises InputError if a region is empty for one of the matrices that should have it, without `chosen`, or if it
+    is kept and holds all values.
     """
-    if not every:
+    if chosen is None:
         _check_not_empty(targets, regions, shapes, treatment.keep)
     ablations = [Ablation(BASELINE, NO_REGION)]
     if NO_REGION in regions:
@@ -98,7 +103,7 @@ def expand_ablations(
     regions = [region for region in regions if region not in OF_NO_TARGET]
     for target in targets:
         distinct = {shapes[name] for name in target.matrices}
-        there = [region for region in regions if not every or _anywhere(region, distinct)]
+        there = [region for region in regions if chosen is None or chosen(target, region)]
         own = _without_equivalent_controls(there, *distinct) if len(distinct) == 1 else there
         ablations += [
             Ablation(target, region, treatment.removing_nothing() if region.kind in SWAPS else treatment)
@@ -107,9 +112,32 @@ def expand_ablations(
     return ablations
 
 
-def _anywhere(region: Region, shapes: Iterable[tuple[int, int]]) -> bool:
-    """Return whether a matrix of one of these shapes has values of the region, as far as that is known beforehand."""
-    return not region.rank_only or any(len(select(region, None, shape)) for shape in shapes)
+def chosen_regions(settings: RegionSettings, shapes: Mapping[str, tuple[int, int]]) -> Chosen | None:
+    """Return which regions each target has, or None if it has all. shapes: matrix -> (out, in)."""
+    if isinstance(settings.rule, NamedRule) and settings.rule.each:
+        return _alone(settings.rule.names)
+    return _anywhere(shapes) if getattr(settings.rule, "all", False) else None
+
+
+def _anywhere(shapes: Mapping[str, tuple[int, int]]) -> Chosen:
+    """Choose the regions of which a matrix of the target has values, as far as that is known beforehand."""
+
+    def chosen(target: Target, region: Region) -> bool:
+        distinct = {shapes[name] for name in target.matrices}
+        return not region.rank_only or any(len(select(region, None, shape)) for shape in distinct)
+
+    return chosen
+
+
+def _alone(names: Iterable[str]) -> Chosen:
+    """Choose single components and their controls by name, such as "28.up_proj:573"."""
+    wanted = {parse_name(name) for name in names}
+
+    def chosen(target: Target, region: Region) -> bool:
+        component = getattr(region, "reference", None) or region
+        return (target.label, getattr(component, "position", None)) in wanted
+
+    return chosen
 
 
 def _without_equivalent_controls(regions: Sequence[Region], shape: tuple[int, int]) -> list[Region]:

@@ -30,9 +30,10 @@ from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.texts import write_texts
 from harness.measurements.ablation.units import Study
 from harness.models.attention import other_attention
-from harness.models.editing import Ablation, RealisedAblation, ablated, loss_changes_of
+from harness.models.editing import Ablation, RealisedAblation, ablated, edited_matrices, loss_changes_of
 from harness.models.identity import module_identity, parameters_digest
 from harness.models.loading import MEMORY, LoadedModel, load, require_head
+from harness.models.matrices import Matrix
 from harness.models.memory import is_out_of_memory, release_memory
 from harness.spectral.regions import OtherOrder, by_loss
 from harness.tables.labels import region_words
@@ -116,9 +117,10 @@ def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[M
     run = CellRun(study, context, {cell.task for cell in cells})
     yield from run.baselines({cell.id for cell in cells if cell.is_baseline})
     run.calibrate({name for cell in cells for name in cell.ablation.target.matrices})
-    for ablation, members in group_by_ablation([cell for cell in cells if not cell.is_baseline]):
+    groups = group_by_ablation([cell for cell in cells if not cell.is_baseline])
+    for ablation, members in sorted(groups, key=lambda group: run.first_block(group[0])):
         context.describe(f"{ablation.target.label}: {region_words(ablation.label)}")
-        run.scorers.advance(ablation.target.first_block)
+        run.scorers.advance(run.first_block(ablation))
         yield from run.ablation(ablation, members)
     context.division.agree("verifying the weights", lambda: require_same_weights(loaded.model, as_loaded))
 
@@ -145,6 +147,8 @@ class CellRun:
                                   study.prepared.reference)
         self.rows = RowMaker(study, self.loaded)
         self.baseline_of: dict[str, dict[str, ExampleScores]] = {}
+        self._matrices = {matrix.name: matrix for matrix in self.loaded.matrices}
+        self._edited_by: dict[Ablation, list[Matrix]] = {}
         self.batches_of: dict[str, list[AnyBatch]] = {}  # those in which the baseline was measured
 
     def baselines(self, wanted: set[str]) -> Iterator[Measured]:
@@ -178,6 +182,19 @@ class CellRun:
         except Exception as error:
             if is_out_of_memory(error):
                 release_memory()
+
+    def edited(self, ablation: Ablation) -> list[Matrix]:
+        """Return the matrices that an ablation may edit."""
+        if ablation not in self._edited_by:
+            there = [self._matrices[name] for name in ablation.target.matrices]
+            with suppress(Exception):  # the edit itself then fails in the same way, and its cells become error rows
+                there = edited_matrices(ablation, self.loaded, self.sources) or there
+            self._edited_by[ablation] = there
+        return self._edited_by[ablation]
+
+    def first_block(self, ablation: Ablation) -> int:
+        """Return the first block that an ablation edits."""
+        return min((matrix.block for matrix in self.edited(ablation)), default=ablation.target.first_block)
 
     def ablation(self, ablation: Ablation, cells: Sequence[Cell]) -> Iterator[Measured]:
         """Measure the cells of one ablation under one edit.
@@ -256,7 +273,7 @@ class CellRun:
                 return self._of_reference_model(cell)
             if cell.in_other_order:
                 return self._in_other_order(cell, SMALLER, used)
-            with self.scorers.in_smaller_batches(cell.task, cell.ablation.target.first_block):
+            with self.scorers.in_smaller_batches(cell.task, self.first_block(cell.ablation)):
                 return self._in_usual_order(cell, used)
         except LostStep:
             raise
@@ -267,7 +284,9 @@ class CellRun:
         """Measure one cell with the batch that fits. used: what differs from the settings is added to it."""
         used |= self.scorers.used(cell.task)
         scorer, share = self.scorers.of(cell.task), used.get("generation_batch_share", 1.0)
-        return dataclasses.replace(self._measure(cell, scorer, cell.ablation.target.first_block, share), used=used)
+        edited = self.edited(cell.ablation)
+        first_block = self.first_block(cell.ablation)
+        return dataclasses.replace(self._measure(cell, scorer, first_block, share, edited), used=used)
 
     def _of_reference_model(self, cell: Cell) -> Outcome:
         """Measure the reference model on every example, from its own embeddings on and not from the frontier."""
@@ -302,18 +321,19 @@ class CellRun:
             return dataclasses.replace(self._measure(cell, scorer, 0), used=used)
 
     def _measure(
-        self, cell: Cell, scorer: Scorer, first_block: int, batch_share: float = 1.0
+        self, cell: Cell, scorer: Scorer, first_block: int, batch_share: float = 1.0, edited: Sequence[Matrix] = ()
     ) -> Scored | SampledPart:
         """Return the scores of one cell. Raises NonFiniteLoss.
 
-        batch_share: the size of the batches of a DirectTask, relative to the usual one.
+        batch_share: the size of the batches of a DirectTask, relative to the usual one. edited: as `Scorer.score` takes
+        them.
         """
         task = self.tasks[cell.task]
         if isinstance(task, DirectTask):
             return Scored(task.measure(self.loaded, self.division, batch_share))
 
         def score(name: str) -> Scores:
-            scores = scorer.score(name, first_block)
+            scores = scorer.score(name, first_block, edited)
             bad = int((~np.isfinite(scores.logprob)).sum())
             if bad:
                 n = len(scores.logprob)

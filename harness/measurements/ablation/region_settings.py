@@ -119,7 +119,11 @@ class RegionSettings:
         Raises InputError as `expand_targets` and `named_target` do.
         """
         if isinstance(self.rule, NamedRule):
-            return [named_target(self.rule.names, matrices)]
+            if not self.rule.each:
+                return [named_target(self.rule.names, matrices)]
+            place = {matrix.name: i for i, matrix in enumerate(matrices)}
+            found = [named_target(names, matrices) for names in self.rule.of_matrix().values()]
+            return sorted(found, key=lambda target: place[target.label])
         return expand_targets(settings, matrices)
 
     def regions(self, shapes: Iterable[tuple[int, int]] = ()) -> list[Region]:

@@ -20,6 +20,7 @@ from harness.measurements.ablation.cells import (
     Cell,
     cell_id,
     cell_ids,
+    chosen_regions,
     distinct_digests,
     expand_ablations,
     group_by_ablation,
@@ -303,8 +304,7 @@ def build(
     treatment = settings.region.treatment.treatment(prepared.calibration, prepared.reference)
     if prepared.reference is not None and not prepared.reference.same_parameters:
         regions = [region for region in regions if region != REFERENCE_MODEL]
-    every = bool(getattr(settings.region.rule, "all", False))
-    ablations = expand_ablations(targets, regions, shapes, treatment, every)
+    ablations = expand_ablations(targets, regions, shapes, treatment, chosen_regions(settings.region, shapes))
     digests = distinct_digests(prepared.tasks)
     ids = cell_ids(numeric_settings(settings, prepared.description), ablations, digests.values())
     cells = tuple(Cell(next(ids), ablation, name) for ablation in ablations for name in digests)

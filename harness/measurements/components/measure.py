@@ -19,7 +19,7 @@ from harness.evaluation.gradients import SingularGradients, loss_changes, singul
 from harness.evaluation.requests import ScoredTask
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements.ablation.sources import sources_of
-from harness.measurements.components.rows import Described, component_columns, prediction_columns
+from harness.measurements.components.rows import Described, Named, component_columns, prediction_columns
 from harness.measurements.components.tables import TABLES
 from harness.measurements.components.units import ComponentsPlan, Unit
 from harness.measurements.search.blank import blank_measure
@@ -29,6 +29,8 @@ from harness.models.matrices import Matrix
 from harness.models.sources import MatrixSource, from_model, initialised, open_source
 from harness.models.treatment import Treatment, spectrum_of
 from harness.models.unembedding import down_proj_of
+from harness.spectral.activations import InputCovariance
+from harness.spectral.components import leading_directions
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Component
 
@@ -89,6 +91,7 @@ class ComponentsRun:
         self.treatment = Treatment(settings.region.metric, centred=settings.region.centred)
         self.losses: Mapping[str, torch.Tensor] = {}
         self.gradients: dict[str, SingularGradients] = {}
+        self._leading: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def prepare(self) -> None:
         """Measure the inputs of all matrices, and derive the loss of the text and one metric of each task."""
@@ -127,6 +130,22 @@ class ComponentsRun:
             found["reference"] = open_source(self.plan.reference.settings, self.plan.reference.description)
         return found
 
+    def _leading_of(self, inputs: InputCovariance) -> torch.Tensor:
+        """Return the leading directions of the inputs, which are found once for matrices with the same inputs."""
+        if self._leading is None or self._leading[0] is not inputs.covariance:
+            self._leading = inputs.covariance, leading_directions(inputs)
+        return self._leading[1]
+
+    def _largest(self, matrix: Matrix) -> torch.Tensor | None:
+        """Return the positions of the components whose tokens are named: for each derivative those that it predicts to
+        matter most. None for all."""
+        n, derived = self.plan.settings.tokens_of, [one.products[matrix.name] for one in self.gradients.values()]
+        if n is None:
+            return None
+        derived += [self.losses[matrix.name]] if matrix.name in self.losses else []
+        largest = [one.abs().argsort(descending=True, stable=True)[:n] for one in derived]
+        return torch.cat(largest).unique() if largest else torch.arange(min(n, min(matrix.shape)))
+
     @cached_property
     def common(self) -> dict[str, Any]:
         """The columns that are the same for all matrices."""
@@ -163,10 +182,11 @@ class ComponentsRun:
         if calibrated is not None and down is not None:
             of_down = calibrated.inputs(down)
             neurons = (of_down.covariance.diagonal() + of_down.mean**2).clamp(min=0).sqrt()
-        about = Described(
-            self.loaded, matrix, decomposition, None if calibrated is None else calibrated.inputs(matrix), neurons,
-        )
-        columns = component_columns(about, settings.tokens, self.others, "rounded" in settings.stability)
+        inputs = None if calibrated is None else calibrated.inputs(matrix)
+        leading = None if inputs is None else self._leading_of(inputs)
+        about = Described(self.loaded, matrix, decomposition, inputs, leading, neurons)
+        tokens = Named(settings.tokens, self._largest(matrix))
+        columns = component_columns(about, tokens, self.others, "rounded" in settings.stability)
         if matrix.name in self.losses:
             columns["predicted_loss"] = self.losses[matrix.name].numpy()
         row = {

@@ -25,24 +25,36 @@ from harness.spectral.decomposition import Decomposition
 class Described:
     """One matrix of a loaded model.
 
-    decomposition: its spectrum in the metric of the run. inputs: the statistics of its inputs, or None without a
-    calibration text. neurons: float64 [out], the root mean squares of the activations of the neurons into which it
-    writes; None if it writes into none, or without a text.
+    decomposition: its spectrum in the metric of the run. inputs, leading: the statistics of its inputs and their
+    leading directions; None without a calibration text. neurons: float64 [out], the root mean squares of the
+    activations of the neurons into which it writes; None if it writes into none, or without a text.
     """
 
     loaded: LoadedModel
     matrix: Matrix
     decomposition: Decomposition
     inputs: InputCovariance | None
+    leading: Tensor | None
     neurons: Tensor | None
 
 
+@dataclass(frozen=True)
+class Named:
+    """Of which components the promoted and suppressed tokens are named. n: how many of either.
+
+    largest: None for all components; else int64 [k], the positions of those.
+    """
+
+    n: int
+    largest: Tensor | None = None
+
+
 def component_columns(
-    about: Described, tokens: int, others: Mapping[str, MatrixSource], rounded: bool
+    about: Described, tokens: Named, others: Mapping[str, MatrixSource], rounded: bool
 ) -> dict[str, Any]:
     """Return the columns of `components` that need no derivative.
 
-    tokens: how many promoted and suppressed tokens are named. others: name -> the weights in which each component is
+    others: name -> the weights in which each component is
     looked for again. rounded: whether it is looked for in the weight rounded to 4 bits, too.
     """
     weight = about.matrix.read(about.loaded.model)
@@ -54,8 +66,8 @@ def component_columns(
         "energy": (square / square.sum() if square.sum() else square).numpy(), **components.concentration(of),
     }  # fmt: skip
     signs = torch.ones_like(sigma)
-    if about.inputs is not None:
-        found, signs = components.outputs(of, about.inputs)
+    if about.inputs is not None and about.leading is not None:
+        found, signs = components.outputs(of, about.inputs, about.leading)
         columns |= found
     for name, source in others.items():
         other = source.read(about.matrix).to(weight.device)
@@ -63,12 +75,16 @@ def component_columns(
     if rounded:
         coarse = components.rounded_to_4_bits(weight)
         columns["stability_rounded"] = components.stability(of, coarse).cpu().numpy()
-    if tokens:
-        output = of.output * signs[:, None]
+    if tokens.n:
+        chosen = torch.arange(len(sigma)) if tokens.largest is None else tokens.largest
+        output = (of.output * signs[:, None])[chosen.to(sigma.device)]
         stream = stream_directions(about.loaded, about.matrix, output, about.neurons)
         if stream is not None:
-            for name, ids in zip(("promoted", "suppressed"), extreme_tokens(about.loaded, stream, tokens)):
-                columns[name] = [_words(about.loaded.tokenizer, row) for row in ids]
+            for name, ids in zip(("promoted", "suppressed"), extreme_tokens(about.loaded, stream, tokens.n)):
+                words: list[str | None] = [None] * len(sigma)
+                for i, row in zip(chosen.tolist(), ids):
+                    words[i] = _words(about.loaded.tokenizer, row)
+                columns[name] = words
     return columns
 
 

@@ -54,6 +54,7 @@ class ComponentsSettings:
     tasks: Annotated[dict[str, Task], ReadBy(tasks_of)] = field(default_factory=dict)
     metrics: list[str] = field(default_factory=list)  # of each task the first that it has; []: the first that it can
     tokens: Annotated[int, at_least(0)] = 5  # so many promoted and suppressed tokens; 0: none
+    tokens_of: Annotated[int, at_least(1)] | None = None  # of so many components that matter most; null: of all
     stability: list[Literal["random", "rounded"]] = field(default_factory=lambda: ["random", "rounded"])
     exact: str | None = None  # folder of a study with region=component, whose effects the report shows
     cache_dir: str | None = None  # of decompositions; null: spectral-harness in the user's cache
@@ -74,6 +75,8 @@ class ComponentsSettings:
         """Yield an error for each setting that nothing reads."""
         for error in self.region.treatment().unread():
             yield error.below("region")
+        if self.tokens_of is not None and not self.tokens:
+            yield wrong("tokens_of", self.tokens_of, "tokens=0 names no tokens")
         if self.metrics and not self.tasks:
             yield wrong("metrics", self.metrics, "they are those of tasks; choose one with task=...")
 

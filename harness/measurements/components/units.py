@@ -95,6 +95,8 @@ def plan(settings: ComponentsSettings) -> ComponentsPlan:
         "seed": settings.seed if "random" in settings.stability else None,
         "reference": reference and reference.digest,
     }
+    if settings.tokens_of is not None:
+        depends_on["tokens_of"] = settings.tokens_of
     units = tuple(Unit(digest(canonical({**depends_on, "matrix": matrix.name})), matrix, matrix.layer_type)
                   for matrix in chosen)
     folder = folder_of(settings.output, f"components-{settings.model.stem}-{run_id(unit.id for unit in units)[:8]}")

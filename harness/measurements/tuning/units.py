@@ -15,7 +15,7 @@ from harness.engine.plan import Plan, canonical, digest, folder_of, run_id
 from harness.engine.ranks import Ranks
 from harness.errors import InputError
 from harness.evaluation.requests import PreparedTask, TaskContext
-from harness.measurements.ablation.cells import expand_ablations, region_key, task_digest
+from harness.measurements.ablation.cells import chosen_regions, expand_ablations, region_key, task_digest
 from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.tuning.settings import TuneSettings
 from harness.models.description import ModelDescription
@@ -99,8 +99,8 @@ def plan(settings: TuneSettings) -> TunePlan:
     shapes = {matrix.name: matrix.shape for matrix in matrices}
     regions = [region for region in settings.region.regions(shapes.values()) if region not in (NO_REGION, OTHER_ORDER)]
     treatment = settings.region.treatment.treatment(None)
-    every = bool(getattr(settings.region.rule, "all", False))
-    ablations = expand_ablations(settings.region.targets(settings.target, matrices), regions, shapes, treatment, every)
+    targets, chosen = settings.region.targets(settings.target, matrices), chosen_regions(settings.region, shapes)
+    ablations = expand_ablations(targets, regions, shapes, treatment, chosen)
     base = {
         "version": NUMBERS_VERSION, "model": description.identity, "trained": trained,
         "attn_implementation": settings.model.attn_implementation, "examples": _digest(examples),

@@ -1,4 +1,4 @@
-"""Chosen components by name: the singular values of several matrices that are removed together."""
+"""Chosen components by name: singular values of several matrices that are removed together, or one by one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import SettingError, wrong
+from harness.spectral.regions.component import Component
 
 
 def parse_name(text: str) -> tuple[str, int]:
@@ -79,9 +80,13 @@ class Named:
 
 @dataclass
 class NamedRule:
-    """Components by name, all of which one cell removes. They say which matrices are edited; the target is not read."""
+    """Components by name, all of which one cell removes, or of which each has a cell of its own.
+
+    They say which matrices are edited; the target is not read.
+    """
 
     names: list[str] = field(default_factory=list)  # "28.up_proj:573": matrix and position, 0 = the largest value
+    each: bool = False  # one cell for each, as region.by=component has it, instead of one for all
     region_type: ClassVar[type] = Named
 
     def __post_init__(self) -> None:
@@ -89,9 +94,19 @@ class NamedRule:
             raise wrong("names", [], "region.by=named needs at least one, for example [28.up_proj:573]")
         self.regions()
 
-    def regions(self) -> list[Named]:
-        """Return the one region of all names. Raises SettingError."""
+    def regions(self) -> list[Named | Component]:
+        """Return the one region of all names, or the components at their positions. Raises SettingError."""
         try:
-            return [Named(tuple(self.names))]
+            together = Named(tuple(self.names))
         except ValueError as error:
             raise SettingError("names", str(error)) from error
+        if not self.each:
+            return [together]
+        return [Component(position) for position in dict.fromkeys(parse_name(name)[1] for name in self.names)]
+
+    def of_matrix(self) -> dict[str, list[str]]:
+        """Return the names by matrix, in the order in which they are given."""
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            found.setdefault(parse_name(name)[0], []).append(name)
+        return found

@@ -40,7 +40,10 @@ def words(place, *more: str) -> list[str]:
 
 
 def rows_of(place, folder, *more: str):
-    rows = read_metrics(run_settings(compose_settings("ablation", words(place, f"output={folder}", *more))))
+    asked = words(place, f"output={folder}", *(word for word in more if not word.startswith("~")))
+    if "~calibration" in more:
+        asked = [word for word in asked if "calibration" not in word]
+    rows = read_metrics(run_settings(compose_settings("ablation", asked)))
     assert set(rows.status) == {"ok"}, rows.error.dropna().iloc[0]
     return rows[(rows.metric == "nll") & (rows.target != "baseline")]
 
@@ -84,6 +87,33 @@ def test_top_finds_what_a_plain_derivative_finds_in_the_whole_model(place, tmp_p
                 "component -2 by loss": changes[-2], "component -1 by loss": changes[-1]}
     assert rows.set_index("region").component.to_dict() == {label: name for label, (_, name) in expected.items()}
     assert set(rows.n_removed) == {1}
+    # what the cell of the component by name has, measured from its own block on
+    names = ",".join(rows.component)
+    alone = rows_of(place, tmp_path / "each", "region=named", f"region.names=[{names}]", "region.each=true",
+                    "region.controls=[]", "~calibration")
+    assert set(alone.target_kind) == {"matrix"}
+    for column in ("value", "delta", "norm_removed", "sigma_max_removed", "realised_removal"):
+        assert alone.set_index("component")[column].to_dict() == rows.set_index("component")[column].to_dict()
+
+
+def test_components_by_name_one_by_one_are_the_cells_of_region_component(place):
+    def cells(*more):
+        study = plan(compose_settings("ablation", words(place, "region.controls=[random,rotated,none]", *more)))
+        return {cell.id: cell.ablation for cell in study.units}
+
+    names = {"0.up_proj:3", "1.down_proj:-1", "1.down_proj:3", "1.k_proj:0"}
+    found = cells("region=named", f"region.names=[{','.join(names)}]", "region.each=true")
+    there = cells("target=matrix", "region.ends=0", "region.components=[0,3,-1]")
+    grid = {one for one, ablation in found.items() if ablation.target.kind == "matrix"}
+    # equal draws of a random component of one matrix are one cell, as they are for region=component
+    drawn = {one for one in grid if found[one].region.kind == "random"}
+    assert len(grid - drawn) == 2 * len(names) and grid - drawn <= set(there)
+    assert {found[one].target.label for one in drawn} == {name.partition(":")[0] for name in names} and len(drawn) == 3
+    components = {f"{found[one].target.label}:{found[one].region.position}" for one in grid
+                  if found[one].region.by == "component"}
+    assert components == names
+    (none,) = (ablation for ablation in found.values() if ablation.target.kind == "control")
+    assert none.target.matrices == ("0.up_proj", "1.k_proj", "1.down_proj")
 
 
 def test_the_calibration_text_is_part_of_the_choice(place):
