@@ -14,10 +14,11 @@ from harness.evaluation.settings import ScoringOptions
 from harness.measurements.ablation.cells import Cell, has_noise_floor
 from harness.measurements.ablation.region_settings import OTHER_ORDER
 from harness.models.cost import ModelCost, model_cost
+from harness.models.editing import Ablation
 from harness.models.families import skeleton
 from harness.spectral.activations import metric_flops
 from harness.spectral.decomposition import decomposition_flops
-from harness.spectral.regions import by_loss
+from harness.spectral.regions import Component, by_loss
 
 if TYPE_CHECKING:
     from harness.measurements.ablation.units import Study
@@ -40,6 +41,11 @@ def edit_flops(out: int, width: int, n_removed: int) -> float:
     return 2.0 * out * width * (2 * min(n_removed, min(out, width) - n_removed) + n_removed)
 
 
+def is_one_component(ablation: Ablation) -> bool:
+    """Return whether an ablation edits one matrix of its target, which a loss will choose."""
+    return isinstance(ablation.region, Component) and ablation.region.by_loss and not ablation.treatment.keep
+
+
 @dataclass(frozen=True)
 class CostTable:
     """The predicted costs of the parts of a study, in floating-point operations.
@@ -52,6 +58,7 @@ class CostTable:
     other: task -> the cost of a pass in other batches, which a study in low precision makes for its noise floor.
     calibration: the cost of the pass over the calibration text with its second moments, which every shard makes unless
         it finds them on disk. calibration_bytes: the size of these second moments.
+    blocks: matrix -> its block.
     decomposition_weight: how many times as long an operation of a decomposition takes as one of a pass.
     """
 
@@ -64,11 +71,16 @@ class CostTable:
     calibration: float = 0.0
     calibration_bytes: int = 0
     decomposition_weight: float = DECOMPOSITION_WEIGHT
+    blocks: dict[str, int] = field(default_factory=dict)
 
     def cell(self, cell: Cell) -> float:
-        """Return the cost of scoring one cell."""
+        """Return the cost of scoring one cell; for a component that a loss will choose, the mean over its target."""
         if cell.in_other_order and cell.task in self.other:
             return self.other[cell.task]
+        if self.reuse and is_one_component(cell.ablation):
+            of_block = self.passes[cell.task]
+            names = cell.ablation.target.matrices
+            return sum(of_block[self.blocks[name]] for name in names) / len(names)
         return self.passes[cell.task][cell.ablation.target.first_block if self.reuse else 0]
 
 
@@ -134,7 +146,8 @@ def costs_of(study: Study) -> CostTable:
     calibration, size = _calibration(study, cost)
     low = study.description.dtype != "float32"
     weight = DECOMPOSITION_WEIGHT_IN_LOW_PRECISION if low else DECOMPOSITION_WEIGHT
-    return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size, weight)
+    return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size, weight,
+                     {matrix.name: matrix.block for matrix in study.matrices})
 
 
 def _calibration(study: Study, cost: ModelCost) -> tuple[float, int]:

@@ -13,7 +13,7 @@ import torch
 from harness.evaluation.requests import DirectTask, Request, ScoredTask, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
-from harness.measurements.ablation.costs import cost_of_pass, edit_flops
+from harness.measurements.ablation.costs import cost_of_pass, edit_flops, is_one_component
 from harness.measurements.ablation.summary import bos_note
 from harness.measurements.ablation.units import Study
 from harness.models.editing import Ablation
@@ -74,8 +74,7 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
     for ablation, members in group_by_ablation(study.units if cells is None else cells):
         first = ablation.target.first_block if reuse else 0
         touched.update(ablation.target.matrices)
-        edits += sum(edit_flops(*shapes[name], _n_removed(ablation, shapes[name]))
-                     for name in ablation.target.matrices)
+        edits += _edit_flops(ablation, [shapes[name] for name in ablation.target.matrices])
         if first > frontier:
             resumed += sum(costs.advance[name][first] - costs.advance[name][frontier] for name in scored)
             frontier = first
@@ -90,6 +89,16 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
         sum(costs.fed.values()) * width * itemsize, sum(8 * min(shapes[name]) ** 2 for name in touched),
         costs.calibration if touched else 0.0,
     )
+
+
+def _edit_flops(ablation: Ablation, shapes: Sequence[tuple[int, int]]) -> float:
+    """Return the floating-point operations of the edits of one ablation. shapes: (out, in) of its matrices.
+
+    A component that a loss chooses is in one of the matrices.
+    """
+    if is_one_component(ablation):
+        return sum(edit_flops(*shape, 1) for shape in shapes) / len(shapes)
+    return sum(edit_flops(*shape, _n_removed(ablation, shape)) for shape in shapes)
 
 
 def _n_removed(ablation: Ablation, shape: tuple[int, int]) -> int:
@@ -154,7 +163,7 @@ def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
         for seconds in (min(low for low, _ in passes), max(high for _, high in passes))
     )
     longest = 1.5 * cost.seconds(slow)
-    between = f"between {_duration(cost.seconds(fast))} and {_duration(longest)}" if longest >= 1 else "less than 1 s"
+    between = f"between {duration(cost.seconds(fast))} and {duration(longest)}" if longest >= 1 else "less than 1 s"
     most = " at most (adaptive precision)" if study.settings.runtime.precision == "adaptive" else ""
     written = "" if wanted == scored.keys() else ", and longer for tasks in which the model writes its answers"
     return f"{counted}; {between}{most} on {loaded.device.type}, as measured on one batch{written}"
@@ -226,7 +235,7 @@ def describe_study(study: Study) -> str:
         shape = Counter(matrix.shape for matrix in study.matrices).most_common(1)[0][0]
         rates = measure_rates(device, TORCH_DTYPES[description.dtype], shape)
         lines.append(
-            f"time {_duration(cost.seconds(rates))} at least, on {device.type} at {rates.product / 1e9:.3g} GFLOP/s as"
+            f"time {duration(cost.seconds(rates))} at least, on {device.type} at {rates.product / 1e9:.3g} GFLOP/s as"
             " measured now for large products; real forward passes are slower (experiments/speed)"
         )
     if settings.runtime.precision == "adaptive":
@@ -240,7 +249,8 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**29 else f"{n_bytes / 2**20:.1f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -232,7 +232,7 @@ def _table(
     help_of = {column.name: column.doc for column in METRICS}
     help_of = {RENAMED.get(name, name): text for name, text in help_of.items()} | HELP
     rows["region"] = rows["region"].map(region_words)
-    examples = _examples(folder, rows, primary)
+    examples = changed_examples(folder, rows, primary)
     return frame_table(
         "Cells", rows.rename(columns=RENAMED), help_of, SHOWN, examples=examples, score_names=SCORES,
         about_examples=f"The {MOST_EXAMPLES} examples whose score changed most. A score is what the metric averages: 0"
@@ -242,10 +242,14 @@ def _table(
     )
 
 
-def _examples(
+def changed_examples(
     folder: Path, rows: pandas.DataFrame, primary: Sequence[MeasuredMetric]
 ) -> dict[int, list[Example]]:
-    """Return the examples that changed most by the row of their cell, for the cells with the largest changes."""
+    """Return the examples that changed most by the row of their cell, for the cells with the largest changes.
+
+    folder: a study. rows: cell_id and delta, and task if there are several; their index is the row in a table of the
+    page. primary: the metric of each task that is meant.
+    """
     import numpy as np
 
     texts = read_texts(folder)

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.engine.page import PAGE, write_run_page
 from harness.errors import InputError, printable
 from harness.files import write_text
 from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.measurements.components import figures, summary
-from harness.measurements.components.tables import read_components
+from harness.measurements.components.page import Effect, components_page
+from harness.measurements.components.tables import TABLES, read_components
 from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
 from harness.tables.text import (
     aligned,
@@ -33,7 +35,7 @@ EXAMPLES = 3  # those that change most, on the card of a component that was meas
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path | None:
-    """Print a summary, and write components.md, extremes.csv and PNG figures into <folder>/report/.
+    """Print a summary, and write components.md, index.html, extremes-*.csv and PNG figures into <folder>/report/.
 
     Effects are those that the study named by the setting `exact` has measured; where it has none, and without such a
     study, they are first-order predictions. write: a function that prints the text. Returns the path of components.md,
@@ -63,7 +65,8 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         tables.append(_agreement_cells(rows))
         lines += ["## First order beside measurements", "", *markdown_lines(tables[-1]), ""]
         lines += _drawn_predictions(rows, out)
-    for (task, metric), of_metric, column in _effects(predictions, measured):
+    effects = _effects(predictions, measured)
+    for (task, metric), of_metric, column in effects:
         extremes = summary.extremes(of_metric, column, components)
         stem = f"extremes-{file_stem(task, metric)}"
         safe_for_csv(extremes).to_csv(out / f"{stem}.csv", index=False, float_format="%.6g")
@@ -76,10 +79,13 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         lines += _cards(of_metric, column, components, study)
     lines += [f"- {markdown_text(problem)}" for problem in problems]
     write_text(out / "components.md", "\n".join(lines) + "\n")
+    shown = [Effect(*names, column, of_metric) for names, of_metric, column in effects]
+    page = components_page(shown, components, study, _headline(matrices), problems)
+    write_run_page(folder, TABLES, matrices, page)
     for table in tables:
         write("\n".join(map(printable, aligned(table, 2))))
     write("\n".join(map(printable, [*_headline(matrices), *problems])))
-    write(f"\n{out / 'components.md'} and {count(len(list(out.glob('*.png'))), 'figure')}")
+    write(f"\n{out / PAGE}, components.md and {count(len(list(out.glob('*.png'))), 'figure')}")
     return out / "components.md"
 
 

@@ -122,8 +122,9 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: ComponentsSetti
 
 def describe(plan: ComponentsPlan) -> str:
     """Return the text of `harness plan`."""
+    from harness.measurements.components.forecast import price_lines
+
     settings = plan.settings
-    flops = sum(decomposition_flops(*unit.matrix.shape) for unit in plan.units)
     n = sum(min(unit.matrix.shape) for unit in plan.units)
     lines = [f"components {plan.id}  folder {plan.folder}",
              f"model {settings.model.label} ({plan.description.config.model_type}, {plan.description.dtype}):"
@@ -135,9 +136,7 @@ def describe(plan: ComponentsPlan) -> str:
         tokens = sum(len(request.tokens) for request in task.requests)
         lines.append(f"task {name}: {len(task.example_ids)} examples, {tokens} tokens; two forward passes and one"
                      " backward pass")
-    n_spectra = 1 + len(settings.stability) + (plan.reference is not None)
-    return "\n".join([*lines, f"cost {flops * n_spectra:.3g} floating-point operations for"
-                              f" {len(plan.units) * n_spectra} decompositions"])
+    return "\n".join([*lines, *price_lines(plan)])
 
 
 def _scored(name: str, task: PreparedTask) -> ScoredTask:

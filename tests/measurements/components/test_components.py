@@ -12,7 +12,9 @@ from harness.measurements import compose_settings
 from harness.measurements.ablation.tables import read_metrics
 from harness.measurements.components.tables import read_components
 from harness.measurements.components.units import plan
+from tests.browser import browser, chromium
 from tests.checkpoints import WORDS, ioi_file, save_checkpoint
+from tests.pages import page_data
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,62 @@ def test_the_report_shows_measured_effects_beside_the_predictions(place, capsys)
     card = page.partition("## ioi: logit")[2].partition("### Largest gain")[2]
     assert card.replace("\\_", "_").strip().startswith(f"**{best['component']}**, improvement {best['delta']:+.4g}")
     assert sorted(path.suffix for path in (place / "out" / "report").glob("extremes*"))
+
+
+def test_the_page_has_a_card_for_each_component_that_the_atlas_shows(place):
+    assert main(["report", str(place / "out")]) == 0
+    page = page_data(place / "out" / "report" / "index.html")
+    (table,) = page["tables"]
+    column = {one["name"]: values for one, values in zip(table["columns"], table["data"])}
+    rows = read_metrics(place / "exact")
+    rows = rows[rows["component"].notna() & (rows["metric"] == "logit_difference")].set_index("component")
+    name = "ioi: logit_difference, measured"
+    measured = {one: value for one, value in zip(column["component"], column[name]) if value is not None}
+    assert measured == pytest.approx(rows.loc[list(measured), "delta"].to_dict(), rel=1e-5)
+    components = read_components(place / "out")
+    components.index = components["matrix"] + ":" + components["index"].astype(str)
+    for row, component in enumerate(column["component"]):
+        assert column["sigma"][row] == pytest.approx(components.loc[component, "sigma"], rel=1e-5)
+    # each field of each heat map opens the component of its matrix with that effect
+    maps = [view for chart in page["charts"] for view in chart["views"] if view["traces"][0]["type"] == "heatmap"]
+    assert {view["label"] for view in maps} == {
+        f"largest {what}, {how}" for what in ("gain", "harm") for how in ("measured", "predicted to first order")}
+    shown: dict[str, list] = {}
+    for view in maps:
+        fields = [one for line in view["traces"][0]["customdata"] for one in line if one is not None]
+        shown.setdefault(view["label"], []).append([column["component"][row] for row in fields])
+    assert [rows["delta"].idxmax()] in shown["largest gain, measured"]
+    assert [rows["delta"].idxmin()] in shown["largest harm, measured"]
+    for of_metric in shown["largest gain, predicted to first order"]:
+        assert {one.partition(":")[0] for one in of_metric} == set(components["matrix"])
+    # the examples of a card are those that the study has changed most
+    best = column["component"].index(rows["delta"].idxmax())
+    assert table["score_names"][-1] == "change" and 0 < len(table["examples"][str(best)]) <= 8
+    largest = [abs(one[-1]) for one in table["examples"][str(best)]]
+    assert largest == sorted(largest, reverse=True)
+    # a curve has every component of its matrix
+    curves = [view for chart in page["charts"] for view in chart["views"] if view["label"] == "1.up_proj"]
+    n = int((components["matrix"] == "1.up_proj").sum())
+    assert [n, n] in [[len(trace["x"]) for trace in view["traces"]] for view in curves]
+
+
+def test_the_page_opens_cards_in_a_browser(place, tmp_path):
+    pytest.importorskip("websocket", reason="no websocket-client: pip install websocket-client")
+    if chromium() is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    assert main(["report", str(place / "out")]) == 0
+    with browser(tmp_path) as tab:
+        tab.open(place / "out" / "report" / "index.html")
+        tab.wait("document.getElementById('chart-0').dataset.drawn === 'true'")
+        tab.run("document.getElementById('chart-1').scrollIntoView()")
+        tab.wait("document.getElementById('chart-1').dataset.drawn === 'true'")
+        row = tab.run("document.querySelector('#chart-0 .plot').data[0].customdata.flat().find((one) => one !== null)")
+        tab.run(f"document.querySelector('#chart-0 .plot').emit('plotly_click', {{points: [{{customdata: {row}}}]}})")
+        detail = tab.run("document.querySelector('#table-0 tr.detail').textContent")
+        assert "promoted" in detail and "stability_rounded" in detail and "without ablation" in detail
+        assert tab.problems == [] and tab.run("document.getElementById('trouble').hidden")
+        tab.open(place / "out" / "report" / "index.html", width=390)
+        assert tab.run("document.documentElement.scrollWidth") <= 390 and tab.problems == []
 
 
 def test_a_second_run_measures_nothing_and_everything_is_in_the_id(place, capsys):
