@@ -67,7 +67,8 @@ COMPONENTS = (
     Column("stability_rounded", "float64", "The same with the weights rounded to 4 bits in blocks of 32 inputs."),
     Column("stability_reference", "float64", "The same with the reference: a base, or another checkpoint."),
     Column("promoted", "string", "JSON: the tokens whose logits the output raises most, by final norm and head alone."),
-    Column("suppressed", "string", "JSON: those that it lowers most. Both are null for q_proj, k_proj and v_proj."),
+    Column("suppressed", "string",
+           "JSON: those that it lowers most. Both are null for q_proj, k_proj and v_proj, and beyond `tokens_of`."),
 )
 
 PREDICTIONS = (
