@@ -75,8 +75,9 @@ class InnerOutputs:
             self.clear()
             self._block, self._modules = block, _modules_of(self._loaded, block)
         if not self._order:
-            with self._observed():
+            with self._observed() as outputs:
                 yield
+            self._keep(key, {path: outputs[path] for path in self._before(edited)})
             return
         wanted = self._before(edited)
         kept = self._kept.get(key, {})
@@ -99,17 +100,24 @@ class InnerOutputs:
             self._kept[key] = outputs
 
     @contextmanager
-    def _observed(self) -> Iterator[None]:
-        """Observe the order in which the modules of the block end in a pass."""
+    def _observed(self) -> Iterator[dict[str, Any]]:
+        """Observe the order in which the modules of the block end in a pass; yields their outputs by path."""
         ended: list[str] = []
+        found: dict[str, Any] = {}
 
         def note(path: str) -> Callable[..., None]:
-            return lambda module, args, output: ended.append(path)
+            capture = _capture(found, path)
+
+            def end(module: Any, args: tuple, output: Any) -> None:
+                ended.append(path)
+                capture(module, args, output)
+
+            return end
 
         with ExitStack() as stack:
             for path, module in self._modules.items():
                 stack.callback(module.register_forward_hook(note(path)).remove)
-            yield
+            yield found
         self._order = ended
 
     def _before(self, edited: Sequence[Matrix]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING
 
 from harness.evaluation.other_order import other_options
@@ -15,7 +16,8 @@ from harness.measurements.ablation.cells import Cell, has_noise_floor
 from harness.measurements.ablation.region_settings import OTHER_ORDER
 from harness.models.cost import ModelCost, model_cost
 from harness.models.editing import Ablation
-from harness.models.families import skeleton
+from harness.models.families import MLP_TYPES, skeleton
+from harness.models.matrices import Matrix
 from harness.spectral.activations import metric_flops
 from harness.spectral.decomposition import decomposition_flops
 from harness.spectral.regions import Component, by_loss
@@ -59,6 +61,8 @@ class CostTable:
     calibration: the cost of the pass over the calibration text with its second moments, which every shard makes unless
         it finds them on disk. calibration_bytes: the size of these second moments.
     blocks: matrix -> its block.
+    before: matrix -> the parts of its block that are computed before it: the matrices, and the attention of the block.
+    parts: task -> the cost of these parts in a pass.
     decomposition_weight: how many times as long an operation of a decomposition takes as one of a pass.
     """
 
@@ -72,6 +76,8 @@ class CostTable:
     calibration_bytes: int = 0
     decomposition_weight: float = DECOMPOSITION_WEIGHT
     blocks: dict[str, int] = field(default_factory=dict)
+    before: dict[str, frozenset[str]] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def cell(self, cell: Cell) -> float:
         """Return the cost of scoring one cell; for a component that a loss will choose, the mean over its target."""
@@ -82,6 +88,40 @@ class CostTable:
             names = cell.ablation.target.matrices
             return sum(of_block[self.blocks[name]] for name in names) / len(names)
         return self.passes[cell.task][cell.ablation.target.first_block if self.reuse else 0]
+
+
+def parts_before(matrices: Sequence[Matrix]) -> dict[str, frozenset[str]]:
+    """Return for each matrix the parts of its block that are computed before it and cannot depend on it.
+
+    They are earlier matrices of other parameters, and for a matrix behind the attention also the attention itself. In
+    models whose blocks are in another order a plan is a little too high.
+    """
+    found: dict[str, frozenset[str]] = {}
+    of_block: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        if matrix.expert is None:
+            earlier = [one for one in of_block.get(matrix.block, []) if one.parameter != matrix.parameter]
+            behind = [attention_of(matrix.block)] if matrix.layer_type in MLP_TYPES else []
+            found[matrix.name] = frozenset([*(one.name for one in earlier), *behind])
+            of_block.setdefault(matrix.block, []).append(matrix)
+    return found
+
+
+def attention_of(block: int) -> str:
+    """Return the name of the attention of a block among the parts that are computed before a matrix."""
+    return f"{block} attention"
+
+
+def _parts(packed: PackedRequests, cost: ModelCost, matrices: Sequence[Matrix]) -> dict[str, float]:
+    """Return the cost of each matrix, and of the attention of each block, in one pass."""
+    tokens, pairs = 0.0, 0.0
+    for batch in packed.batches:
+        n, width = batch.input_ids.shape
+        tokens += n * width
+        plain = isinstance(batch, Batch) and batch.last is None
+        pairs += n * width**2 * cost.pair / (2 if plain else 1)
+    return ({matrix.name: 2.0 * prod(matrix.shape) * tokens for matrix in matrices}
+            | {attention_of(matrix.block): pairs for matrix in matrices})
 
 
 def _from_each_block(packed: PackedRequests, cost: ModelCost, n_encoder: int = 0) -> tuple[float, ...]:
@@ -124,7 +164,7 @@ def costs_of(study: Study) -> CostTable:
     model = skeleton(study.description.config, family)
     cost = model_cost(model, family)
     n_encoder = len({matrix.block for matrix in study.matrices if matrix.stack == "encoder"})
-    passes, fed, other = {}, {}, {}
+    passes, fed, other, parts = {}, {}, {}, {}
     options = ScoringOptions(runtime.batch_tokens or ScoringOptions.batch_tokens, share_context=runtime.share_context)
     for name, task in study.tasks.items():
         if isinstance(task, DirectTask):
@@ -134,6 +174,7 @@ def costs_of(study: Study) -> CostTable:
         else:
             packed = pack_for(task.requests, options.batch_tokens, family, model, options.share_context)
             passes[name] = _from_each_block(packed, cost, n_encoder)
+            parts[name] = _parts(packed, cost, study.matrices)
             if has_noise_floor(study.description):
                 others = other_options(options, packed.batches, OTHER_ORDER.share)
                 again = pack_for(task.requests, others.batch_tokens, family, model, others.share_context)
@@ -147,7 +188,8 @@ def costs_of(study: Study) -> CostTable:
     low = study.description.dtype != "float32"
     weight = DECOMPOSITION_WEIGHT_IN_LOW_PRECISION if low else DECOMPOSITION_WEIGHT
     return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size, weight,
-                     {matrix.name: matrix.block for matrix in study.matrices})
+                     {matrix.name: matrix.block for matrix in study.matrices},
+                     {} if n_encoder or runtime.compile else parts_before(study.matrices), parts)
 
 
 def _calibration(study: Study, cost: ModelCost) -> tuple[float, int]:

@@ -13,7 +13,7 @@ import torch
 from harness.evaluation.requests import DirectTask, Request, ScoredTask, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
-from harness.measurements.ablation.costs import cost_of_pass, edit_flops, is_one_component
+from harness.measurements.ablation.costs import CostTable, cost_of_pass, edit_flops, is_one_component
 from harness.measurements.ablation.summary import bos_note
 from harness.measurements.ablation.units import Study
 from harness.models.editing import Ablation
@@ -71,6 +71,8 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
     resumed = plain = edits = 0.0
     touched: set[str] = set()
     frontier = 0
+    inside: dict[str, frozenset[str]] = {}  # task -> the parts of the present block whose outputs are kept
+    block = -1
     for ablation, members in group_by_ablation(study.units if cells is None else cells):
         first = ablation.target.first_block if reuse else 0
         touched.update(ablation.target.matrices)
@@ -78,9 +80,14 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
         if first > frontier:
             resumed += sum(costs.advance[name][first] - costs.advance[name][frontier] for name in scored)
             frontier = first
+        if first != block:
+            inside, block = {}, first
+        before = _before(costs, ablation) if reuse else frozenset()
         for cell in members:
             if cell.task in scored:
-                resumed += costs.cell(cell)
+                kept = before & inside.get(cell.task, frozenset())
+                resumed += costs.cell(cell) - sum(costs.parts[cell.task][part] for part in kept)
+                inside[cell.task] = before or inside.get(cell.task, frozenset())
                 plain += costs.cell(cell) if cell.in_other_order else costs.passes[cell.task][0]
     width = study.description.config.get_text_config().hidden_size
     itemsize = TORCH_DTYPES[study.description.dtype].itemsize
@@ -89,6 +96,15 @@ def forecast(study: Study, cells: Sequence[Cell] | None = None) -> Forecast:
         sum(costs.fed.values()) * width * itemsize, sum(8 * min(shapes[name]) ** 2 for name in touched),
         costs.calibration if touched else 0.0,
     )
+
+
+def _before(costs: CostTable, ablation: Ablation) -> frozenset[str]:
+    """Return the parts of the first edited block that are computed before the edited matrices."""
+    target = ablation.target
+    if is_one_component(ablation):
+        return frozenset()
+    edited = [name for name in target.matrices if costs.blocks[name] == target.first_block]
+    return min((costs.before.get(name, frozenset()) for name in edited), key=len, default=frozenset())
 
 
 def _edit_flops(ablation: Ablation, shapes: Sequence[tuple[int, int]]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +25,7 @@ from harness.models.settings import ModelSettings
 from harness.models.targets import TargetSettings
 from harness.spectral.ablation import edit
 from harness.spectral.decomposition import decompose
-from harness.spectral.regions import select
+from harness.spectral.regions import Component, select
 from harness.spectral.regions.fraction import FractionRule
 from harness.tasks.text import TextTask
 from tests.evaluation.test_stream import kept_bytes
@@ -91,6 +93,17 @@ def _float64_products(study: Study) -> float:
                 decompose(torch.randn(matrix.shape))
             total += counter.get_total_flops()
     return total
+
+
+def test_one_component_that_a_loss_chooses_costs_the_mean_over_its_target(folder, tmp_path) -> None:
+    settings = replace(_settings(folder, tmp_path), target=TargetSettings(kind="all", layer_types=["up_proj"]))
+    study = plan(settings)
+    cell = replace(study.units[-1], ablation=replace(study.units[-1].ablation, region=Component(0, "loss")))
+    of_block = study.costs.passes["text"]
+    assert study.costs.cell(cell) == pytest.approx(sum(of_block[:4]) / 4)
+    edited = forecast(study, [cell])
+    assert edited.edits == edit_flops(*study.matrices[-1].shape, 1) and edited.resumed == study.costs.cell(cell)
+    assert study.costs.cell(study.units[-1]) == of_block[0]
 
 
 @pytest.mark.parametrize("shape, n", [((32, 40), 8), ((40, 32), 30), ((32, 32), 16)])
