@@ -9,6 +9,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 ARGS ?=
+, = ,
 JOBS ?= 3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # constraints.txt was written for Python 3.11; another version installs from the ranges in pyproject.toml.
@@ -38,18 +39,27 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# -qq keeps pip's errors and drops its warnings about indexes that lack a package.
-# torch is asked for by its pin before anything else: a build for this machine that pip can see (a wheel folder, an
-# index of CPU builds) then satisfies all the others, and the largest download happens once.
+# uv installs several times as fast as pip. It does not read the settings of pip, which may name another index or a folder
+# of wheels, so they are handed on. If uv fails, pip installs.
+# torch is asked for by its pin: a build for this machine in that folder or index is then taken, for example one for CPUs.
 # --no-compile: Python compiles a module when it is first imported, and most of what is installed never is.
-INSTALL = $(PIP) install -qq --no-compile $(CONSTRAINTS) torch
+define install
+	@echo "installing into $(VENV): a few minutes the first time"
+	@$(PIP) install -qq --no-compile $(CONSTRAINTS) uv || true
+	@for name in find-links index-url extra-index-url; do \
+		for value in $$($(PIP) config list | sed -n "s/^[^=]*\.$$name='\(.*\)'$$/\1/p" | head -n 1); do \
+			options="$$options --$$name $$value"; \
+		done; \
+	done; \
+	$(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --index-strategy unsafe-best-match \
+		$$options $(CONSTRAINTS) torch -e '.[$(1)]' \
+	|| $(PIP) install -qq --no-compile $(CONSTRAINTS) torch -e '.[$(1)]'
+endef
 
 $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing into $(VENV): a few minutes the first time"
-	$(INSTALL) -e '.[plots]'
+	$(call install,plots)
 	@touch $@
 
 $(VENV)/.stamp-test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing into $(VENV): a few minutes the first time"
-	$(INSTALL) -e '.[all,test,docs]'
+	$(call install,all$(,)test$(,)docs)
 	@touch $(VENV)/.stamp-run $@
