@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # pytest-xdist share the folder of the process that started them, so that a model is trained once for all of them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="harness-tests-")
+    os.environ["HARNESS_TESTS"] = f"{os.getpid()}:{os.environ['XDG_CACHE_HOME']}"  # for tests/warm.py
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest  # noqa: E402

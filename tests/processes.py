@@ -1,42 +1,64 @@
-"""Processes for tests, forked from one that has imported the heavy libraries.
+"""Processes for tests, forked from the one of tests/warm.py that has imported the heavy libraries.
 
-A new Python takes some five seconds of processor time to import them. A fork has them at once, and all that a test
-wants of a process: an id, a session, an environment, output and an end of its own. tests/engine/test_ranks.py also
-starts real ones, by torchrun and by accelerate.
+A fork has all that a test wants of a process: an id, a session, an environment, output and an end of its own.
+tests/engine/test_ranks.py also starts real ones, by torchrun and by accelerate.
 """
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
+import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import CompletedProcess, TimeoutExpired
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["accelerate", "transformers.models.auto.modeling_auto", "transformers.modeling_utils",
-                               "tests.studies", "harness.measurements.ablation.measure"])
+from tests import warm
+
 GRACE_SECONDS = 20  # between SIGTERM and SIGKILL of the ranks that are left when one has failed
 
 
-def start(program: str, log: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
-    """Start a process that executes the text of a program. Its output goes to `log`.
+class Process:
+    """A process that executes the text of a program. Its output goes to `log`."""
+
+    def __init__(self, program: str, log: Path, environment: Mapping[str, str]) -> None:
+        with log.open("ab") as output, open(os.devnull) as nothing:
+            streams = [nothing.fileno(), output.fileno(), output.fileno()]
+            self.pid, self.end = warm.ask(warm.listening(), ["-c", program], streams, environment)
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit status, which is negative after a signal, or None while the process runs."""
+        return self._status if self._status is not None or not wait([self.end], timeout=0) else self.wait()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the exit status. Raises TimeoutExpired."""
+        if self._status is None:
+            if not wait([self.end], timeout):
+                raise TimeoutExpired(str(self.pid), timeout or 0)
+            self._status = warm.status_from(self.end)
+        return self._status
+
+    def send(self, number: int) -> None:
+        """Send a signal, if the process still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+
+def start(program: str, log: Path, environment: Mapping[str, str] | None = None) -> Process:
+    """Start a process that executes the text of a program.
 
     environment: variables that it has besides those of this process. With accelerate and gloo, for example, RANK.
     """
-    everything = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    process = _FORKS.Process(target=_execute, args=(program, str(log), everything), daemon=True)
-    process.start()
-    return process
+    return Process(program, log, {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})})
 
 
-def start_harness(*arguments: str, log: Path) -> BaseProcess:
+def start_harness(*arguments: str, log: Path) -> Process:
     """Start `harness <arguments>`."""
     return start(f"import sys; from harness.__main__ import main; sys.argv[1:] = {arguments!r}; sys.exit(main())", log)
 
@@ -54,27 +76,15 @@ def run_ranks(program: str, n: int, log: Path, timeout: float = 400) -> Complete
     ranks = [start(program, log, {**shared, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
     end = time.monotonic() + timeout
     try:
-        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
             assert time.monotonic() < end, log.read_text()[-4000:]
-            wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=1)
+            wait([rank.end for rank in ranks if rank.poll() is None], timeout=1)
     finally:
         for rank in ranks:
-            rank.terminate()
+            rank.send(signal.SIGTERM)
         for rank in ranks:
-            rank.join(GRACE_SECONDS)
-            rank.kill()
-    return CompletedProcess(program, max(abs(rank.exitcode or 0) for rank in ranks), "", log.read_text())
-
-
-def _execute(program: str, log: str, environment: dict[str, str]) -> None:
-    os.setsid()
-    with open(log, "ab") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.argv = [""]
-    try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out
+            try:
+                rank.wait(GRACE_SECONDS)
+            except TimeoutExpired:
+                rank.kill()
+    return CompletedProcess(program, max(abs(rank.wait()) for rank in ranks), "", log.read_text())

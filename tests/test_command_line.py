@@ -589,10 +589,10 @@ def test_kill_9_in_mid_study_then_rerun_equals_an_uninterrupted_run(recall, tmp_
     whole = run(tmp_path / "whole", *settings)
     folder = tmp_path / "killed" / "study"
     process = start_harness("run", "--quiet", *settings, f"output={folder}", log=tmp_path / "log")
-    while process.exitcode is None and len(cell_states(folder) if folder.exists() else ()) < 6:
+    while process.poll() is None and len(cell_states(folder) if folder.exists() else ()) < 6:
         time.sleep(0.01)
     process.kill()
-    process.join()
+    process.wait()
     n_before = len(cell_states(folder))
     assert 6 <= n_before < whole.cell_id.nunique()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "metrics").rglob("*.parquet")}

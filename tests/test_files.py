@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from harness import files
 from harness.files import hash_file, new_folder, replacing, user_cache, write_json, write_text
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +82,7 @@ with replacing(Path(sys.argv[1])) as temporary:
 def test_kill_9_while_writing_leaves_what_was_there(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("before")
-    done = subprocess.run([sys.executable, "-c", DYING, str(path)], cwd=ROOT)
+    done = subprocess.run([warm.python(), "-c", DYING, str(path)], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL and path.read_text() == "before"
     # what it left is hidden, and never in the way of the next writer
     left = [name for name in names(tmp_path) if name != "file.txt"]

@@ -51,7 +51,7 @@ def test_killed_run(clean_long, tmp_path):
     process = start_harness("run", "--quiet", *settings(LONG, folder), log=log)
     stop_half_done(lambda: process.pid, folder, 5, log.read_text)
     process.kill()
-    process.join(60)
+    process.wait(60)
     assert 5 <= n_rows(folder) < N_LONG
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "metrics").iterdir()}
     run_here(LONG, folder)
@@ -89,8 +89,7 @@ def test_two_runs_at_once(clean_small, tmp_path):
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
     processes = [start_harness("run", "--quiet", *settings(SMALL, folder), log=log) for log in logs]
     for process, log in zip(processes, logs):
-        process.join(400)
-        assert process.exitcode == 0, log.read_text()[-2000:]
+        assert process.wait(400) == 0, log.read_text()[-2000:]
     assert n_rows(folder) == N_SMALL
     assert_same_tables(folder, clean_small)
 

@@ -1,6 +1,6 @@
 """The ranks of torchrun and of accelerate launch: two of them indeed, the same table as one process, nothing lost.
 
-What does not need a launcher is forked (tests/processes.py).
+What does not need a launcher is forked (tests/processes.py), and so are the ranks of accelerate (tests/warm.py).
 """
 
 import json
@@ -17,6 +17,7 @@ from harness.engine.run import run_plan
 from harness.errors import InputError
 from harness.measurements import ABLATION
 from harness.measurements.ablation.tables import read_metrics
+from tests import warm
 from tests.processes import run_ranks
 from tests.studies import (
     MODEL,
@@ -37,15 +38,16 @@ ACCELERATE = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes
               "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
-def launched(launcher: list[str], overrides: list[str], folder: Path) -> str:
+def launched(launcher: str, overrides: list[str], folder: Path) -> str:
     """Standard error of a launched run."""
-    command = [*launcher, "-m", "harness", "run", "--quiet", *settings(overrides, folder)]
+    ranks = TORCHRUN if launcher == "torchrun" else [*ACCELERATE, "--no_python", warm.python()]
+    command = [*ranks, "-m", "harness", "run", "--quiet", *settings(overrides, folder)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_ranks_give_the_table_of_one_process(clean_small, tmp_path, launcher):
     folder = tmp_path / "study"
     launched(launcher, SMALL, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +28,7 @@ from harness.models.decompositions import (
 from harness.models.loading import loaded_from
 from harness.settings.validation import validated
 from harness.spectral.decomposition import decompose
+from tests import warm
 from tests.checkpoints import save_checkpoint, text_file
 from tests.models.tiny import tiny_model
 
@@ -292,7 +292,7 @@ for i in range(100):
 
 def test_several_processes_share_a_folder(tmp_path) -> None:
     workers = [
-        subprocess.Popen([sys.executable, "-c", SHARING, str(tmp_path), step], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([warm.python(), "-c", SHARING, str(tmp_path), step], stderr=subprocess.PIPE, text=True)
         for step in ("1", "3")
     ]
     assert [worker.communicate(timeout=300)[1] for worker in workers] == ["", ""]  # no failure and no warning

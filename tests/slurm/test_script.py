@@ -3,12 +3,12 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from harness.measurements.ablation.tables import cell_states
+from tests import warm
 from tests.slurm.cluster import Cluster
 from tests.studies import ROOT, wait_until
 
@@ -27,8 +27,8 @@ def test_script_of_the_page(slurm: Cluster, tmp_path: Path):
     harness = tmp_path / "bin" / "harness"
     smaller = " ".join(f"'{one}'" for one in [*SMALLER, f"model.recall.cache_dir={tmp_path}/trained"])
     harness.write_text(f"""#!/bin/bash
-[ "$1" = plan ] && exec {sys.executable} -m harness "$@" {smaller}
-exec {sys.executable} -m harness "$@"
+[ "$1" = plan ] && exec {warm.python()} -m harness "$@" {smaller}
+exec {warm.python()} -m harness "$@"
 """)
     harness.chmod(0o755)
     environment = {**slurm.env, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),

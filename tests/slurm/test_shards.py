@@ -18,6 +18,7 @@ from harness.errors import InputError
 from harness.measurements import ABLATION, find
 from harness.measurements.ablation.tables import TABLES, read_metrics
 from harness.tables.store import write_unit
+from tests import warm
 from tests.checkpoints import ioi_file, save_checkpoint
 from tests.slurm.cluster import MAX_ARRAY_SIZE, NODES, Cluster
 from tests.studies import (
@@ -55,6 +56,11 @@ def commands_find_the_cluster(slurm: Cluster) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
         yield
+
+
+def warm_shards() -> str:
+    """The setting by which shards start without importing anything. The process of such a shard cannot be stopped."""
+    return f"cluster.python={warm.python()}"
 
 
 def submit_here(overrides: list[str], folder: Path, *more: str) -> str:
@@ -101,10 +107,11 @@ def test_two_nodes_give_the_table_of_one_process(slurm, clean_small, tmp_path):
     yaml = configs / "region" / "mine.yaml"
     yaml.write_text("by: decile\ndeciles: [1, 5, 10]\n")
     overrides = ["region=mine" if one == "region=decile" else one for one in SMALL if "deciles" not in one]
-    command = harness(
-        "submit", f"--config-dir={configs}", *settings(overrides, folder, *CLUSTER), "cluster.shards=2",
-        "cluster=slurm_gpu", "cluster.gres=gpu:2", f"cluster.setup=['while [ ! -e {gate} ]; do sleep 0.1; done']",
-    )
+    command = [
+        warm.python(), "-m", "harness", "submit", f"--config-dir={configs}", *settings(overrides, folder, *CLUSTER),
+        "cluster.shards=2", "cluster=slurm_gpu", "cluster.gres=gpu:2", warm_shards(),
+        f"cluster.setup=['while [ ! -e {gate} ]; do sleep 0.1; done']",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 shards, Slurm job" in done.stderr
@@ -219,7 +226,7 @@ def test_killed_shard(slurm, at_its_time_limit, clean_long, tmp_path):
     assert left > 0
     text = status_of(folder)
     assert f"missing {left}" in text and "shards 1  lost 1" in text and "harness submit command again" in text
-    assert f"{left} to submit" in submit_here(LONG, folder, "cluster.shards=1")
+    assert f"{left} to submit" in submit_here(LONG, folder, "cluster.shards=1", warm_shards())
     wait_for_end(folder)
     assert_same_tables(folder, clean_long)
 
@@ -255,7 +262,8 @@ def test_killed_while_submitting(clean_small, tmp_path, monkeypatch):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
     assert f"missing {N_SMALL}" in status_of(folder)
-    assert f"{N_SMALL} to submit, 0 queued or running" in submit_here(SMALL, folder, "cluster.shards=1")
+    said = submit_here(SMALL, folder, "cluster.shards=1", warm_shards())
+    assert f"{N_SMALL} to submit, 0 queued or running" in said
     wait_for_end(folder)
     assert_same_tables(folder, clean_small)
 
@@ -273,7 +281,7 @@ def test_failed_cells_when_asked(slurm, clean_small, tmp_path):
     write_unit(folder, TABLES, row.cell_id, {"metrics": [failed]}, row.study_id)
     assert "failed 1  missing 0" in status_of(folder) and "ValueError: once" in status_of(folder)
     assert "0 to submit" in submit_here(SMALL, folder)
-    assert "1 to submit" in submit_here(SMALL, folder, "cluster.retry_failed=true")
+    assert "1 to submit" in submit_here(SMALL, folder, "cluster.retry_failed=true", warm_shards())
     wait_for_end(folder)
     assert_same_tables(folder, clean_small)
 
@@ -285,7 +293,7 @@ def test_spectra_of_two_nodes_are_those_of_one_process(slurm, tmp_path, capsys):
              "threads=1"]
     folder = tmp_path / "spectra"
     capsys.readouterr()
-    assert main(["submit", "spectra", *words, f"output={folder}", *CLUSTER, "cluster.shards=2"]) == 0
+    assert main(["submit", "spectra", *words, f"output={folder}", *CLUSTER, "cluster.shards=2", warm_shards()]) == 0
     said = capsys.readouterr().err
     assert ": 24 units, 24 to submit, 0 queued or running" in said and "2 shards, Slurm job" in said
     wait_for_end(folder)
@@ -309,7 +317,7 @@ def test_a_search_is_one_shard(slurm, tmp_path, capsys):
     folder = tmp_path / "search"
     capsys.readouterr()
     assert main(["submit", "search", *words, f"output={folder}", *CLUSTER, "cluster.shards=3", "cluster.wait=true",
-                 "--quiet"]) == 0
+                 warm_shards(), "--quiet"]) == 0
     assert "1 shards, Slurm job" in capsys.readouterr().err
     text = status_of(folder)
     assert "units 3  done 3  running 0  pending 0  failed 0  missing 0" in text, f"{text}\n{logs(folder)}"

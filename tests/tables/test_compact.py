@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from harness.measurements.ablation.tables import TABLES, cell_states, read_examples, read_metrics
 from harness.tables import compact as compaction
+from tests import warm
 from tests.tables.synthetic import error_row, example_columns, metric_row, write_cell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,7 +176,7 @@ def test_kill_9_at_every_step(tmp_path, step):
     for cell in cells:
         write(tmp_path, cell)
     write_cell(tmp_path, "bad", [error_row("bad")])
-    done = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), step], cwd=ROOT)
+    done = subprocess.run([warm.python(), "-c", DYING, str(tmp_path), step], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     expected = dict.fromkeys(cells, "ok") | {"bad": "error"}
     assert cell_states(tmp_path, verify=True) == expected
@@ -212,7 +212,7 @@ def test_readers_and_writers_beside_compactions(tmp_path, way_of_swapping):
         write(tmp_path, f"z{i:04d}")
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), name, "0", "100"],
+            [warm.python(), "-c", WRITER, str(tmp_path), name, "0", "100"],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )
         for name in "xy"

@@ -22,6 +22,7 @@ from harness.measurements.ablation.tables import TABLES, cell_states, read_examp
 from harness.tables import store, writer
 from harness.tables.schema import SchemaVersionError
 from harness.tables.store import failed_since, write_unit
+from tests import warm
 from tests.tables.synthetic import RUN, error_row, example_columns, metric_row, write_cell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +170,7 @@ print(os.listdir(sys.argv[1] + "/.tmp"), cell_states(sys.argv[1], verify=True))
 
 def test_failing_writes_are_errors_and_leave_no_part(tmp_path):
     """The system refuses the bytes (here by a limit on file size, as a full disk or a quota would)."""
-    command = [sys.executable, "-c", DISK_OF_4_KB, str(tmp_path)]
+    command = [warm.python(), "-c", DISK_OF_4_KB, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "refused\nrefused\n[] {'a': 'ok'}\n"
 

@@ -1,0 +1,37 @@
+"""The Python of tests/warm.py behaves as Python's own."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+from tests import warm
+from tests.studies import wait_until
+
+
+def test_what_a_process_gets_and_gives(tmp_path):
+    program = "import os, sys; print(sys.argv, os.getcwd(), os.environ['MINE'], sys.stdin.read()); sys.exit(3)"
+    done = subprocess.run([warm.python(), "-c", program, "word"], cwd=tmp_path, env={**os.environ, "MINE": "±"},
+                          input="read", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"['-c', 'word'] {tmp_path} ± read\n", "")
+    done = subprocess.run([warm.python(), "-c", "1 / 0"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    done = subprocess.run([warm.python(), "-m", "harness", "status", "/no/such"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("harness: ")
+
+
+def test_signals():
+    killed = subprocess.run([warm.python(), "-c", f"import os; os.kill(os.getpid(), {signal.SIGKILL:d})"])
+    assert killed.returncode == -signal.SIGKILL
+    program = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(7))
+print(os.getpid(), flush=True)
+time.sleep(1000)
+"""
+    for number, status in ((signal.SIGUSR2, 7), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen([warm.python(), "-c", program], stdout=subprocess.PIPE, text=True)
+        pid = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(60) == status
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), lambda: "the process outlives the executable", 60)
