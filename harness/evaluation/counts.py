@@ -13,6 +13,8 @@ else changes, and an interval of t times the standard error has no width where n
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 MOST_STEPS = 20_000_000  # of the exact test; it needs more only where so many answers change that a t-test is as good
@@ -53,6 +55,7 @@ def sign_flip_p(changes: np.ndarray) -> float | None:
     return float(min(1.0, 2 * probability[: (reach - observed) // 2 + 1].sum()))
 
 
+@lru_cache(4096)  # it is found by bisection, and the cells of a task have few different counts
 def mcnemar_interval(gained: int, lost: int, n: int, confidence: float) -> tuple[float, float]:
     """Return the ends of the interval of the change of an accuracy over n independent questions.
 

@@ -17,12 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from harness.evaluation.clustering import Clusters, changes_are_equal, t_test
 from harness.evaluation.counts import are_counts, mcnemar_interval
 from harness.evaluation.requests import ExampleScores
+
+# The cells of a task have the same clusters, which take longer to find than everything else of a row. Those of so many
+# metrics are kept, if they are not larger than this.
+KEPT_CLUSTERS = 16
+LARGEST_KEPT = 100_000  # examples
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,12 @@ def paired(ablated: ExampleScores, baseline: ExampleScores) -> Delta:
     return Delta(delta, stderr, p_value, clusters.freedom)
 
 
-def paired_interval(ablated: ExampleScores, baseline: ExampleScores, confidence: float) -> tuple[float, float]:
+def paired_interval(
+    ablated: ExampleScores, baseline: ExampleScores, confidence: float, found: Delta | None = None
+) -> tuple[float, float]:
     """Return the ends of the confidence interval of ablated - baseline, in the metric's own unit.
+
+    found: what `paired` returns for these scores, if the caller has it.
 
     It is exact for an accuracy over independent questions, that is if every score is 0 or 1, every weight is 1, and
     every example is its own cluster; it then contains zero exactly if the p-value of `paired` is not below
@@ -106,7 +116,7 @@ def paired_interval(ablated: ExampleScores, baseline: ExampleScores, confidence:
     right_or_wrong = all(np.isin(array, (0.0, 1.0)).all() for array in (score_a, score_b))
     if clusters.count == n > 1 and right_or_wrong and (weight == 1).all() and ablated.transform == "identity":
         return mcnemar_interval(int((changes > 0).sum()), int((changes < 0).sum()), n, confidence)
-    found = paired(ablated, baseline)
+    found = paired(ablated, baseline) if found is None else found
     if found.stderr is None or found.freedom is None:
         return math.nan, math.nan
     from scipy.special import stdtrit  # what scipy.stats.t.ppf calls, without its seconds of import
@@ -286,6 +296,18 @@ def _pairs(
 def _clusters(scores: ExampleScores, inside: np.ndarray) -> Clusters:
     """Return the clusters of the examples that belong to a metric. inside: bool [n], which these are."""
     weight = np.asarray(scores.weight, dtype=np.float64)[inside]
-    if scores.clusters is None:
-        return Clusters(np.arange(len(weight)), weight)
-    return Clusters(np.unique(scores.clusters[inside], return_inverse=True)[1], weight)
+    clusters = None if scores.clusters is None else np.asarray(scores.clusters, dtype=np.int64)[inside]
+    if len(weight) > LARGEST_KEPT:
+        return _clusters_of(clusters, weight)
+    return _kept_clusters(None if clusters is None else clusters.tobytes(), weight.tobytes())
+
+
+@lru_cache(KEPT_CLUSTERS)
+def _kept_clusters(clusters: bytes | None, weight: bytes) -> Clusters:
+    """Return the clusters whose numbers, int64 [n], and weights, float64 [n], have these bytes."""
+    return _clusters_of(None if clusters is None else np.frombuffer(clusters, np.int64), np.frombuffer(weight))
+
+
+def _clusters_of(clusters: np.ndarray | None, weight: np.ndarray) -> Clusters:
+    groups = np.arange(len(weight)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    return Clusters(groups, weight)

@@ -9,6 +9,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.evaluation import statistics
 from harness.evaluation.requests import ExampleScores
 from harness.evaluation.statistics import (
     Advantage,
@@ -410,6 +411,30 @@ def test_an_interval_of_a_count_over_clusters_has_width_where_nothing_changed():
     stderr = paired(changed, right).stderr
     half = t * np.hypot(stderr, t * 5 / 100)
     assert paired_interval(changed, right, 0.95) == pytest.approx((-0.05 - half, -0.05 + half))
+
+
+def test_clusters_of_the_cells_of_a_task_are_found_once_and_numbers_do_not_depend_on_that(text, monkeypatch):
+    tokens, nll, shifted = text
+    found, find = [], statistics._clusters_of
+    monkeypatch.setattr(statistics, "_clusters_of", lambda *args: found.append(1) or find(*args))
+    statistics._kept_clusters.cache_clear()
+
+    def rows():
+        made = []
+        for clusters in (None, np.arange(80) // 7, np.arange(80)[::-1] // 9):
+            base = ExampleScores(nll, tokens, "exp", False, clusters=clusters)
+            for factor in (1.0, 1.1):
+                cell = replace(base, score=factor * shifted)
+                delta = paired(cell, base)
+                ends = paired_interval(cell, base, 0.95, delta)
+                assert ends == paired_interval(cell, base, 0.95)
+                made.append((astuple(estimate(cell)), astuple(delta), ends))
+        return made
+
+    kept = rows()
+    assert len(found) == 3
+    monkeypatch.setattr(statistics, "LARGEST_KEPT", 0)
+    assert rows() == kept and len(found) > 20
 
 
 class TestDifferenceOfDeltas:

@@ -199,7 +199,7 @@ def _row(
         delta = paired(scores, baseline[name])
         row |= {"baseline": unedited[name], "delta": delta.delta, "delta_stderr": delta.stderr}
         row |= {"p_value": delta.p_value, "delta_freedom": delta.freedom}
-        ends = paired_interval(scores, baseline[name], 0.95)
+        ends = paired_interval(scores, baseline[name], 0.95, delta)
         row |= {f"delta_{end}": value if math.isfinite(value) else None for end, value in zip(("low", "high"), ends)}
     return row
 
