@@ -13,12 +13,15 @@ from torch import Tensor
 
 from harness.models.branches import Bias, Branch, biased, branch, branched, check_biasable
 from harness.models.loading import LoadedModel
-from harness.models.matrices import Matrix
+from harness.models.matrices import Matrix, experts_together, read_all, write_all
 from harness.models.targets import Target
 from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, label_of, operation_of, spectrum_of
-from harness.spectral.ablation import Removal, bias_of, edit, others, removal
+from harness.spectral.ablation import Removal, bias_of, others, removal
+from harness.spectral.batched import Part, edit_each
 from harness.spectral.decomposition import Decomposition
 from harness.spectral.regions import Region, by_loss, fraction_interval, per_matrix, select
+
+EXPERT_BYTES = 2**30  # the most bytes of float64 matrices that are edited together
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,13 @@ class _Edited:
     removal: Removal
     decomposition: Decomposition
     interval: tuple[float, float] | tuple[None, None]
+
+
+def _edited(matrix: Matrix, part: Part, removed: Removal) -> _Edited:
+    position = int(part.indices[0]) if len(part.indices) == 1 and not part.operation.rest else None
+    interval = fraction_interval(part.indices, min(matrix.shape))
+    return _Edited(matrix.name, position, removed, part.decomposition, interval)
+
 
 def _combine(edited: Sequence[_Edited]) -> RealisedAblation:
     removals = [one.removal for one in edited]
@@ -198,12 +208,17 @@ def biases_of(loaded: LoadedModel, ablation: Ablation, sources: Sources) -> list
     sources.prepare(matrices)
     own, found = resolved_regions(ablation, matrices, sources), []
     for matrix in matrices:
-        decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
-        operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
-        indices = ablation.positions(decomposition, own.get(matrix.name))
-        values = bias_of(matrix.read(loaded.model), decomposition, indices, operation)
+        part = _part(ablation, matrix, own.get(matrix.name), sources)
+        values = bias_of(matrix.read(loaded.model), part.decomposition, part.indices, part.operation)
         found.append(Bias(matrix, values.float()))
     return found
+
+
+def _part(ablation: Ablation, matrix: Matrix, region: Region | None, sources: Sources) -> Part:
+    """Return what an ablation takes from one matrix. region: its own, if it has one (`resolved_regions`)."""
+    decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
+    operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
+    return Part(decomposition, ablation.positions(decomposition, region), operation)
 
 
 @contextmanager
@@ -228,28 +243,31 @@ def ablated(
     if ablation.treatment.replace == "mean":
         check_biasable(loaded.model, matrices)
     with ExitStack() as undo:
-        for matrix in matrices:
-            decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
-            operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
-            indices = ablation.positions(decomposition, own.get(matrix.name))
-            original = matrix.read(loaded.model)
-            if own and not len(indices) and not operation.rest:  # the region picks values of other matrices
-                removed = removal(original, original, decomposition, indices, operation)
+        # a region that differs from matrix to matrix may pick nothing of most of them
+        groups = [[matrix] for matrix in matrices] if own else experts_together(matrices, loaded.model, EXPERT_BYTES)
+        for group in groups:
+            parts = [_part(ablation, matrix, own.get(matrix.name), sources) for matrix in group]
+            originals = read_all(group, loaded.model)
+            if own and not len(parts[0].indices) and not parts[0].operation.rest:
+                what = parts[0].decomposition, parts[0].indices, parts[0].operation
+                removals = [removal(originals[0], originals[0], *what)]
             elif edit_mode == "weight":
-                weight, removed = edit(original, decomposition, indices, operation)
-                undo.callback(matrix.write, loaded.model, original)
-                matrix.write(loaded.model, weight)
-                if operation.to_mean:
-                    biases.append(Bias(matrix, bias_of(original, decomposition, indices, operation).float()))
+                weights, removals = edit_each(originals, parts)
+                undo.callback(write_all, group, loaded.model, originals)
+                write_all(group, loaded.model, weights)
+                biases += [
+                    Bias(matrix, bias_of(original, part.decomposition, part.indices, part.operation).float())
+                    for matrix, original, part in zip(group, originals, parts) if part.operation.to_mean
+                ]
             else:
-                after = original
-                if len(indices):
-                    branches.append(branch(matrix, original, decomposition, indices, operation))
-                    after = branches[-1].effective(original)
-                removed = removal(after, original, decomposition, indices, operation)
-            position = int(indices[0]) if len(indices) == 1 and not operation.rest else None
-            interval = fraction_interval(indices, min(matrix.shape))
-            edited.append(_Edited(matrix.name, position, removed, decomposition, interval))
+                removals = []
+                for matrix, original, part in zip(group, originals, parts):
+                    what, after = (part.decomposition, part.indices, part.operation), original
+                    if len(part.indices):
+                        branches.append(branch(matrix, original, *what))
+                        after = branches[-1].effective(original)
+                    removals.append(removal(after, original, *what))
+            edited += [_edited(matrix, part, removed) for matrix, part, removed in zip(group, parts, removals)]
         if biases:
             undo.enter_context(biased(loaded.model, biases))
         if branches:

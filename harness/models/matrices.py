@@ -7,6 +7,7 @@ of these cases a matrix is a view of the parameter's memory, so that an edit cha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +40,16 @@ class Layout:
     part: int = 0
     parts: int = 1
 
+    def of(self, weight: Tensor) -> Tensor:
+        """Return the view of the matrix in its parameter [..., rows, columns], as `Matrix.view` describes it."""
+        if self.transposed:
+            weight = weight.mT
+        if self.rows is not None:
+            weight = weight[..., self.rows[0] : self.rows[1], :]
+        if self.heads:
+            weight = weight.unflatten(-2, (self.heads, self.parts, -1))[..., self.part, :, :]
+        return weight
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -67,16 +78,7 @@ class Matrix:
         cases `.reshape(out, in)` is the matrix. On the meta device the view has a shape but no values.
         """
         weight = model.get_parameter(self.parameter).detach()
-        layout = self.layout
-        if self.expert is not None:
-            weight = weight[self.expert]
-        if layout.transposed:
-            weight = weight.mT
-        if layout.rows is not None:
-            weight = weight[layout.rows[0] : layout.rows[1]]
-        if layout.heads:
-            weight = weight.unflatten(0, (layout.heads, layout.parts, -1))[:, layout.part]
-        return weight
+        return self.layout.of(weight if self.expert is None else weight[self.expert])
 
     def read(self, model: HasParameters) -> Tensor:
         """Return a contiguous copy [out, in] in the parameter's dtype and on its device.
@@ -97,10 +99,61 @@ class Matrix:
         view.copy_(weight.detach().reshape(view.shape))
 
     def _stored(self, model: HasParameters) -> Tensor:
-        view = self.view(model)
-        if view.is_meta:  # copy_ would do nothing, without an error
-            raise InputError(
-                f"model.device_map: {self.parameter} is not in memory (meta device: offloaded to CPU or disk); "
-                "use a device_map that keeps every block on a device"
-            )
-        return view
+        return _in_memory(self, self.view(model))
+
+
+def _in_memory(matrix: Matrix, view: Tensor) -> Tensor:
+    if view.is_meta:  # copy_ would do nothing, without an error
+        raise InputError(
+            f"model.device_map: {matrix.parameter} is not in memory (meta device: offloaded to CPU or disk); "
+            "use a device_map that keeps every block on a device"
+        )
+    return view
+
+
+def _view_of_all(matrices: Sequence[Matrix], model: HasParameters) -> Tensor:
+    first = matrices[0]
+    if len(matrices) == 1:
+        return _in_memory(first, first.view(model))[None]
+    assert first.expert is not None
+    stored = model.get_parameter(first.parameter).detach()[first.expert : first.expert + len(matrices)]
+    return _in_memory(first, first.layout.of(stored))
+
+
+def read_all(matrices: Sequence[Matrix], model: HasParameters) -> Tensor:
+    """Return a contiguous copy [m, out, in] of one matrix, or of consecutive experts in one parameter.
+
+    Raises InputError as `Matrix.read` does.
+    """
+    view = _view_of_all(matrices, model)
+    return view.reshape(len(matrices), *matrices[0].shape).clone(memory_format=torch.contiguous_format)
+
+
+def write_all(matrices: Sequence[Matrix], model: HasParameters, weights: Tensor) -> None:
+    """Overwrite these matrices with weights [m, out, in], as `Matrix.write` does, for the matrices of `read_all`."""
+    expected = (len(matrices), *matrices[0].shape)
+    if tuple(weights.shape) != expected:
+        raise ValueError(f"{matrices[0].name}: matrices of shape {expected} are expected, got {tuple(weights.shape)}")
+    view = _view_of_all(matrices, model)
+    view.copy_(weights.detach().reshape(view.shape))
+
+
+def experts_together(matrices: Sequence[Matrix], model: HasParameters, most_bytes: int) -> list[list[Matrix]]:
+    """Return the matrices in their order in groups, each of which `read_all` takes.
+
+    A group has more than one matrix only if it holds consecutive experts of one parameter on a CUDA device. most_bytes:
+    of the matrices of such a group in float64.
+    """
+    groups: list[list[Matrix]] = []
+    for matrix in matrices:
+        last = groups[-1][-1] if groups else None
+        follows = last is not None and None not in (last.expert, matrix.expert) and (
+            (last.parameter, last.layer_type, (last.expert or 0) + 1)
+            == (matrix.parameter, matrix.layer_type, matrix.expert)
+        )
+        size = 8 * matrix.shape[0] * matrix.shape[1]
+        if follows and (len(groups[-1]) + 1) * size <= most_bytes and model.get_parameter(matrix.parameter).is_cuda:
+            groups[-1].append(matrix)
+        else:
+            groups.append([matrix])
+    return groups

@@ -109,7 +109,7 @@ def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor, operat
     removed it is exactly zero. Raises ValueError if the weight has another shape than its decomposition, and if an
     index is out of range or appears twice.
     """
-    _check(weight, decomposition, indices)
+    check(weight, decomposition, indices)
     matrix, scale = weight.detach().to(torch.float64), operation.scale
     n_values = len(decomposition.sigma)
     if operation.operand is not None:
@@ -167,7 +167,7 @@ def removal(
     removed singular values. exact: what `ablate` returns for these arguments, if the caller has it.
     """
     sigma = decomposition.sigma
-    removed = sigma[_on(sigma.device, indices)]
+    removed = sigma[on_device(sigma.device, indices)]
     energy_removed, energy = (removed**2).sum(), (sigma**2).sum()
     output_removed = output_energy = torch.zeros_like(energy)
     known = operation.values == "output" or operation.inputs is not None
@@ -192,7 +192,7 @@ def removal(
         of_mean = _part_of(operation, weight, decomposition, indices).square().sum()
     n_removed = len(indices)
     if operation.rest:  # everything but the part is meant
-        removed = sigma[_on(sigma.device, others(indices, len(sigma)))]
+        removed = sigma[on_device(sigma.device, others(indices, len(sigma)))]
         n_removed = len(removed)
         energy = (operation.of(weight) if operation.whole is None else operation.whole.to(sigma)).square().sum()
         energy_removed = (energy - energy_removed).clamp(min=0)
@@ -205,15 +205,18 @@ def removal(
             torch.linalg.vector_norm(part if operation.rest else _coordinates(part, decomposition, indices))
             for part in parts
         ]
-    return _removal(
+    return describe_removal(
         operation, known, n_removed, len(sigma),
         _numbers([energy_removed, energy, output_removed, output_energy, of_mean, *realised,
                   *(removed.aminmax() if n_removed else ())]),
     )
 
 
-def _removal(operation: Operation, known: bool, n_removed: int, n_values: int, numbers: list[float]) -> Removal:
-    """Return the description of an edit. numbers: those that `removal` measures, in its order."""
+def describe_removal(operation: Operation, known: bool, n_removed: int, n_values: int, numbers: list[float]) -> Removal:
+    """Return the description of an edit. numbers: those that `removal` measures, in its order.
+
+    known: whether it is measured what the part contributes to the outputs.
+    """
     energy_removed, energy, output_removed, output_energy, of_mean, there, left, *extremes = numbers
     smallest, largest = extremes or (None, None)
     constant = part = None
@@ -269,7 +272,7 @@ def realised_removal(after: Tensor, decomposition: Decomposition, indices: Tenso
 
 def _norms_of_own(after: Tensor, decomposition: Decomposition, indices: Tensor) -> list[Tensor]:
     # The rows of U_r^T W have the removed singular values as their norms, so W itself is not needed.
-    there = decomposition.sigma[_on(decomposition.sigma.device, indices)]
+    there = decomposition.sigma[on_device(decomposition.sigma.device, indices)]
     left = there if not len(indices) else _coordinates(after.to(torch.float64), decomposition, indices)
     return [torch.linalg.vector_norm(there), torch.linalg.vector_norm(left)]
 
@@ -280,7 +283,7 @@ def _numbers(values: list[Tensor]) -> list[float]:
     return found
 
 
-def _on(device: torch.device, indices: Tensor) -> Tensor:
+def on_device(device: torch.device, indices: Tensor) -> Tensor:
     """Return indices on a device, for which the host does not wait."""
     return indices.to(device, non_blocking=True)
 
@@ -290,7 +293,7 @@ def low_rank_factors(weight: Tensor, decomposition: Decomposition, indices: Tens
 
     Arguments and errors are those of `ablate`.
     """
-    _check(weight, decomposition, indices)
+    check(weight, decomposition, indices)
     matrix = weight.detach().to(torch.float64)
     vectors = _vectors(decomposition, indices, matrix)
     if decomposition.side == "left":
@@ -298,7 +301,8 @@ def low_rank_factors(weight: Tensor, decomposition: Decomposition, indices: Tens
     return matrix @ vectors, vectors.T.contiguous()
 
 
-def _check(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> None:
+def check(weight: Tensor, decomposition: Decomposition, indices: Tensor) -> None:
+    """Raise ValueError if the weight has another shape than its decomposition, or an index is out of range or twice."""
     if tuple(weight.shape) != decomposition.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, its decomposition {decomposition.shape}")
     if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= len(decomposition.sigma)):
@@ -316,7 +320,7 @@ def others(indices: Tensor, n_values: int) -> Tensor:
 
 def _vectors(decomposition: Decomposition, indices: Tensor, like: Tensor) -> Tensor:
     vectors = decomposition.vectors
-    return vectors[:, _on(vectors.device, indices)].to(like.device)
+    return vectors[:, on_device(vectors.device, indices)].to(like.device)
 
 
 def _coordinates(matrix: Tensor, decomposition: Decomposition, indices: Tensor) -> Tensor:
