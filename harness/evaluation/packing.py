@@ -53,6 +53,7 @@ class Batch:
         at rows[entry_row[j]]; the answer goes to the index entries[j] of the concatenated Scores.
     position_ids, last: int64 [B, T] for trees, None for plain sequences. They hold the depth of each token in its tree,
         and the index after the last token of the row that may attend to it.
+    block_mask: of FlexAttention, if trees are attended by it; then there is no additive mask.
     """
 
     input_ids: torch.Tensor
@@ -63,17 +64,20 @@ class Batch:
     entries: np.ndarray
     position_ids: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    block_mask: Any = None
 
-    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def model_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """Return the arguments of the model's forward, on `device`.
 
-        A batch of trees has an additive mask [B, 1, T, T] in `dtype`. Plain sequences need no mask, because in a causal
-        model no token attends to padding on its right.
+        A batch of trees has an additive mask [B, 1, T, T] in `dtype`, or its block mask. Plain sequences need no mask,
+        because in a causal model no token attends to padding on its right.
         """
-        inputs = {"input_ids": self.input_ids.to(device, non_blocking=True)}
+        inputs: dict[str, Any] = {"input_ids": self.input_ids.to(device, non_blocking=True)}
         if self.position_ids is not None and self.last is not None:
             inputs["position_ids"] = self.position_ids.to(device, non_blocking=True)
-            inputs["attention_mask"] = tree_mask(self.last.to(device, non_blocking=True), dtype)
+            inputs["attention_mask"] = self.block_mask
+            if self.block_mask is None:
+                inputs["attention_mask"] = tree_mask(self.last.to(device, non_blocking=True), dtype)
         return inputs
 
 

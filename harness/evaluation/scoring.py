@@ -12,20 +12,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from harness.evaluation.division import Division
+from harness.evaluation.graphs import Results, graphs_of
 from harness.evaluation.inner import BUDGET, InnerOutputs, forward_replaced
 from harness.evaluation.packing import Batch, PackedRequests, pack, sharing_of
 from harness.evaluation.reading import Head, Reading, head_of, read, reading_of
 from harness.evaluation.requests import Request, ScoredTask, Scores
 from harness.evaluation.settings import ScoringOptions
 from harness.evaluation.stream import Kept, StreamStore
+from harness.evaluation.tree_attention import flex_masked
 from harness.evaluation.waiting import without_waiting
 from harness.evaluation.whole_packing import WholeBatch, pack_whole
+from harness.models.attention import flex_attention
 from harness.models.families import Family
 from harness.models.loading import LoadedModel, require_head
 from harness.models.matrices import Matrix
@@ -61,7 +65,7 @@ def pack_for(
 
 
 def _to_host(
-    results: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]], needs_rank: bool
+    results: Sequence[Results], needs_rank: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return log-probabilities, greedy and ranks of all batches on the CPU, by one copy.
 
@@ -119,6 +123,7 @@ class Scorer:
         self._n_encoder = len({matrix.block for matrix in loaded.matrices if matrix.stack == "encoder"})
         # with device_map the head may be on another device than the first block; it is where scores are read
         self._reading_device = loaded.device if self._head is None else self._head.weight.device
+        self._graphs = graphs_of(loaded, options.cuda_graphs)
         self._readings: dict[tuple[str, int], Reading] = {}
         # all batches go to the device now: later, a copy from pageable memory would wait for the pass before it
         self._batches: dict[tuple[str, int], Batch | WholeBatch] = {}
@@ -126,7 +131,10 @@ class Scorer:
             for i in self.division.own(len(packed.batches)):
                 batch = packed.batches[i]
                 self._readings[name, i] = self._reading(batch, options.logit_rows)
-                self._batches[name, i] = _moved(batch, loaded.device)
+                moved = _moved(batch, loaded.device)
+                if isinstance(moved, Batch) and moved.last is not None and options.tree_attention == "flex":
+                    moved = flex_masked(moved)
+                self._batches[name, i] = moved
 
     def _reading(self, batch: Batch | WholeBatch, logit_rows: int) -> Reading:
         # a classifier has one output for each sequence and not for each token
@@ -162,7 +170,21 @@ class Scorer:
         entries = [self._readings[key].entries for key in keys]
         # the host waits once, for the copy of all results: while it waits for a batch, a GPU has no next one to do
         return (np.concatenate([np.empty(0, dtype=np.int64), *entries]),
-                *_to_host([self._score_batch(key, needs_rank, edited) for key in keys], needs_rank))
+                *_to_host(self._score_batches(keys, needs_rank, edited), needs_rank))
+
+    def _score_batches(
+        self, keys: Sequence[tuple[str, int]], needs_rank: bool, edited: Sequence[Matrix]
+    ) -> list[Results]:
+        graphs, results = self._graphs, []
+        state = None if graphs is None else graphs.state()
+        for key in keys:
+            stream, n_tokens = self._store.on_device(key), self._batches[key].input_ids.numel()
+            if graphs is not None and stream is not None and state is not None and graphs.takes(n_tokens):
+                # A graph runs the whole block at the frontier: it serves the edits of all of its matrices.
+                results.append(graphs.run(key, stream, state, partial(self._score_batch, key, needs_rank)))
+            else:
+                results.append(self._score_batch(key, needs_rank, edited))
+        return results
 
     def _own(self, task: str) -> range:
         return self.division.own(len(self.packed[task].batches))
@@ -183,6 +205,8 @@ class Scorer:
         """Give up the batches and the stream of a task, which is not scored any more."""
         for i in self._own(task) if task in self.packed else ():
             self._store.drop((task, i))
+            if self._graphs is not None:
+                self._graphs.drop((task, i))
             self._readings.pop((task, i), None)
             self._batches.pop((task, i), None)
         self.packed.pop(task, None)
@@ -191,12 +215,18 @@ class Scorer:
         """Keep no stream from now on, so that every pass runs every block, which gives the same numbers."""
         self._store.clear()
         self._inner.stop()
+        self._give_up_graphs()
         self.reuse, self.block = False, 0
 
     def leave_device(self) -> None:
         """Keep no stream on the device any more, because memory ran out; what fits goes to host memory."""
+        self._give_up_graphs()
         self._store.leave_device()
         self._inner.stop()
+
+    def _give_up_graphs(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def advance(self, block: int) -> None:
         """Move the frontier to the boundary before `block`. The weights of earlier blocks must be the unedited ones."""
@@ -270,13 +300,12 @@ class Scorer:
         if self.kind != "masked":
             inputs["use_cache"] = False
         plain = isinstance(batch, Batch) and batch.last is None
-        with without_waiting() if plain else nullcontext():
+        flex = isinstance(batch, Batch) and batch.block_mask is not None
+        with without_waiting() if plain else flex_attention(self.loaded.model) if flex else nullcontext():
             return self.loaded.model(**inputs)
 
     @torch.inference_mode()
-    def _score_batch(
-        self, key: tuple[str, int], needs_rank: bool, edited: Sequence[Matrix] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _score_batch(self, key: tuple[str, int], needs_rank: bool, edited: Sequence[Matrix] = ()) -> Results:
         kept, reading = self._store.get(key), self._readings[key]
         inner = any(one.block == kept.block for one in edited) and all(one.block >= kept.block for one in edited)
         with self._inner.resumed(key, kept.block, edited) if inner else nullcontext():

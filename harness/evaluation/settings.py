@@ -46,6 +46,8 @@ class ScoringOptions:
     lazy: move the stream of a task to the frontier only when the task is scored, so that a task that is not scored at
         this frontier costs nothing.
     compile: compile what reads the outputs of the head. On the CPU most heads are read in parts, which is not compiled.
+    cuda_graphs: replay passes as CUDA graphs: always, never, or "auto", where launching takes longer than computing.
+    tree_attention: "mask", by an additive mask over all pairs of tokens of a tree, or "flex", by FlexAttention.
     """
 
     batch_tokens: int = 8192
@@ -56,6 +58,8 @@ class ScoringOptions:
     host_bytes: float = 0.0
     lazy: bool = False
     compile: bool = False
+    cuda_graphs: bool | str = False
+    tree_attention: str = "mask"
 
 
 @dataclass
@@ -81,6 +85,9 @@ class RuntimeSettings:
     cache_gib: Annotated[float, at_least(0)] = 10.0  # disk space for the decompositions of all studies; 0: no cache
     cache_dir: str | None = None  # null: spectral-harness/decompositions in $XDG_CACHE_HOME or ~/.cache
     compile: bool = False  # torch.compile every block and the reading of the head: it takes minutes, kernels are faster
+    # launch the kernels of a batch at once on a GPU; auto: where that is faster (small models). The same bits.
+    cuda_graphs: bool | str = "auto"
+    tree_attention: Literal["mask", "flex"] = "mask"  # flex: FlexAttention skips what a tree's mask hides
     threads: Annotated[int, at_least(1)] | None = None  # CPU threads; null: torch decides
     examples: bool = True  # write the per-example table
     precision: Literal["exact", "adaptive"] = "exact"  # adaptive: as many examples as it takes
@@ -93,6 +100,10 @@ class RuntimeSettings:
             raise wrong("adaptive", None, right)
         if self.precision == "exact" and self.adaptive != AdaptiveSettings():
             raise wrong("precision", "exact", "the settings of runtime.adaptive need runtime.precision=adaptive")
+        if self.cuda_graphs not in ("auto", True, False):
+            raise wrong("cuda_graphs", self.cuda_graphs, "use auto, true or false")
+        if self.cuda_graphs is True and self.edit == "branch":
+            raise wrong("cuda_graphs", True, "branches are hooks, which differ from cell to cell; use auto")
         if self.compile and self.edit == "branch":
             raise wrong("compile", True, "branches are hooks, which compiled blocks leave out; use runtime.edit=weight")
 
@@ -109,4 +120,5 @@ class RuntimeSettings:
         return ScoringOptions(
             self.batch_tokens, self.logit_rows, self.reuse, self.share_context, self.stream_gib * GIB,
             self.stream_host_gib * GIB, lazy=self.precision == "adaptive", compile=self.compile,
+            cuda_graphs=self.cuda_graphs, tree_attention=self.tree_attention,
         )

@@ -48,6 +48,11 @@ class StreamStore:
         device = self._came_from[key]
         return _moved(kept, lambda tensor: tensor.to(device, non_blocking=True))
 
+    def on_device(self, key: Any) -> Kept | None:
+        """Return what is kept for a batch as `get` does, if that is the same object until it is replaced; else None."""
+        place, kept = self._kept.get(key, ("device", START))
+        return kept if place == "device" else None
+
     def put(self, key: Any, kept: Kept) -> None:
         """Keep the stream of a batch instead of the one that was kept for it before."""
         self.drop(key)

@@ -218,6 +218,8 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
         found |= {"batch_tokens": runtime.batch_tokens, "share_context": runtime.share_context}
     if runtime.compile:
         found["compile"] = "blocks and head"
+    if runtime.tree_attention != "mask":
+        found["tree_attention"] = runtime.tree_attention
     if runtime.precision == "adaptive":
         # An adaptive cell may stop after each batch, so the size of batches changes its number.
         adaptive = {**dataclasses.asdict(runtime.adaptive), "version": ADAPTIVE_VERSION}

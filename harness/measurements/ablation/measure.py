@@ -18,6 +18,7 @@ from harness.errors import InputError
 from harness.evaluation.adaptive import Sampler
 from harness.evaluation.batch_size import largest_batch
 from harness.evaluation.division import LostStep
+from harness.evaluation.graphs import require_graphs
 from harness.evaluation.other_order import AnyBatch, batches_differ, other_options
 from harness.evaluation.requests import DirectTask, ExampleScores, Scores, scored_tasks
 from harness.evaluation.scoring import Scorer
@@ -50,6 +51,7 @@ def open_session(study: Study, ranks: Ranks, progress: bool) -> LoadedModel:
         raise InputError(
             "model.device_map: one process holds such a model, over all devices; start one process, or leave it unset"
         )
+    require_graphs(settings.runtime, settings.model.device)
     if settings.runtime.threads:
         torch.set_num_threads(settings.runtime.threads)
     loaded = load(settings.model, study.description, study.prepared.tokenizer, progress)

@@ -43,6 +43,12 @@ class StudySettings:
         if self.runtime.compile and self.region.treatment.calibration is not None:
             right = "the inputs of the matrices are seen by hooks, which compiled blocks leave out"
             raise wrong("runtime.compile", True, right)
+        if self.runtime.cuda_graphs is True and self.model.device_map is not None:
+            right = "a graph is of one device; leave model.device_map unset, or use auto"
+            raise wrong("runtime.cuda_graphs", True, right)
+        if self.runtime.cuda_graphs is True and self.region.treatment.replace == "mean":
+            right = "biases are hooks, which differ from cell to cell; use auto"
+            raise wrong("runtime.cuda_graphs", True, right)
         of = self.region.treatment.of
         if of != "weight" and self.reference.of(self.model) is None:
             raise SettingError("reference.name", f"must be set, because region.of={of} is about the change from it")

@@ -16,6 +16,7 @@ from harness.engine.ranks import Ranks
 from harness.errors import InputError
 from harness.evaluation.calibration import CalibrationText
 from harness.evaluation.requests import PreparedTask, TaskContext
+from harness.evaluation.tree_attention import check_flex
 from harness.measurements.ablation.cells import (
     Cell,
     cell_id,
@@ -185,9 +186,12 @@ def plan(settings: StudySettings) -> Study:
         key, other = ("top", "all or ends") if settings.region.by == "component" else ("ranks", "uniform")
         raise InputError(f"region.{key}: the loss of a text is that of a causal language model only; use {other}")
     branch, to_mean = settings.runtime.edit == "branch", settings.region.treatment.replace == "mean"
-    if branch or to_mean:
+    flex = settings.runtime.tree_attention == "flex"
+    bare = skeleton(study.description.config, study.description.family) if branch or to_mean or flex else None
+    if bare is not None and flex:
+        check_flex(bare)
+    if bare is not None and (branch or to_mean):
         touched = {name for cell in study.units for name in cell.ablation.target.matrices}
-        bare = skeleton(study.description.config, study.description.family)
         check = check_branchable if branch else check_biasable
         check(bare, [matrix for matrix in study.matrices if matrix.name in touched])
     return study
