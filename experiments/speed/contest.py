@@ -57,7 +57,7 @@ from harness.evaluation.requests import Request, TaskContext, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements import ABLATION
-from harness.measurements.ablation import forecast, measure
+from harness.measurements.ablation import forecast, measure, rates
 from harness.measurements.ablation.cells import group_by_ablation
 from harness.measurements.ablation.region_settings import RegionSettings
 from harness.measurements.ablation.settings import StudySettings
@@ -429,13 +429,13 @@ def scaling(assets: Path, folder: Path) -> list[dict[str, Any]]:
         study = plan(_settings(str(where), tasks, RANKS[:n_ranks], output))
         loaded = measure.open_session(study, Ranks(), False)
         cost = forecast.forecast(study)
-        with mock.patch.object(forecast.time, "perf_counter", time.process_time):
-            rates = forecast.measure_rates(torch.device("cpu"), torch.float32, (768, 288))
+        with mock.patch.object(rates.time, "perf_counter", time.process_time):
+            found = rates.measure_rates(torch.device("cpu"), torch.float32, (768, 288))
         started = time.process_time()
         engine_run.measure_units(ABLATION, study, study.units, Context(loaded))
         taken = time.process_time() - started
         rows.append({"n_blocks": n_blocks, "ranks": n_ranks, "cells": len(study.units), "seconds": taken,
-                     "predicted_seconds": cost.seconds(rates), "predicted_flops": cost.resumed})
+                     "predicted_seconds": cost.seconds(found), "predicted_flops": cost.resumed})
         print(rows[-1], flush=True)
     return rows
 

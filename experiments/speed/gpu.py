@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
 
 from harness.engine.measurement import Context
 from harness.engine.run import measure_units
@@ -58,7 +65,11 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. large: the keys of the large model's config. windows: how many, and of how many tokens."""
+    """What is measured.
+
+    large: the keys of the large model's config. windows: how many, and of how many tokens. experts: the keys of a
+    mixture's config. trees: how many contexts, of how many tokens, with how many continuations, of how many tokens.
+    """
 
     large: dict[str, int]
     windows: tuple[int, int]
@@ -67,16 +78,24 @@ class Sizes:
     small_windows: tuple[int, int]
     eigh: tuple[int, ...]
     product: int
+    experts: dict[str, int]
+    trees: tuple[int, int, int, int]
 
 
 LLAMA_3_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
               "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
-FULL = Sizes(LLAMA_3_8B, (141, 2048), (8192, 16384, 32768), {}, (64, 1024), (768, 1024, 2048, 4096, 8192), 8192)
+# one block of OLMoE with half of its experts
+OLMOE = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 1,
+         "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 32, "num_experts_per_tok": 8}
+FULL = Sizes(LLAMA_3_8B, (141, 2048), (8192, 16384, 32768), {}, (64, 1024), (768, 1024, 2048, 4096, 8192), 8192, OLMOE,
+             (64, 512, 8, 32))
 TINY = Sizes(
     {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
      "num_key_value_heads": 2, "max_position_embeddings": 64},
     (6, 32), (64, 128), {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 96}, (4, 32),
     (16, 32), 64,
+    {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+     "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2}, (2, 20, 3, 2),
 )
 
 
@@ -403,30 +422,81 @@ def cells(bench: Bench) -> dict[str, Any]:
     return {"studies": rows}
 
 
+def rates(bench: Bench) -> dict[str, Any]:
+    """The rates that `harness plan` uses, measured and then read again, and what they say of the costs of shards."""
+    from harness.measurements.ablation.costs import DECOMPOSITION_WEIGHT, DECOMPOSITION_WEIGHT_IN_LOW_PRECISION
+    from harness.measurements.ablation.rates import rates_of
+
+    shape = bench.sizes.large["hidden_size"], bench.sizes.large["intermediate_size"]
+    low = bench.dtype != torch.float32
+    found: dict[str, Any] = {"assumed_weight": DECOMPOSITION_WEIGHT_IN_LOW_PRECISION if low else DECOMPOSITION_WEIGHT}
+    for name in ("measured", "kept"):
+        started = time.perf_counter()
+        of = rates_of(bench.device, bench.dtype, shape)
+        found[name] = {"seconds": time.perf_counter() - started, "decomposition_weight": of.decomposition_weight,
+                       "tflops": [of.product / 1e12, of.decomposition / 1e12, of.edit / 1e12]}
+    return found
+
+
+def experts(bench: Bench) -> dict[str, Any]:
+    """The edit of all experts of a block, each by itself and all of a parameter together: seconds, waits, bits."""
+    from harness.models import editing
+
+    with made_on(bench.device, bench.dtype):
+        model = OlmoeForCausalLM(OlmoeConfig(**bench.sizes.experts))
+    loaded = loaded_from(model.eval().requires_grad_(False))
+    target = expand_targets(TargetSettings("block", ["gate_proj", "up_proj", "down_proj"]), loaded.matrices)[0]
+    chosen = [matrix for matrix in loaded.matrices if matrix.name in target.matrices]
+    cache, ablation = DecompositionCache(loaded, 2**36), Ablation(target, small(0.1))
+    started = time.perf_counter()
+    for matrix in chosen:
+        cache(matrix)
+    bench.wait()
+    found: dict[str, Any] = {"experts": len(chosen), "decompositions_seconds": time.perf_counter() - started}
+    edited, usual = [], editing.EXPERT_BYTES
+
+    def edit_all() -> None:
+        with ablated(loaded, ablation, cache):
+            pass
+
+    for name, most in (("together", usual), ("alone", 0)):
+        editing.EXPERT_BYTES = most
+        try:
+            found[name] = bench.seconds(edit_all)
+            if bench.device.type == "cuda":
+                found[f"{name}_waits"] = waits(edit_all)
+            with ablated(loaded, ablation, cache):
+                edited.append([matrix.read(model) for matrix in chosen])
+        finally:
+            editing.EXPERT_BYTES = usual
+    different = [int((one != other).sum()) for one, other in zip(*edited)]
+    return {**found, "different_elements": sum(different), "elements": sum(one.numel() for one in edited[0])}
+
+
 def graph(bench: Bench) -> dict[str, Any]:
-    """One batch of the small model as a CUDA graph, against the same batch launched kernel by kernel."""
-    if bench.device.type != "cuda":
-        return {"skipped": "needs CUDA"}
-    model = bench.small().model
-    tokens = torch.randint(0, model.config.vocab_size, (8, bench.sizes.small_windows[1]), device=bench.device)
-
-    def forward() -> torch.Tensor:
-        return model.transformer(input_ids=tokens, use_cache=False)[0]
-
-    with torch.inference_mode():
-        plain = bench.seconds(forward)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            forward()
-        bench.wait()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            output = forward()
-        seconds = bench.seconds(captured.replay)
-        model.transformer.h[1].mlp.c_proj.weight.mul_(0.5)  # an edit in place keeps the address
-        captured.replay()
-        same = bool(torch.equal(output, forward()))
-    return {"plain_seconds": plain, "graph_seconds": seconds, "sees_an_edit": same}
+    """Passes of the small model as CUDA graphs, against kernels that are launched one by one, for sizes of batches."""
+    loaded, rows = bench.small(), []
+    n, length = bench.sizes.small_windows
+    task = windows(n, length, loaded.model.config.vocab_size)
+    target = Target("matrix", loaded.matrices[-1].name, (loaded.matrices[-1].name,), loaded.matrices[-1].block)
+    cache = DecompositionCache(loaded, 2**34)
+    for batch_tokens in (length, 4 * length, 16 * length):
+        row: dict[str, Any] = {"batch_tokens": batch_tokens}
+        scores = []
+        for wanted in (False, True):
+            scorer = Scorer(loaded, {"windows": task}, ScoringOptions(batch_tokens, cuda_graphs=wanted))
+            name = "graph" if wanted else "plain"
+            row[f"{name}_seconds"] = bench.seconds(lambda by=scorer: by.score("windows"), warm_up=4)
+            with ablated(loaded, Ablation(target, small(0.5)), cache):  # an edit in place keeps the address
+                scores.append(scorer.score("windows").logprob)
+            kept = scorer._graphs._passes.values() if scorer._graphs is not None else ()
+            row["captured"] = sum(one.graph is not None for one in kept)
+            row["batches"] = len(scorer.packed["windows"].batches)
+        auto = Scorer(loaded, {"windows": task}, ScoringOptions(batch_tokens, cuda_graphs="auto"))._graphs
+        row["auto"] = auto is not None and batch_tokens <= auto._most_tokens
+        row["same_bits"] = bool((scores[0] == scores[1]).all())
+        rows.append(row)
+    return {"passes": rows}
 
 
 def host_stream(bench: Bench) -> dict[str, Any]:
@@ -470,6 +540,57 @@ def attention(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def contexts(n: int, length: int, choices: int, tokens: int, vocabulary: int) -> ScoredTask:
+    """Random contexts with several continuations each, whose last tokens are scored: packed trees."""
+    rng, requests = np.random.default_rng(0), []
+    for _ in range(n):
+        context = rng.integers(3, vocabulary, length)
+        for _ in range(choices):
+            whole = np.concatenate([context, rng.integers(3, vocabulary, tokens)])
+            requests.append(Request(whole[:-1], np.arange(length - 1, len(whole) - 1), whole[length:]))
+
+    def measure(scores: Scores) -> dict[str, ExampleScores]:
+        score = -scores.request_logprob()
+        return {"nll": ExampleScores(score, np.full(len(score), float(tokens)), higher_is_better=False)}
+
+    return ScoredTask("trees", {"contexts": n}, requests, [str(i) for i in range(len(requests))], measure)
+
+
+@contextmanager
+def uncompiled(device: torch.device) -> Iterator[None]:
+    """Do not compile FlexAttention on a CPU, where that takes a minute and is not what is measured."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as of_transformers
+
+    before = of_transformers.compile_friendly_flex_attention
+    if device.type == "cpu":
+        of_transformers.compile_friendly_flex_attention = (
+            lambda query, key, value, training=False, **options: flex_attention(query, key, value, **options)
+        )
+    try:
+        yield
+    finally:
+        of_transformers.compile_friendly_flex_attention = before
+
+
+def trees(bench: Bench) -> dict[str, Any]:
+    """Passes over packed trees of the small model, attended by a mask and by FlexAttention."""
+    loaded, scores = bench.small(), []
+    task, found = contexts(*bench.sizes.trees, loaded.model.config.vocab_size), {}
+    longest = 1 + bench.sizes.trees[1] + bench.sizes.trees[2] * bench.sizes.trees[3]
+    for how in ("mask", "flex"):
+        with uncompiled(bench.device) if how == "flex" else nullcontext():
+            scorer = Scorer(loaded, {"trees": task}, ScoringOptions(16 * longest, tree_attention=how))
+            started = time.perf_counter()
+            scores.append(scorer.score("trees").logprob)
+            found[f"{how}_first"] = time.perf_counter() - started
+            found[how] = bench.seconds(lambda by=scorer: by.score("trees"), repeats=3)
+    batches = scorer.packed["trees"].batches
+    return {**found, "batches": len(batches), "of_trees": sum(batch.last is not None for batch in batches),
+            "tokens": scorer.packed["trees"].n_tokens,
+            "largest_difference": float(np.abs(scores[0] - scores[1]).max())}
+
+
 def out_of_memory(bench: Bench) -> dict[str, Any]:
     """Studies while almost all memory is taken: every cell must be there, some in smaller batches."""
     bench.kept.clear()
@@ -496,10 +617,11 @@ def out_of_memory(bench: Bench) -> dict[str, Any]:
 
 # name -> the stage and its limit in seconds; those without the large model first, the risky ones last
 STAGES: dict[str, tuple[Callable[[Bench], dict[str, Any]], int]] = {
-    "machine": (machine, 40), "exactness": (exactness, 40), "large_model": (large_model, 60), "passes": (passes, 150),
-    "head": (head, 40), "profile": (profile, 40), "decompositions": (decompositions, 60), "edits": (edits, 60),
-    "cells": (cells, 90), "host_stream": (host_stream, 30), "graph": (graph, 30), "attention": (attention, 60),
-    "compiled": (compiled, 120), "out_of_memory": (out_of_memory, 60),
+    "machine": (machine, 40), "exactness": (exactness, 40), "large_model": (large_model, 60), "passes": (passes, 120),
+    "head": (head, 30), "profile": (profile, 30), "rates": (rates, 20), "decompositions": (decompositions, 50),
+    "edits": (edits, 50), "cells": (cells, 80), "experts": (experts, 50), "host_stream": (host_stream, 30),
+    "attention": (attention, 40), "graph": (graph, 40), "trees": (trees, 60), "compiled": (compiled, 100),
+    "out_of_memory": (out_of_memory, 50),
 }
 
 

@@ -13,13 +13,15 @@ from harness.evaluation.settings import GIB, AdaptiveSettings, RuntimeSettings, 
 def test_what_a_scorer_is_told():
     assert RuntimeSettings().scoring() == ScoringOptions(
         batch_tokens=8192, logit_rows=1024, reuse=True, share_context=True, stream_bytes=8 * GIB, host_bytes=32 * GIB,
-        lazy=False,
+        lazy=False, cuda_graphs="auto",
     )  # fmt: skip
     settings = RuntimeSettings(
         batch_tokens=7, logit_rows=3, reuse=False, share_context=False, stream_gib=0.5, stream_host_gib=0.0,
         precision="adaptive",
     )  # fmt: skip
-    assert settings.scoring() == ScoringOptions(7, 3, False, False, GIB / 2, 0.0, lazy=True)
+    assert settings.scoring() == ScoringOptions(
+        7, 3, False, False, GIB / 2, 0.0, lazy=True, cuda_graphs="auto"
+    )
     unbounded = ScoringOptions()
     assert math.isinf(unbounded.stream_bytes) and unbounded.host_bytes == 0 and unbounded.reuse
 

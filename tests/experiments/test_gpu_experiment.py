@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "speed" / "gpu.py"
 # What the machine with the GPU does not have.
 ABSENT = ("hydra", "omegaconf", "antlr4", "datasets", "evaluate", "lm_eval", "gguf", "pydantic", "submitit")
-STAGES = ["machine", "large_model", "passes", "head", "decompositions", "edits", "cells", "host_stream", "attention"]
+STAGES = ["machine", "large_model", "passes", "head", "rates", "decompositions", "edits", "cells", "experts",
+          "host_stream", "attention", "graph", "trees"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,12 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert all(study["states"] == {"ok": study["cells"]} for study in of["cells"]["studies"])
     assert of["host_stream"]["same_bits"] and 0 < of["head"]["share"] < 1
     assert {row["block"] for row in of["passes"]["passes"]} == {0, 2, 3}
+    assert of["experts"]["experts"] == 9 and of["experts"]["different_elements"] == 0
+    # there are no graphs on a CPU, and FlexAttention is not compiled there
+    assert [row["captured"] for row in of["graph"]["passes"]] == [0, 0, 0]
+    assert all(row["same_bits"] for row in of["graph"]["passes"])
+    assert of["trees"]["of_trees"] > 0 and of["trees"]["largest_difference"] < 1e-4
+    assert all(of["rates"][name]["decomposition_weight"] > 0 for name in ("measured", "kept"))
 
 
 def test_a_stage_over_its_limit_or_with_an_error_is_a_line_and_the_next_one_begins(gpu, tmp_path, monkeypatch) -> None:

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 # The assumed cost of a generated answer in tokens, because its length is not known before it is generated.
 TOKENS_PER_GENERATED_EXAMPLE = 512
-# A float64 eigendecomposition reaches about an eighth of the rate of float32 products (experiments/speed).
+# How many times as long an operation of a float64 decomposition takes as one of a product. These are constants, because
+# every worker of a run must divide it into the same shards. What rates.py measures of a device may differ from machine
+# to machine; `harness plan` prints it beside the constant. In float32, on one thread of an AMD EPYC, it was 4 to 6 for
+# ranks from 288 on and 14 to 31 for rank 64.
 DECOMPOSITION_WEIGHT = 8.0
-# In low precision, which means a GPU, it reaches a few thousandths of the rate of bfloat16 products. This is on paper,
-# of an H200; the stage "decompositions" of experiments/speed/gpu.py measures it.
+# In low precision, which means a GPU: 788 TFLOP/s in bfloat16 against about 3 in decompositions, on paper, of an H200;
+# the stages "rates" and "decompositions" of experiments/speed/gpu.py measure it.
 DECOMPOSITION_WEIGHT_IN_LOW_PRECISION = 250.0
 
 

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from harness.evaluation.requests import DirectTask, Request, ScoredTask, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.costs import CostTable, cost_of_pass, edit_flops, is_one_component
+from harness.measurements.ablation.rates import Rates, rates_of
 from harness.measurements.ablation.summary import bos_note
 from harness.measurements.ablation.units import Study
 from harness.models.editing import Ablation
 from harness.models.loading import TORCH_DTYPES, LoadedModel, pick_device
-from harness.spectral.ablation import edit
-from harness.spectral.decomposition import decompose, decomposition_flops
 from harness.spectral.regions import select
 from harness.tables.labels import region_words
 from harness.tables.text import count
-
-# Rates are measured on matrices of at most this rank, so that planning takes only about a second.
-LARGEST_MEASURED = {"cpu": 512, "cuda": 2048}  # a GPU reaches its rate on large matrices only
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Floating-point operations per second. product: of large matrix products in the model's dtype."""
-
-    product: float
-    decomposition: float
-    edit: float
 
 
 @dataclass(frozen=True)
@@ -125,38 +109,6 @@ def _n_removed(ablation: Ablation, shape: tuple[int, int]) -> int:
     return min(shape) - picked if ablation.treatment.keep else picked
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> Rates:
-    """Measure the present rates of this machine.
-
-    shape: (out, in) of a typical matrix. Decompositions and edits are measured on one that is scaled down to a rank of
-    at most LARGEST_MEASURED of the device.
-    """
-    scale = max(1.0, min(shape) / LARGEST_MEASURED.get(device.type, 512))
-    out, width = (max(1, int(side / scale)) for side in shape)
-    generator = torch.Generator(device).manual_seed(0)
-    activations, weight = (torch.randn(size, device=device, generator=generator).to(dtype)
-                           for size in ((1024, shape[1]), shape))
-    small = torch.randn((out, width), device=device, generator=generator)
-    decomposition, half = decompose(small), torch.arange(min(out, width) // 2)
-    return Rates(
-        product=2.0 * 1024 * shape[0] * shape[1] / _seconds(lambda: activations @ weight.T, device),
-        decomposition=decomposition_flops(out, width) / _seconds(lambda: decompose(small), device),
-        edit=edit_flops(out, width, len(half)) / _seconds(lambda: edit(small, decomposition, half), device),
-    )
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    taken = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
-
-
 def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
     """Return how many cells will be measured and how long that takes, from one batch of real requests scored now.
 
@@ -173,7 +125,7 @@ def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
         return f"{counted}; the time is not known, because the model writes its answers"
     passes = [_seconds_per_operation(study, task, loaded) for task in scored.values()]
     cost, shape = forecast(study, cells), Counter(matrix.shape for matrix in study.matrices).most_common(1)[0][0]
-    rates = measure_rates(loaded.device, TORCH_DTYPES[study.description.dtype], shape)
+    rates = rates_of(loaded.device, TORCH_DTYPES[study.description.dtype], shape)
     fast, slow = (
         Rates(1 / seconds, rates.decomposition, rates.edit)
         for seconds in (min(low for low, _ in passes), max(high for _, high in passes))
@@ -187,7 +139,7 @@ def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
 
 def _seconds_per_operation(study: Study, task: ScoredTask, loaded: LoadedModel) -> tuple[float, float]:
     """Return the fewest and the most seconds per floating-point operation over three passes of one batch of a task."""
-    options = replace(study.settings.runtime.scoring(), reuse=False, lazy=False)
+    options = replace(study.settings.runtime.scoring(), reuse=False, lazy=False, cuda_graphs=False)
     step, tokens = max(1, len(task.requests) // 64), 0
     chosen: list[Request] = []
     for request in task.requests[::step]:
@@ -249,10 +201,15 @@ def describe_study(study: Study) -> str:
     if cost.n_matrices:
         device = pick_device(settings.model.device)
         shape = Counter(matrix.shape for matrix in study.matrices).most_common(1)[0][0]
-        rates = measure_rates(device, TORCH_DTYPES[description.dtype], shape)
+        rates = rates_of(device, TORCH_DTYPES[description.dtype], shape)
+        when = "once" if device.type == "cuda" else "now"
         lines.append(
             f"time {duration(cost.seconds(rates))} at least, on {device.type} at {rates.product / 1e9:.3g} GFLOP/s as"
-            " measured now for large products; real forward passes are slower (experiments/speed)"
+            f" measured {when} for large products; real forward passes are slower (experiments/speed)"
+        )
+        lines.append(
+            f"an operation of a decomposition takes {rates.decomposition_weight:.3g} times as long as one of a product;"
+            f" shards are divided as if it took {study.costs.decomposition_weight:g} times as long"
         )
     if settings.runtime.precision == "adaptive":
         lines.append("precision adaptive: that is the most that it can cost, as a cell stops once its delta is decided")

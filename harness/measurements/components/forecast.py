@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.measurements.ablation.forecast import duration, measure_rates
+from harness.measurements.ablation.forecast import duration
+from harness.measurements.ablation.rates import rates_of
 from harness.models.cost import model_cost
 from harness.models.families import skeleton
 from harness.models.loading import TORCH_DTYPES, pick_device
@@ -65,7 +66,7 @@ def price_lines(plan: ComponentsPlan) -> list[str]:
     found, settings = price(plan), plan.settings
     device = pick_device(settings.model.device)
     shape = Counter(unit.matrix.shape for unit in plan.units).most_common(1)[0][0]
-    rates = measure_rates(device, TORCH_DTYPES[plan.description.dtype], shape)
+    rates = rates_of(device, TORCH_DTYPES[plan.description.dtype], shape)
     seconds = (found.passes + found.directions) / rates.product + found.decompositions / rates.decomposition
     return [
         f"cost {found.passes:.3g} floating-point operations of passes, {found.decompositions:.3g} for"

@@ -16,8 +16,9 @@ from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements import ABLATION
 from harness.measurements.ablation.costs import decomposition_flops, edit_flops
-from harness.measurements.ablation.forecast import Rates, describe_study, forecast, measure_rates
+from harness.measurements.ablation.forecast import describe_study, forecast
 from harness.measurements.ablation.measure import open_session
+from harness.measurements.ablation.rates import Rates
 from harness.measurements.ablation.region_settings import RegionSettings
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.units import Study, plan
@@ -118,6 +119,7 @@ def test_an_edit_costs_what_was_predicted(shape, n: int) -> None:
 def test_the_plan_in_words(folder, tmp_path) -> None:
     text = describe_study(plan(_settings(folder, tmp_path)))
     assert "saved by resuming at the edited block" in text and "8 decompositions" in text
+    assert "shards are divided as if it took 8 times as long" in text
     assert "GFLOP/s as measured now" in text and "MiB for the stream at one boundary" in text
     assert "BOS" not in text
     settings = _settings(folder, tmp_path)
@@ -136,6 +138,4 @@ def test_seconds_follow_the_rates(folder, tmp_path) -> None:
     cost = forecast(plan(_settings(folder, tmp_path)))
     rates = Rates(product=cost.resumed, decomposition=cost.decompositions / 2, edit=cost.edits / 3)
     assert cost.seconds(rates) == pytest.approx(6)
-    measured = measure_rates(torch.device("cpu"), torch.float32, (40, 1024))
-    assert min(measured.product, measured.decomposition, measured.edit) > 0
     assert decomposition_flops(40, 1024) > 4 * 40 * 40 * 1024
