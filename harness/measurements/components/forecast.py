@@ -62,7 +62,7 @@ def price(plan: ComponentsPlan) -> Price:
 
 
 def price_lines(plan: ComponentsPlan) -> list[str]:
-    """Return the price in words, with the least time at rates that are measured now."""
+    """Return the price in words, with the least time at the rates of the device."""
     found, settings = price(plan), plan.settings
     device = pick_device(settings.model.device)
     shape = Counter(unit.matrix.shape for unit in plan.units).most_common(1)[0][0]
@@ -72,6 +72,6 @@ def price_lines(plan: ComponentsPlan) -> list[str]:
         f"cost {found.passes:.3g} floating-point operations of passes, {found.decompositions:.3g} for"
         f" {len(plan.units) * (1 + len(settings.stability) + (plan.reference is not None))} decompositions,"
         f" {found.directions:.3g} for derivatives along the directions and for tokens",
-        f"time {duration(seconds)} at least, on {device.type} at {rates.product / 1e9:.3g} GFLOP/s as measured now for"
+        f"time {duration(seconds)} at least, on {device.type} at {rates.product / 1e9:.3g} GFLOP/s as measured for"
         " large products",
     ]
