@@ -24,7 +24,7 @@ from harness.tables.drawing import new_figure, save_figure
 
 COMMITTED = ["task", "matrix", "index", "improvement", "p_value", "predicted_improvement", "sigma", "output_rms",
              "output_rank", "constant_share", "mean_cosine", "stability_rounded"]  # columns of components.csv
-METRICS = {"text": "nll", "ioi": "logit_difference"}  # the metric of each task that is looked at
+METRICS = {"text": "nll", "ioi": "logit_difference", "factual": "logprob"}  # the metric of each task that is looked at
 
 
 def half(effects: np.ndarray) -> np.ndarray:

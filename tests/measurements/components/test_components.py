@@ -156,13 +156,28 @@ def test_a_second_run_measures_nothing_and_everything_is_in_the_id(place, capsys
     def id_of(*more):
         return plan(compose_settings("components", [*words(place, *more), f"output={place / 'new'}"])).id
 
-    variants = [[], ["tokens=4"], ["stability=[random]"], ["seed=1"], ["region.metric=activations"],
+    variants = [[], ["tokens=4"], ["tokens_of=2"], ["stability=[random]"], ["seed=1"], ["region.metric=activations"],
                 ["region.centred=true"], ["region.calibration.limit=11"], ["tasks.ioi.limit=3"], ["metrics=[p_target]"],
                 [f"model.name={place / 'other'}"], ["reference=pretrained", f"reference.name={place / 'other'}"]]
     assert len({id_of(*more) for more in variants}) == len(variants)
     assert id_of(f"exact={place / 'exact'}") == id_of()  # it is read by the report alone
     assert main(["components", "--quiet", *words(place)]) == 2
     assert "is not the study of" in capsys.readouterr().err
+
+
+def test_tokens_are_named_for_the_components_that_matter_most(place, tmp_path, capsys):
+    more = ["tokens_of=2", "stability=[]", "layer_types=[down_proj]", f"output={tmp_path / 'out'}"]
+    assert main(["plan", "components", *words(place, *more)]) == 0
+    price = capsys.readouterr().out
+    assert "floating-point operations of passes" in price and "for 1 decompositions" in price and "time " in price
+    assert main(["components", "--quiet", *words(place, *more)]) == 0
+    found, whole = (read_components(folder) for folder in (tmp_path / "out", place / "out"))
+    whole = whole[whole["layer_type"] == "down_proj"].set_index("index")
+    predictions = read_components(tmp_path / "out", "predictions")
+    of_either = [found.set_index("index")["predicted_loss"], predictions.set_index("index")["predicted_delta"]]
+    most = {index for one in of_either for index in one.abs().nlargest(2).index}
+    named = found[found["promoted"].notna()].set_index("index")
+    assert set(named.index) == most and named["promoted"].to_dict() == whole.loc[list(most), "promoted"].to_dict()
 
 
 def test_a_base_is_compared_and_foreign_studies_are_refused(place, tmp_path, capsys):
