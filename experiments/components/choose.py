@@ -24,10 +24,14 @@ def chosen(predictions: pd.DataFrame, most: int, of_matrix: int, random: int, se
     parts = [ordered.head(most), ordered.iloc[::-1].head(most)]
     for _, one in ordered.groupby("matrix", sort=False):
         parts += [one.head(of_matrix), one.iloc[::-1].head(of_matrix)]
-    drawn = np.random.default_rng(seed).permutation(len(predictions))[:random]
-    parts.append(predictions.iloc[drawn])
+    parts.append(drawn(predictions, random, seed))
     whole = pd.concat(parts).drop_duplicates(["matrix", "index"])
     return [f"{row.matrix}:{row.index_}" for row in whole.rename(columns={"index": "index_"}).itertuples()]
+
+
+def drawn(predictions: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
+    """Return the rows of n components that are drawn with equal chances. predictions: all of one task, in order."""
+    return predictions.iloc[np.random.default_rng(seed).permutation(len(predictions))[:n]]
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def components_page(
               f"{BETTER} Blue is better, red is worse. A click opens the component's card in the table below.",
               [view for one in group for view in _atlas(one, extremes[id(one)], cards)], "effect", cards.table),
         Chart("Effect against the position in the spectrum",
-              f"{BETTER} 0 is the largest singular value. A click opens a card if the table below has it.",
+              f"{BETTER} A click opens a card if the table below has it.",
               _curves(group, cards), "matrix", cards.table),
     ]) for (task, metric), group in of_metric.items()]
     sections.append(Section("Cards of components", [
@@ -168,6 +168,7 @@ def _atlas(one: Effect, extremes: pandas.DataFrame, cards: Cards) -> list[View]:
             if key not in at or sign * (getattr(row, what) - getattr(at[key], what)) > 0:
                 at[key] = row
         lines = [[at.get((block, one_type)) for one_type in types] for block in blocks]
+        lines = [[None if row is None or sign * getattr(row, what) <= 0 else row for row in line] for line in lines]
         values = [[None if row is None else float(getattr(row, what)) for row in line] for line in lines]
         marks = [["" if row is None else f" :{getattr(row, f'{what}_index')}" for row in line] for line in lines]
         opens = [[None if row is None else cards.row_of[row.matrix, getattr(row, f"{what}_index")] for row in line]
@@ -193,9 +194,12 @@ def _curves(group: Sequence[Effect], cards: Cards) -> list[View]:
             if matrix not in part:
                 continue
             rows = part[matrix].sort_values("index", kind="stable")
-            at = [int(i) for i in rows["index"]]
-            opens = [cards.row_of.get((matrix, i)) for i in at]
-            series.append(Points(WORDS[one.column], at, rows[one.column].tolist(), opens=opens))
-        axes = Axes("position in the spectrum", f"improvement of {group[0].metric}", reference=0.0)
+            for word, sign in (("better", 1.0), ("worse", -1.0)):  # on a logarithmic axis, because sizes differ much
+                of_sign = rows[sign * rows[one.column] > 0]
+                at = [int(i) for i in of_sign["index"]]
+                opens = [cards.row_of.get((matrix, i)) for i in at]
+                series.append(Points(f"{word}, {WORDS[one.column].split()[0]}", at,
+                                     (sign * of_sign[one.column]).tolist(), opens=opens))
+        axes = Axes("position in the spectrum, 0 = the largest value", f"|improvement of {group[0].metric}|", log=True)
         views.append(interval_points(matrix, series, axes))
     return views

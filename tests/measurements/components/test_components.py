@@ -117,7 +117,7 @@ def test_the_page_has_a_card_for_each_component_that_the_atlas_shows(place):
     assert [rows["delta"].idxmax()] in shown["largest gain, measured"]
     assert [rows["delta"].idxmin()] in shown["largest harm, measured"]
     for of_metric in shown["largest gain, predicted to first order"]:
-        assert {one.partition(":")[0] for one in of_metric} == set(components["matrix"])
+        assert 1 < len(of_metric) == len({one.partition(":")[0] for one in of_metric})
     # the examples of a card are those that the study has changed most
     best = column["component"].index(rows["delta"].idxmax())
     assert table["score_names"][-1] == "change" and 0 < len(table["examples"][str(best)]) <= 8
@@ -126,7 +126,7 @@ def test_the_page_has_a_card_for_each_component_that_the_atlas_shows(place):
     # a curve has every component of its matrix
     curves = [view for chart in page["charts"] for view in chart["views"] if view["label"] == "1.up_proj"]
     n = int((components["matrix"] == "1.up_proj").sum())
-    assert [n, n] in [[len(trace["x"]) for trace in view["traces"]] for view in curves]
+    assert 2 * n in [sum(len(trace["x"]) for trace in view["traces"]) for view in curves]  # measured and predicted
 
 
 def test_the_page_opens_cards_in_a_browser(place, tmp_path):
