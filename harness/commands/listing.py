@@ -103,7 +103,7 @@ def _keys() -> Iterator[str]:
         elif prefix != "tasks":
             yield f"{prefix}="
 
-    yield from below(source_of(SEARCH).keys(), "")
+    yield from below(source_of(SEARCH).keys, "")
 
 
 _SCRIPT = """# harness: source this in your shell, for example  source <(harness completion bash)

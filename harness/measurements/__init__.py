@@ -71,9 +71,10 @@ def refuse_foreign(measurement: Measurement, overrides: Sequence[str], command: 
 
     The same key is accepted in a YAML file, because several measurements may share the file.
     """
+    foreign = source_of(measurement).others
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key.split(".")[0] in source_of(measurement).others:
+        if key.split(".")[0] in foreign:
             readers = [f"harness {name}" for name, other in MEASUREMENTS.items()
                        if key.split(".")[0] in keys_of(other.settings.Settings)]
             raise InputError(f"{key}: harness {command} does not read it; {' and '.join(readers)} does")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol
 
 from harness.errors import InputError
 from harness.settings.configs import config_folder, groups
 from harness.settings.constraints import ReadBy
 from harness.settings.explain import Known, explain, no_name, not_chosen, refuse_keys, too_long
 from harness.settings.plain_values import refuse_unusable
-from harness.settings.validation import keys_of, plain, refuse_unread, validated
+from harness.settings.validation import hints_of, keys_of, plain, refuse_unread, validated
 
 # Settings whose lists have no default, so that nothing else says that they are lists.
 _LISTS = frozenset({"region.values", "region.deciles", "region.keep", "region.ratios", "region.components",
@@ -39,7 +40,7 @@ class Root(Protocol):
 
 def known_keys(kind: type) -> dict[str, Any]:
     """Return every key that a config of these settings may have, with its default. Hydra refuses all other keys."""
-    hints, default = get_type_hints(kind, include_extras=True), kind()
+    hints, default = hints_of(kind), kind()
     return {key: _below(hints[key], getattr(default, key)) for key in keys_of(kind)}
 
 
@@ -68,8 +69,9 @@ class Source:
     keys_of_task: Callable[[str], Sequence[str]] | None = None
     as_meant: Callable[[Sequence[str], Mapping[str, Sequence[str]]], Sequence[str]] = lambda words, _: words
 
+    @functools.cached_property
     def keys(self) -> dict[str, Any]:
-        """Return the tree of all keys that may be set, with their defaults."""
+        """The tree of all keys that may be set, with their defaults."""
         return {**known_keys(self.root.Settings), **self.others}
 
     def folder(self) -> Path:
@@ -99,7 +101,7 @@ class Source:
         """Return the names that messages may suggest."""
         folder = config_folder()
         own = Path(self.config_dir) if self.config_dir is not None else folder
-        known = Known(self.keys(), groups(), [own / "task", folder / "task"])
+        known = Known(self.keys, groups(), [own / "task", folder / "task"])
         return known if self.keys_of_task is None else dataclasses.replace(known, keys_of_task=self.keys_of_task)
 
 
@@ -107,7 +109,7 @@ def register_schema(source: Source) -> None:
     """Tell Hydra which keys the YAML file and its overrides may have."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name=f"{source.root.CONFIG}_schema", node=source.keys())
+    ConfigStore.instance().store(name=f"{source.root.CONFIG}_schema", node=source.keys)
 
 
 def compose(source: Source, overrides: Sequence[str]) -> Any:
@@ -124,7 +126,7 @@ def compose(source: Source, overrides: Sequence[str]) -> Any:
 
     refuse_keys(overrides)
     where = source.searchpath()
-    overrides = _in_lists(source.as_meant(overrides, source.names()), source.keys())
+    overrides = _in_lists(source.as_meant(overrides, source.names()), source.keys)
     words = [*overrides, *where]
     register_schema(source)
     GlobalHydra.instance().clear()

@@ -74,6 +74,17 @@ def keys_of(kind: type) -> list[str]:
 
 
 @functools.cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass, with their marks. Reading them takes long."""
+    return get_type_hints(kind, include_extras=True)
+
+
+@functools.cache
+def _types_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@functools.cache
 def _adapter(kind: type) -> Any:
     from pydantic import TypeAdapter
 
@@ -85,7 +96,7 @@ def _strict_about_keys(kind: Any) -> None:
     """Make pydantic refuse unknown keys, and accept numbers for text, because a revision may be called 1000."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         kind.__pydantic_config__ = {"extra": "forbid", "coerce_numbers_to_str": True}  # type: ignore[attr-defined]
-        for hint in get_type_hints(kind).values():
+        for hint in _types_of(kind).values():
             for part in (hint, *get_args(hint)):
                 if part is not kind:
                     _strict_about_keys(part)
@@ -99,7 +110,7 @@ def _refuse_truth(hint: Any, value: Any, where: str = "") -> None:
     for part in parts:
         inside = get_args(part)[-1:] if get_origin(part) in (list, dict) else ()
         if dataclasses.is_dataclass(part) and isinstance(part, type) and isinstance(value, Mapping):
-            for name, own in get_type_hints(part).items():
+            for name, own in _types_of(part).items():
                 _refuse_truth(own, value.get(name), f"{where}.{name}" if where else name)
         elif inside and isinstance(value, Mapping):
             for name, one in value.items():
@@ -134,7 +145,7 @@ def _kind_at(kind: Any, place: tuple[Any, ...]) -> Any:
     """Return the type at a place within settings of a type, where indices of lists and keys of dicts are skipped."""
     for part in place:
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            kind = get_type_hints(kind).get(part, kind)
+            kind = _types_of(kind).get(part, kind)
             parts = [one for one in get_args(kind) if one is not type(None)]
             kind = next((one for one in parts if dataclasses.is_dataclass(one)), kind)
     return kind
