@@ -27,7 +27,8 @@ from harness.measurements import ABLATION, compose_settings
 from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.measure import CellRun, open_session
 from harness.measurements.ablation.outcomes import Failed
-from harness.measurements.ablation.units import Study, plan
+from harness.measurements.ablation.study import Study
+from harness.measurements.ablation.units import plan
 from harness.models.editing import ablated
 
 MODES = {

@@ -44,10 +44,11 @@ from harness.evaluation.requests import ExampleScores, Request, ScoredTask, Scor
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import RuntimeSettings, ScoringOptions
 from harness.measurements import ABLATION
+from harness.measurements.ablation.preparation import Prepared
 from harness.measurements.ablation.region_settings import NO_REGION
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.tables import read_metrics
-from harness.measurements.ablation.units import Prepared, build
+from harness.measurements.ablation.units import build
 from harness.models.cost import model_cost
 from harness.models.decompositions import DecompositionCache
 from harness.models.editing import Ablation, ablated

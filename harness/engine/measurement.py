@@ -112,8 +112,10 @@ class MeasureModule(Protocol):
         """
         ...
 
-
-    # It may also have `announce(plan, units, session) -> str`: a line that is said before the units are measured.
+    # It may also have two more functions:
+    # `announce(plan, units, session) -> str` returns a line that is printed before the units are measured.
+    # `settled(plan, ranks, progress, say) -> (plan, session)` returns the plan with the settings that only the device
+    # can tell, such as the largest batch that fits, and the session if it had to be opened for that, else None.
 
 
 class TablesModule(Protocol):

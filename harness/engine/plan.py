@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness.engine.ranks import Ranks
 from harness.engine.settings import ClusterSettings
 from harness.errors import InputError
 
@@ -109,11 +108,6 @@ class Plan:
         """Further keys of the manifest, as JSON: what else `restore` needs to make the same plan."""
         return {}
 
-    def settled(self, ranks: Ranks, progress: bool, say: Callable[[str], None]) -> tuple[Plan, Any]:
-        """The plan once the device has been asked (for the largest batch that fits, say), and the session if asking
-        opened one, else None."""
-        return self, None
-
     def missing(self, wanted: Sequence[Any], states: Mapping[str, str]) -> list[Any]:
         """Those of the wanted units that must be measured. states: unit id -> "ok" or "error"."""
         return [unit for unit in wanted if states.get(unit.id) != "ok"]
@@ -131,8 +125,10 @@ class Plan:
         return SumOfCosts()
 
     def require_settled(self, command: str) -> None:
-        """Raises InputError where a setting asks for a value that only `settled` can find. command: the command that
-        does not call `settled`, for the message."""
+        """Raise InputError if a setting asks for a value that only `settled` of measure.py can find.
+
+        command: the command that does not call `settled`, for the message.
+        """
 
     def before_jobs(self) -> None:
         """Do once what many jobs would otherwise each do, such as training a model that all of them load."""

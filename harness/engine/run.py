@@ -94,7 +94,9 @@ def run(measurement: Measurement, settings: Any, options: RunOptions | None = No
 def run_plan(measurement: Measurement, plan: Plan, options: RunOptions, ranks: Ranks | None = None) -> Outcome:
     """The same for a plan that is made already, with all of its units."""
     ranks = ranks or join()
-    plan, session = plan.settled(ranks, options.progress, options.say)
+    session, settled = None, getattr(measurement.measure, "settled", None)
+    if settled is not None:
+        plan, session = settled(plan, ranks, options.progress, options.say)
     if ranks.is_main:
         # a folder that holds another run is refused before any weights are loaded
         require_own(measurement, plan)

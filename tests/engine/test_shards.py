@@ -11,7 +11,7 @@ from harness.engine.shards import split
 from harness.measurements.ablation.cells import Cell
 from harness.measurements.ablation.costs import DECOMPOSITION_WEIGHT, CostTable, ShardOfCells
 from harness.measurements.ablation.region_settings import NO_REGION
-from harness.measurements.ablation.units import Study
+from harness.measurements.ablation.study import Study
 from harness.models.editing import Ablation
 from harness.models.targets import BASELINE, Target
 from harness.spectral.regions import Decile

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
 
 from harness.evaluation.other_order import other_options
 from harness.evaluation.packing import Batch, PackedRequests
@@ -13,7 +12,9 @@ from harness.evaluation.requests import DirectTask
 from harness.evaluation.scoring import pack_for
 from harness.evaluation.settings import ScoringOptions
 from harness.measurements.ablation.cells import Cell, has_noise_floor
+from harness.measurements.ablation.preparation import Prepared
 from harness.measurements.ablation.region_settings import OTHER_ORDER
+from harness.measurements.ablation.settings import StudySettings
 from harness.models.cost import ModelCost, model_cost
 from harness.models.editing import Ablation
 from harness.models.families import MLP_TYPES, skeleton
@@ -21,9 +22,6 @@ from harness.models.matrices import Matrix
 from harness.spectral.activations import metric_flops
 from harness.spectral.decomposition import decomposition_flops
 from harness.spectral.regions import Component, by_loss
-
-if TYPE_CHECKING:
-    from harness.measurements.ablation.units import Study
 
 # The assumed cost of a generated answer in tokens, because its length is not known before it is generated.
 TOKENS_PER_GENERATED_EXAMPLE = 512
@@ -147,11 +145,16 @@ def _from_each_block(packed: PackedRequests, cost: ModelCost, n_encoder: int = 0
     return _suffix_sums(encoder + rest, packed.n_rows * cost.head)
 
 
-def cost_of_pass(study: Study, packed: PackedRequests) -> float:
-    """Return the floating-point operations of a pass of a study's model over packed requests."""
-    family = study.description.family
-    n_encoder = len({matrix.block for matrix in study.matrices if matrix.stack == "encoder"})
-    return _from_each_block(packed, model_cost(skeleton(study.description.config, family), family), n_encoder)[0]
+def cost_of_pass(prepared: Prepared, packed: PackedRequests) -> float:
+    """Return the floating-point operations of a pass of a prepared model over packed requests."""
+    family = prepared.description.family
+    model = skeleton(prepared.description.config, family)
+    return _from_each_block(packed, model_cost(model, family), _n_encoder(prepared))[0]
+
+
+def _n_encoder(prepared: Prepared) -> int:
+    """Return the number of blocks of the model's encoder."""
+    return len({matrix.block for matrix in prepared.matrices if matrix.stack == "encoder"})
 
 
 def _suffix_sums(values: list[float], last: float) -> tuple[float, ...]:
@@ -161,15 +164,16 @@ def _suffix_sums(values: list[float], last: float) -> tuple[float, ...]:
     return tuple(reversed(sums))
 
 
-def costs_of(study: Study) -> CostTable:
-    """Return the predicted costs of the passes, moves of the frontier and decompositions of a study."""
-    family, runtime = study.description.family, study.settings.runtime
-    model = skeleton(study.description.config, family)
+def costs_of(settings: StudySettings, prepared: Prepared, cells: Sequence[Cell]) -> CostTable:
+    """Return the predicted costs of the passes, moves of the frontier and decompositions of some cells of a study."""
+    description, runtime = prepared.description, settings.runtime
+    family = description.family
+    model = skeleton(description.config, family)
     cost = model_cost(model, family)
-    n_encoder = len({matrix.block for matrix in study.matrices if matrix.stack == "encoder"})
+    n_encoder = _n_encoder(prepared)
     passes, fed, other, parts = {}, {}, {}, {}
     options = ScoringOptions(runtime.batch_tokens or ScoringOptions.batch_tokens, share_context=runtime.share_context)
-    for name, task in study.tasks.items():
+    for name, task in prepared.tasks.items():
         if isinstance(task, DirectTask):
             tokens = max(len(task.example_ids) * TOKENS_PER_GENERATED_EXAMPLE, sum(map(len, task.inputs)))
             whole = tokens * (sum(cost.block) + cost.head)  # generation runs every block, whichever was edited
@@ -177,41 +181,41 @@ def costs_of(study: Study) -> CostTable:
         else:
             packed = pack_for(task.requests, options.batch_tokens, family, model, options.share_context)
             passes[name] = _from_each_block(packed, cost, n_encoder)
-            parts[name] = _parts(packed, cost, study.matrices)
-            if has_noise_floor(study.description):
+            parts[name] = _parts(packed, cost, prepared.matrices)
+            if has_noise_floor(description):
                 others = other_options(options, packed.batches, OTHER_ORDER.share)
                 again = pack_for(task.requests, others.batch_tokens, family, model, others.share_context)
                 other[name] = _from_each_block(again, cost, n_encoder)[0]
             fed[name] = sum(batch.input_ids.numel() for batch in packed.batches)
     advance = {name: tuple(of_task[0] - value for value in of_task) for name, of_task in passes.items()}
-    in_metric = study.settings.region.treatment.metric == "activations"
+    in_metric = settings.region.treatment.metric == "activations"
     flops = metric_flops if in_metric else decomposition_flops
-    decompositions = {m.name: flops(*m.shape) for m in study.matrices}
-    calibration, size = _calibration(study, cost)
-    low = study.description.dtype != "float32"
+    decompositions = {m.name: flops(*m.shape) for m in prepared.matrices}
+    calibration, size = _calibration(prepared, cells, cost)
+    low = description.dtype != "float32"
     weight = DECOMPOSITION_WEIGHT_IN_LOW_PRECISION if low else DECOMPOSITION_WEIGHT
     return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size, weight,
-                     {matrix.name: matrix.block for matrix in study.matrices},
-                     {} if n_encoder or runtime.compile else parts_before(study.matrices), parts)
+                     {matrix.name: matrix.block for matrix in prepared.matrices},
+                     {} if n_encoder or runtime.compile else parts_before(prepared.matrices), parts)
 
 
-def _calibration(study: Study, cost: ModelCost) -> tuple[float, int]:
+def _calibration(prepared: Prepared, cells: Sequence[Cell], cost: ModelCost) -> tuple[float, int]:
     """Return the cost of the pass over the calibration text in floating-point operations, and the bytes on disk.
 
     Matrices of one block with equally many inputs are taken to have the same input, apart from experts.
     """
-    text = study.prepared.calibration
-    names = {name for cell in study.units for name in cell.ablation.target.matrices}
-    edited = [matrix for matrix in study.matrices if matrix.name in names]
+    text = prepared.calibration
+    names = {name for cell in cells for name in cell.ablation.target.matrices}
+    edited = [matrix for matrix in prepared.matrices if matrix.name in names]
     if text is None or not edited:
         return 0.0, 0
     inputs = {(m.block, m.expert, m.shape[1], m.layer_type in ("o_proj", "down_proj")) for m in edited}
     last = max(matrix.block for matrix in edited)
     one_pass = sum(len(one.tokens) * sum(cost.block[: last + 1]) + len(one.tokens) ** 2 / 2 * cost.pair * (last + 1)
                    for one in text.requests)
-    if any(by_loss(cell.ablation.region) for cell in study.units):  # a forward and a backward pass for the loss
+    if any(by_loss(cell.ablation.region) for cell in cells):  # a forward and a backward pass for the loss
         one_pass += 3.0 * sum(len(one.tokens) * (sum(cost.block) + cost.head) for one in text.requests)
-    shared = study.description.config.get_text_config()
+    shared = prepared.description.config.get_text_config()
     n_experts = getattr(shared, "num_experts", None) or getattr(shared, "num_local_experts", None) or 1
     routed = (getattr(shared, "num_experts_per_tok", None) or n_experts) / n_experts
     moments = sum(2.0 * text.n_tokens * (1.0 if expert is None else routed) * width**2

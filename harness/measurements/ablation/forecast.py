@@ -12,8 +12,8 @@ from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.costs import CostTable, cost_of_pass, edit_flops, is_one_component
 from harness.measurements.ablation.rates import Rates, rates_of
+from harness.measurements.ablation.study import Study
 from harness.measurements.ablation.summary import bos_note
-from harness.measurements.ablation.units import Study
 from harness.models.editing import Ablation
 from harness.models.loading import TORCH_DTYPES, LoadedModel, pick_device
 from harness.spectral.regions import select
@@ -148,7 +148,7 @@ def _seconds_per_operation(study: Study, task: ScoredTask, loaded: LoadedModel) 
         chosen.append(request)
         tokens += len(request.tokens)
     scorer = Scorer(loaded, {task.name: replace(task, requests=chosen)}, options)
-    operations = cost_of_pass(study, scorer.packed[task.name])
+    operations = cost_of_pass(study.prepared, scorer.packed[task.name])
     taken = []
     for _ in range(3):
         started = time.perf_counter()

@@ -22,14 +22,16 @@ from harness.evaluation.graphs import require_graphs
 from harness.evaluation.other_order import AnyBatch, batches_differ, other_options
 from harness.evaluation.requests import DirectTask, ExampleScores, Scores, scored_tasks
 from harness.evaluation.scoring import Scorer
+from harness.measurements.ablation import forecast
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.outcomes import Failed, Outcome, SampledPart, Scored
 from harness.measurements.ablation.region_settings import REFERENCE_MODEL
 from harness.measurements.ablation.rows import RowMaker
 from harness.measurements.ablation.scorers import SMALLER, Scorers
 from harness.measurements.ablation.sources import sources_of
+from harness.measurements.ablation.study import Study
 from harness.measurements.ablation.texts import write_texts
-from harness.measurements.ablation.units import Study
+from harness.measurements.ablation.units import study_of
 from harness.models.attention import other_attention
 from harness.models.editing import Ablation, RealisedAblation, ablated, edited_matrices, loss_changes_of
 from harness.models.identity import module_identity, parameters_digest
@@ -65,10 +67,8 @@ def open_session(study: Study, ranks: Ranks, progress: bool) -> LoadedModel:
 
 def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
     """Return how many cells will be measured, and about how long that takes."""
-    from harness.measurements.ablation.forecast import announce
-
     try:
-        return announce(study, cells, loaded)
+        return forecast.announce(study, cells, loaded)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -76,13 +76,15 @@ def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
     return ""
 
 
-def with_largest_batch(
+def settled(
     study: Study, ranks: Ranks, progress: bool, say: Callable[[str], None]
 ) -> tuple[Study, LoadedModel | None]:
     """Return the study with a number of batch tokens, and the model if it had to be loaded to find that number.
 
-    The number is that of the manifest if there is one, else the largest that fits.
+    The number is that of the settings, or if it is null there, that of the manifest, or else the largest that fits.
     """
+    if study.settings.runtime.batch_tokens is not None:
+        return study, None
 
     def find() -> tuple[int | None, LoadedModel | None]:
         if not ranks.is_main:
@@ -99,7 +101,8 @@ def with_largest_batch(
 
     found, loaded = ranks.division().agree("finding the largest batch", find)
     runtime = dataclasses.replace(study.settings.runtime, batch_tokens=ranks.broadcast(found))
-    return study.with_settings(dataclasses.replace(study.settings, runtime=runtime)), loaded
+    settings = dataclasses.replace(study.settings, runtime=runtime)
+    return study_of(settings, study.prepared, study.folder), loaded
 
 
 def measure(study: Study, cells: Sequence[Cell], context: Context) -> Iterator[Measured]:

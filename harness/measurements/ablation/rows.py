@@ -20,7 +20,7 @@ from harness.evaluation.requests import ExampleScores
 from harness.evaluation.statistics import estimate, paired, paired_interval
 from harness.measurements.ablation.cells import Cell, numeric_settings
 from harness.measurements.ablation.outcomes import Failed, Outcome, Scored
-from harness.measurements.ablation.units import Study
+from harness.measurements.ablation.study import Study
 from harness.models.editing import RealisedAblation
 from harness.models.loading import LoadedModel
 

@@ -1,21 +1,15 @@
-"""Studies, which are frozen lists of cells: planned from settings, built from objects in memory, or restored."""
+"""The planning of a study: from settings, from objects in memory, or from the manifest in which it was frozen."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.engine.manifest import MANIFEST, reading
-from harness.engine.plan import Plan, ShardCost, folder_of, run_id
-from harness.engine.ranks import Ranks
+from harness.engine.plan import folder_of, run_id
 from harness.errors import InputError
-from harness.evaluation.calibration import CalibrationText
-from harness.evaluation.requests import PreparedTask, TaskContext
 from harness.evaluation.tree_attention import check_flex
 from harness.measurements.ablation.cells import (
     Cell,
@@ -24,155 +18,24 @@ from harness.measurements.ablation.cells import (
     chosen_regions,
     distinct_digests,
     expand_ablations,
-    group_by_ablation,
     has_noise_floor,
     numeric_settings,
     task_digest,
 )
-from harness.measurements.ablation.costs import CostTable, ShardOfCells, costs_of
-from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER, REFERENCE_MODEL
+from harness.measurements.ablation.forecast import describe_study
+from harness.measurements.ablation.preparation import Prepared, prepare
+from harness.measurements.ablation.region_settings import OTHER_ORDER, REFERENCE_MODEL
 from harness.measurements.ablation.settings import StudySettings
-from harness.measurements.ablation.treatment_settings import KEY, refuse_common_text
+from harness.measurements.ablation.study import Study
+from harness.measurements.ablation.treatment_settings import KEY
 from harness.models.branches import check_biasable, check_branchable
-from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
-from harness.models.families import family_of, matrices_of, skeleton
-from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
-from harness.models.matrices import Matrix
-from harness.models.reference import Reference, describe_reference
-from harness.models.targets import BASELINE, UNEDITED, Target
+from harness.models.families import skeleton
+from harness.models.loading import pick_device
+from harness.models.targets import Target
 from harness.models.treatment import Treatment
-from harness.spectral.regions import Region, by_loss, from_plain, to_plain
+from harness.spectral.regions import Region, by_loss, from_plain
 from harness.tasks.recall import EmbeddedTask
-from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known of a model without its weights, and the tasks prepared for it by name.
-
-    calibration: the text over which the inputs of the matrices are measured, or None. reference: the reference model,
-    or None if no region is a part of a change.
-    """
-
-    description: ModelDescription
-    matrices: tuple[Matrix, ...]
-    tokenizer: Any
-    tasks: dict[str, PreparedTask]
-    calibration: CalibrationText | None = None
-    reference: Reference | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study(Plan):
-    """The plan of a study.
-
-    units: the cells in the order in which they run: first the baselines, then by first edited block, then by target.
-        In this order the frontier moves only forward.
-    digests: task -> digest of what it asks, as `task_digest` returns.
-    """
-
-    settings: StudySettings
-    units: tuple[Cell, ...]
-    prepared: Prepared
-    digests: dict[str, str]
-
-    @property
-    def description(self) -> ModelDescription:
-        """The description of the model, for which no weights are read."""
-        return self.prepared.description
-
-    @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix of the model."""
-        return self.prepared.matrices
-
-    @property
-    def tasks(self) -> dict[str, PreparedTask]:
-        """The tasks by name."""
-        return self.prepared.tasks
-
-    def frozen(self) -> dict[str, Any]:
-        """Return the tasks, and for each cell the indices of its target, its region and its task."""
-        targets = list(dict.fromkeys(cell.ablation.target for cell in self.units))
-        regions = list(dict.fromkeys((cell.ablation.region, cell.ablation.treatment) for cell in self.units))
-        target_index = {target: i for i, target in enumerate(targets)}
-        region_index = {region: i for i, region in enumerate(regions)}
-        task_index = {name: i for i, name in enumerate(self.tasks)}
-        return {
-            "tasks": {name: {"digest": self.digests[name], "protocol": dict(task.protocol)}
-                      for name, task in self.tasks.items()},
-            "targets": [dataclasses.asdict(target) for target in targets],
-            # A region that is removed, and no more, is written as ever.
-            "regions": [to_plain(region) | ({"treatment": treatment.key()} if treatment.key() else {})
-                        for region, treatment in regions],
-            "cells": [
-                [target_index[c.ablation.target], region_index[c.ablation.region, c.ablation.treatment],
-                 task_index[c.task]]
-                for c in self.units
-            ],
-        }
-
-    def settled(self, ranks: Ranks, progress: bool, say: Callable[[str], None]) -> tuple[Study, Any]:
-        """Return the study and the loaded model, or None if no model had to be loaded.
-
-        If runtime.batch_tokens is null, the study that is returned has the largest number that fits.
-        """
-        if self.settings.runtime.batch_tokens is not None:
-            return self, None
-        from harness.measurements.ablation.measure import with_largest_batch
-
-        return with_largest_batch(self, ranks, progress, say)
-
-    def require_settled(self, command: str) -> None:
-        """Raise InputError if runtime.batch_tokens is null. command: the command that needs the number."""
-        self.settings.runtime.require_batch_tokens(command)
-
-    def together(self, n_missing: int, n_ranks: int) -> bool:
-        """Return whether all processes score each cell together, which they do if there are fewer cells than processes.
-
-        An adaptive cell is never divided, because it decides after each batch whether to go on.
-        """
-        return n_missing < n_ranks and self.settings.runtime.precision == "exact"
-
-    def groups(self, units: Sequence[Cell]) -> list[list[Cell]]:
-        """Return the baselines as one group, then the cells of each ablation as one group."""
-        baselines = [cell for cell in units if cell.is_baseline]
-        rest = group_by_ablation([cell for cell in units if not cell.is_baseline])
-        return [group for group in (baselines, *(cells for _, cells in rest)) if group]
-
-    @cached_property
-    def costs(self) -> CostTable:
-        """The predicted costs of its passes, moves of the frontier and decompositions."""
-        return costs_of(self)
-
-    def shard_cost(self) -> ShardCost:
-        """Return the cost of an empty shard."""
-        return ShardOfCells(self.costs)
-
-    def before_jobs(self) -> None:
-        """Train the embedded model once, so that not every job trains it."""
-        train_embedded([self.settings.model])
-
-    def with_settings(self, settings: StudySettings) -> Study:
-        """Return the study of other settings for the same model and tasks. Its cells may have other ids."""
-        return _from_settings(settings, self.prepared, self.folder)
-
-    def with_cells(self, pairs: Iterable[tuple[Ablation, str]]) -> Study:
-        """Return the study of the baselines and of these (ablation, name of a task) only, by first edited block.
-
-        In low precision it measures its noise floor, too.
-        """
-        numeric = numeric_settings(self.settings, self.description)
-        unedited = [Ablation(BASELINE, NO_REGION)]
-        if has_noise_floor(self.description):
-            unedited.append(Ablation(UNEDITED, OTHER_ORDER))
-        baselines = [(ablation, name) for ablation in unedited for name in self.tasks]
-        unique = dict.fromkeys([*baselines, *sorted(pairs, key=lambda pair: pair[0].target.first_block)])
-        cells = tuple(
-            Cell(cell_id(numeric, ablation, self.digests[task]), ablation, task) for ablation, task in unique
-        )
-        return dataclasses.replace(self, units=cells)
 
 
 def plan(settings: StudySettings) -> Study:
@@ -181,7 +44,7 @@ def plan(settings: StudySettings) -> Study:
     Raises InputError if the model, the data or the settings do not fit each other.
     """
     _require_own_task(settings)
-    study = _from_settings(settings, prepare(settings))
+    study = study_of(settings, prepare(settings))
     if any(by_loss(cell.ablation.region) for cell in study.units) and study.description.family.kind != "causal":
         key, other = ("top", "all or ends") if settings.region.by == "component" else ("ranks", "uniform")
         raise InputError(f"region.{key}: the loss of a text is that of a causal language model only; use {other}")
@@ -248,8 +111,6 @@ def _changed(frozen: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
 
 def describe(study: Study) -> str:
     """Return the text of `harness plan`."""
-    from harness.measurements.ablation.forecast import describe_study
-
     return describe_study(study)
 
 
@@ -278,20 +139,6 @@ def _frozen_cells(manifest: Mapping[str, Any]) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def prepare(settings: StudySettings) -> Prepared:
-    """Return the model without weights and the tasks prepared for it. Raises InputError if they do not fit it."""
-    description = describe_model(settings.model, wants_classifier(settings.tasks))
-    check_kinds(settings.tasks, description.config, family_of(description.config).kind)
-    matrices = matrices_of(skeleton(description.config, description.family), description.family)
-    tokenizer = load_tokenizer(settings.model, description)
-    context = TaskContext.of(description, tokenizer, settings.runtime)
-    tasks = prepare_tasks(settings.tasks, context)
-    text = settings.region.treatment.prepared(context)
-    refuse_common_text(text, tasks)
-    of_change = settings.region.treatment.of != "weight"
-    reference = describe_reference(settings.reference, settings.model, description) if of_change else None
-    return Prepared(description, matrices, tokenizer, tasks, text, reference)
-
 
 def build(
     settings: StudySettings, prepared: Prepared, targets: Sequence[Target], regions: Sequence[Region],
@@ -318,7 +165,11 @@ def build(
     return Study(folder=folder, settings=settings, units=cells, prepared=prepared, digests=digests)
 
 
-def _from_settings(settings: StudySettings, prepared: Prepared, folder: Path | None = None) -> Study:
+def study_of(settings: StudySettings, prepared: Prepared, folder: Path | None = None) -> Study:
+    """Return the study that the settings mean for a model and tasks that are prepared already.
+
+    folder: as in `build`. Raises InputError as `build` does, and if a target or a region does not fit the model.
+    """
     targets = settings.region.targets(settings.target, prepared.matrices)
     touched = {name for target in targets for name in target.matrices}
     shapes = [matrix.shape for matrix in prepared.matrices if matrix.name in touched]

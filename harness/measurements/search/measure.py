@@ -14,7 +14,7 @@ from harness.engine.run import Outcome, RunOptions, error_row, run_plan
 from harness.errors import InputError
 from harness.evaluation.division import LostStep
 from harness.measurements import ABLATION
-from harness.measurements.ablation.units import Study
+from harness.measurements.ablation.study import Study
 from harness.measurements.search.blank import transforms
 from harness.measurements.search.prediction import chosen_by_gradient, compare_with_grid, predict
 from harness.measurements.search.tables import TABLES

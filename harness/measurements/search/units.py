@@ -17,8 +17,8 @@ from harness.engine.manifest import MANIFEST, read_manifest
 from harness.engine.plan import Plan, canonical, digest, folder_of, run_id
 from harness.errors import InputError
 from harness.measurements.ablation import units as ablation_units
+from harness.measurements.ablation.study import Study
 from harness.measurements.ablation.tables import cell_states
-from harness.measurements.ablation.units import Study
 from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.settings import SearchSettings
 from harness.models.loading import pick_device

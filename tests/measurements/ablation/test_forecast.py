@@ -21,7 +21,8 @@ from harness.measurements.ablation.measure import open_session
 from harness.measurements.ablation.rates import Rates
 from harness.measurements.ablation.region_settings import RegionSettings
 from harness.measurements.ablation.settings import StudySettings
-from harness.measurements.ablation.units import Study, plan
+from harness.measurements.ablation.study import Study
+from harness.measurements.ablation.units import plan
 from harness.models.settings import ModelSettings
 from harness.models.targets import TargetSettings
 from harness.spectral.ablation import edit
