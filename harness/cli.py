@@ -1,4 +1,4 @@
-"""The command line, one of the two doors beside api.py. Wrong input gives one line and exit status 2."""
+"""The command line, one of the two doors beside api/. Wrong input gives one line and exit status 2."""
 
 from __future__ import annotations
 

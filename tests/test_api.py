@@ -15,7 +15,10 @@ from scipy.stats import ttest_rel
 from torch import nn
 
 import harness as sh
-import harness.api
+import harness.api.model
+import harness.api.runs
+import harness.api.scores
+import harness.api.tasks
 from harness.cli import main
 from harness.measurements.ablation.tables import read_examples
 from tests.checkpoints import save_checkpoint, text_file, tokenizer
@@ -61,7 +64,7 @@ def assert_untouched(before: tuple, module: nn.Module) -> None:
 
 
 DOCUMENTED = [name for name, one in vars(harness.api).items()
-              if getattr(one, "__module__", "") == "harness.api" and not name.startswith("_")
+              if getattr(one, "__module__", "").startswith("harness.api") and not name.startswith("_")
               and (inspect.isfunction(one) or inspect.isclass(one))]
 
 
@@ -86,7 +89,7 @@ def test_examples_of_the_docstrings(prompts):
              "tuned_study": tuned_study, "checkpoint": str(checkpoint), "tokens": torch.randint(3, 60, (2, 9))}
     finder, n_tried = doctest.DocTestFinder(exclude_empty=True), 0
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    for part in (harness.api, harness, sh.regions):
+    for part in (harness.api.model, harness.api.runs, harness.api.scores, harness.api.tasks, harness, sh.regions):
         for test in finder.find(part, globs=dict(known)):
             assert runner.run(test).failed == 0, test.name
             n_tried += len(test.examples)
