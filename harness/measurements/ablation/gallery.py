@@ -11,8 +11,11 @@ from pathlib import Path
 
 from harness.files import write_json
 from harness.measurements.ablation import effects
+from harness.measurements.ablation.heat_map import heat_map_figure
 from harness.measurements.ablation.kept_figure import kept_cells, kept_figure
+from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.summary import MeasuredMetric, ranks_in_task
+from harness.measurements.ablation.titles import measured_on
 from harness.tables import drawing, labels, text
 
 MAX_FIGURES = 8
@@ -80,8 +83,6 @@ def clear(out: Path) -> Gallery:
 
 
 def _drawn(one: MeasuredMetric, out: Path, heat: bool) -> list[tuple[str, str]]:
-    from harness.measurements.ablation.figures import heat_map_figure, measured_on, region_figure
-
     of_columns = replace(one, cells=one.cells[COLUMNS])
     stem = text.file_stem(one.task, one.metric)
     tenths = f" ({FIRST_DECILE})" if (one.cells["region_by"] == "decile").any() else ""
@@ -123,7 +124,7 @@ def _digest(one: MeasuredMetric) -> str:
     whole = hashlib.sha256(repr((style, one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
     whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
     here = Path(__file__)
-    names = ("figures", "kept_figure", "effects", "summary")
+    names = ("region_figure", "heat_map", "kept_figure", "series", "titles", "effects", "summary")
     ours, shared = (here, *(here.with_name(f"{name}.py") for name in names)), (drawing, labels, text)
     for source in (*ours, *(Path(str(module.__file__)) for module in shared)):
         whole.update(source.read_bytes())

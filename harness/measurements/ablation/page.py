@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.engine.page import write_run_page
 from harness.measurements.ablation.effects import LEVEL, Effects, effects
-from harness.measurements.ablation.figures import by_series, joined, measured_on, tick
+from harness.measurements.ablation.series import by_series, joined, tick
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
     by_target_and_region,
@@ -21,6 +21,7 @@ from harness.measurements.ablation.summary import (
 )
 from harness.measurements.ablation.tables import METRICS, TABLES, read_examples
 from harness.measurements.ablation.texts import read_texts
+from harness.measurements.ablation.titles import measured_on
 from harness.tables.charts import Axes, Grid, Points, heat_map, interval_points
 from harness.tables.frames import rows_of
 from harness.tables.labels import region_words

@@ -15,6 +15,7 @@ from harness.files import replacing, write_text
 from harness.measurements.ablation import gallery
 from harness.measurements.ablation.damage import per_removed, tables
 from harness.measurements.ablation.page import write_study_page
+from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
     by_target_and_region,
@@ -99,8 +100,6 @@ def figure(folder: str | os.PathLike, task: str | None = None, metric: str | Non
     task, metric: their names; by default the first of each. Raises InputError if there is nothing to draw.
     """
     require("matplotlib", "plots", "a figure")
-    from harness.measurements.ablation.figures import region_figure
-
     found = [one for one in measured(in_order(folder, read_metrics(folder), TABLES.key)) if len(one.cells)]
     wanted = [one for one in found if task in (None, one.task) and metric in (None, one.metric)]
     if not wanted:

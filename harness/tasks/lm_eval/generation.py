@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.errors import InputError
 from harness.evaluation.division import Division
 from harness.evaluation.requests import DirectTask, ExampleScores, TaskContext
 from harness.models.loading import LoadedModel
 from harness.tasks import generation, tokenization
+from harness.tasks.evaluate_metrics import MetricSet
 from harness.tasks.fingerprint import Describer
 from harness.tasks.generation import Decoding
 from harness.tasks.lm_eval import metrics as lm_eval_metrics
-
-if TYPE_CHECKING:
-    from harness.tasks.evaluate_metrics import MetricSet
-    from harness.tasks.lm_eval.task import Part
+from harness.tasks.lm_eval.part import Part
 
 DEFAULT_NEW_TOKENS = 256  # the default of max_gen_toks in HFLM
 # The names that lm-eval has for one setting; the first that is given counts.

@@ -7,13 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.files import hash_file
 from harness.tasks.fingerprint import Describer, digest_of
-
-if TYPE_CHECKING:
-    from harness.tasks.lm_eval.task import LmEvalTask, Part
+from harness.tasks.lm_eval.part import Part
+from harness.tasks.lm_eval.settings import LmEvalSettings
 
 # Keys of a task's configuration that cannot change a number, because its documents and prompts are hashed as a whole,
 # and the keys that the protocol states itself.
@@ -43,7 +42,7 @@ def definition(task: Any) -> str:
     })
 
 
-def protocol(asked: LmEvalTask, parts: Sequence[Part], groups: Sequence[Any]) -> dict[str, Any]:
+def protocol(asked: LmEvalSettings, parts: Sequence[Part], groups: Sequence[Any]) -> dict[str, Any]:
     """Return the protocol of a task, group or tag. groups: the Groups of lm-eval that hold the parts."""
     import lm_eval
 

@@ -25,7 +25,7 @@ import numpy as np
 from harness.errors import InputError
 
 if TYPE_CHECKING:
-    from harness.tasks.lm_eval.task import LmEvalTask
+    from harness.tasks.lm_eval.settings import LmEvalSettings
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -52,7 +52,7 @@ class FoundTasks:
     single: bool
 
 
-def load(name: str, asked: LmEvalTask) -> FoundTasks:
+def load(name: str, asked: LmEvalSettings) -> FoundTasks:
     """Return the task, group or tag of lm-eval that `asked.task` names, with its documents.
 
     name: the name of the task in the study; messages begin with "tasks.<name>".
@@ -84,7 +84,7 @@ def load(name: str, asked: LmEvalTask) -> FoundTasks:
         return FoundTasks(dict(loaded["tasks"]), tuple(loaded.get("groups", {}).values()), False)
 
 
-def _manager(key: str, asked: LmEvalTask) -> tuple[Any, str]:
+def _manager(key: str, asked: LmEvalSettings) -> tuple[Any, str]:
     """Return a TaskManager that knows the name, and whether the name is that of a "task", "group" or "tag"."""
     import lm_eval.tasks
 
@@ -206,7 +206,7 @@ def _all_names(root: Path) -> list[str]:
     return sorted({found.decode() for path in _yaml_files(root) for found in defines.findall(path.read_bytes())})
 
 
-def _single(key: str, asked: LmEvalTask, manager: Any) -> Any:
+def _single(key: str, asked: LmEvalSettings, manager: Any) -> Any:
     stock = manager.task_index[asked.task].cfg
     if stock.get("unsafe_code"):
         raise InputError(f"{key}.task: {asked.task!r} executes what the model writes; such tasks are not run")
@@ -240,7 +240,7 @@ def _fewshot_config(manager: Any, name: str) -> dict[str, Any]:
     return load_yaml(entry.yaml_path)["fewshot_config"]
 
 
-def _local_data(key: str, asked: LmEvalTask, stock: dict[str, Any], fewshot: dict[str, Any]) -> dict[str, Any]:
+def _local_data(key: str, asked: LmEvalSettings, stock: dict[str, Any], fewshot: dict[str, Any]) -> dict[str, Any]:
     """Return settings by which a task reads its splits from local files and has no split without a file."""
     if "class" in stock:
         raise InputError(f"{key}.data_files: {asked.task!r} loads its data by code of its own; leave data_files empty")

@@ -8,52 +8,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from harness.errors import InputError
 from harness.evaluation.requests import ExampleScores, PreparedTask, Request, ScoredTask, Scores, TaskContext
 from harness.optional import require
-from harness.settings.constraints import at_least
-from harness.settings.plain_values import refuse_long_path
 from harness.tasks import tokenization
-from harness.tasks.chat import ChatTask, renderer
+from harness.tasks.chat import renderer
 from harness.tasks.clusters import by_column, cluster_numbers
-from harness.tasks.evaluate_metrics import Metrics, MetricSet
-from harness.tasks.lm_eval import identity, index
+from harness.tasks.evaluate_metrics import MetricSet
+from harness.tasks.lm_eval import generation, identity, index
 from harness.tasks.lm_eval import metrics as lm_eval_metrics
-from harness.tasks.settings import LimitedTask, require_file
+from harness.tasks.lm_eval.part import Part
+from harness.tasks.lm_eval.settings import LmEvalSettings
 
 SCORED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 
 
 @dataclass(kw_only=True)
-class LmEvalTask(ChatTask, LimitedTask):
+class LmEvalTask(LmEvalSettings):
     """A task, group or tag of lm-evaluation-harness. task: its name there."""
-
-    task: str
-    num_fewshot: Annotated[int, at_least(0)] | None = None  # null: the task's own default
-    data_files: dict[str, str] = field(default_factory=dict)  # split -> local file; empty: the hub
-    include_path: str | None = None  # folder with task YAML files of the user
-    seed: Annotated[int, at_least(0)] = 1234  # seed of the few-shot sampler
-    metrics: Metrics = field(default_factory=list)  # metrics of Hugging Face evaluate, if the task generates text
-    fewshot_as_turns: bool = True  # in a chat: whether each few-shot example is a turn of its own
-    cluster_column: str | None = None  # field of a document that those of one cluster share, such as their passage
-    kind: ClassVar[str] = "lm_eval"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_long_path("include_path", self.include_path)
-        for split, path in self.data_files.items():
-            require_file(f"data_files.{split}", path)
-
-    def chat_protocol(self, context: TaskContext) -> dict[str, Any]:
-        """Return what the protocol says of the template, and whether few-shot examples are turns."""
-        found = super().chat_protocol(context)
-        return {"chat": {**found["chat"], "fewshot_as_turns": self.fewshot_as_turns}} if found else {}
 
     def prepare(self, name: str, context: TaskContext) -> PreparedTask:
         """Return the task with one example for each document.
@@ -78,8 +56,6 @@ class LmEvalTask(ChatTask, LimitedTask):
         parts = [_part(name, task_name, task, self, context) for task_name, task in found.tasks.items()]
         protocol = identity.protocol(self, parts, found.groups) | self.chat_protocol(context)
         if found.single and parts[0].task.OUTPUT_TYPE == "generate_until":
-            from harness.tasks.lm_eval import generation
-
             clusters = cluster_numbers(f"tasks.{name}", self.cluster_column, _rows(parts)) if self.metrics else None
             metrics = MetricSet(f"tasks.{name}", self.metrics, parts[0].by_metric, clusters)
             written = generation.prepare(name, parts[0], metrics, protocol, context)
@@ -113,27 +89,7 @@ class LmEvalTask(ChatTask, LimitedTask):
         return by_column(task, f"tasks.{name}", self.cluster_column, _rows(parts))
 
 
-@dataclass(frozen=True)
-class Part:
-    """One task of lm-eval, prepared.
-
-    definition: a digest of its configuration and code, as `identity.definition` returns.
-    docs: for each document its Instances, which are what lm-eval asks a model.
-    by_metric: metric -> the name of its aggregation, or "" for a metric that is left out.
-    requests, offsets: the requests of Instance i are requests[offsets[i]:offsets[i + 1]]. A rolling log-likelihood has
-        one for each window, and may have none.
-    """
-
-    name: str
-    task: Any
-    definition: str
-    docs: list[list[Any]]
-    by_metric: dict[str, str]
-    requests: list[Request]
-    offsets: list[int]
-
-
-def _check(name: str, task: Any, asked: LmEvalTask, alone: bool) -> None:
+def _check(name: str, task: Any, asked: LmEvalSettings, alone: bool) -> None:
     """Raise InputError if the task cannot be scored; set the number and the seed of its few-shot examples.
 
     alone: whether the task was named itself, and not as a part of a group or tag.
@@ -152,7 +108,7 @@ def _check(name: str, task: Any, asked: LmEvalTask, alone: bool) -> None:
     task.set_fewshot_seed(asked.seed)
 
 
-def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: TaskContext) -> Part:
+def _part(name: str, task_name: str, task: Any, asked: LmEvalSettings, context: TaskContext) -> Part:
     key = f"tasks.{name}"
     try:
         definition = identity.definition(task)
@@ -186,7 +142,7 @@ def _part(name: str, task_name: str, task: Any, asked: LmEvalTask, context: Task
     return Part(task_name, task, definition, docs, by_metric, requests, offsets)
 
 
-def _chat(key: str, asked: LmEvalTask, context: TaskContext) -> dict[str, Any]:
+def _chat(key: str, asked: LmEvalSettings, context: TaskContext) -> dict[str, Any]:
     """Return the arguments by which lm-eval asks in a chat template, or nothing."""
     if not asked.chat:
         return {}

@@ -19,9 +19,11 @@ from harness.evaluation.requests import Request
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import ScoringOptions
 from harness.measurements import ABLATION, compose_settings
-from harness.measurements.ablation.figures import heat_map_figure, region_figure
+from harness.measurements.ablation import heat_map
 from harness.measurements.ablation.forecast import forecast
+from harness.measurements.ablation.heat_map import heat_map_figure
 from harness.measurements.ablation.measure import measure, open_session
+from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.report import report, terminal_summary
 from harness.measurements.ablation.summary import MeasuredMetric, measured
 from harness.measurements.ablation.tables import read_metrics
@@ -304,11 +306,9 @@ def test_figures_show_the_floor(tmp_path):
 
 def _hatched_cells(one, path):
     """The number of cells of the heat maps that are hatched."""
-    from harness.measurements.ablation import figures
-
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+        patch.setattr(heat_map, "save_figure", lambda figure, path: drawn.append(figure))
         heat_map_figure(one, path)
     hatched = [mesh for panel in drawn[0].axes for mesh in panel.collections if mesh.get_hatch()]
     return sum(len(mesh.get_paths()) for mesh in hatched)

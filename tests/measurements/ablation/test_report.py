@@ -14,12 +14,14 @@ import scipy.stats
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from harness.cli import main
-from harness.measurements.ablation import figures as figures_module
+from harness.measurements.ablation import gallery, heat_map, summary
+from harness.measurements.ablation import region_figure as region_figure_module
 from harness.measurements.ablation import report as report_module
-from harness.measurements.ablation import summary
-from harness.measurements.ablation.figures import MAX_PANELS, heat_map_figure, joined, region_figure
 from harness.measurements.ablation.gallery import MAX_FIGURES, RECORD
+from harness.measurements.ablation.heat_map import MAX_PANELS, heat_map_figure
+from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.report import report, terminal_summary
+from harness.measurements.ablation.series import joined
 from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
 from harness.measurements.ablation.tables import read_metrics
 from harness.tables.drawing import DPI, FigureSettings, drawn_as
@@ -225,7 +227,7 @@ def stubs(monkeypatch) -> list[str]:
         return ["large 0.1"]
 
     for name in ("region_figure", "heat_map_figure"):
-        monkeypatch.setattr(figures_module, name, stub)
+        monkeypatch.setattr(gallery, name, stub)
     return drawn
 
 
@@ -289,7 +291,7 @@ def test_drawing_that_is_interrupted_leaves_no_figure_that_counts(tmp_path, stub
     (png,) = path.parent.glob("*-regions.png")
     png.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(figures_module, "region_figure", interrupted)
+        patch.setattr(gallery, "region_figure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_report(tmp_path)
     run_report(tmp_path)
@@ -337,13 +339,14 @@ def test_partial_studies(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
     """Calls a figure function and returns the figure, saved too."""
-    figures, save = [], figures_module.save_figure
+    figures, save = [], heat_map.save_figure
 
     def save_and_keep(figure, path):
         save(figure, path)
         figures.append(figure)
 
-    monkeypatch.setattr(figures_module, "save_figure", save_and_keep)
+    for module in (heat_map, region_figure_module):
+        monkeypatch.setattr(module, "save_figure", save_and_keep)
 
     def draw(function, rows, which=0):
         function(measured(frame(rows))[which], tmp_path / "figure.png")
