@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from harness.spectral.regions import RULES
 from harness.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+BEFORE = "71f8d53"  # the last commit before the harness was divided into rooms
 PLUGIN = ROOT / "tests" / "plugin"
 MODEL = ["model.recall.dim=16", "model.recall.hidden_dim=32", "model.recall.context_length=32", "model.recall.steps=2"]
 
@@ -139,6 +142,10 @@ def test_two_packages_cannot_have_one_name(run, monkeypatch):
         TASKS.names()
 
 
+def run_git(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+
 def test_each_addition_is_as_small_as_the_documentation_says():
     """docs/architecture.md: a rule, a kind of task and a family are one file each, a measurement is one folder."""
     package = PLUGIN / "spectral_extras"
@@ -146,5 +153,28 @@ def test_each_addition_is_as_small_as_the_documentation_says():
     assert files == {"__init__.py", "every_nth.py", "repetition.py", "starcoder2.py"}
     lines = sum(len(path.read_text().splitlines()) for path in (package / "norms").rglob("*.py"))
     assert lines <= 250
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    assert f"{lines} lines" in page
+    assert f"has {lines} lines" in PAGE
+
+
+@pytest.mark.parametrize(("registry", "folder"), [(RULES, "spectral.regions"), (TASKS, "tasks")])
+def test_an_addition_to_the_harness_is_one_file_and_one_line(registry, folder):
+    """docs/architecture.md: no two rules and no two kinds of tasks share a file, and one line names each."""
+    places = [place.split(":")[0] for place in registry._builtin.values()]
+    assert len(set(places)) == len(places) and all(place.startswith(f"harness.{folder}.") for place in places)
+    measurements = [path for path in (ROOT / "harness" / "measurements").glob("*/units.py")]
+    assert len(measurements) == len(MEASUREMENTS._builtin)
+
+
+def test_an_addition_touched_before_what_the_documentation_says():
+    """docs/architecture.md names files of commit 71f8d53. Each exists there and names the rule or the task."""
+    if run_git("cat-file", "-e", f"{BEFORE}^{{commit}}").returncode:
+        pytest.skip(f"the history of this checkout does not reach back to {BEFORE}")
+    row = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in PAGE.splitlines() if " | " in line}
+    for addition, word in (("a region rule", "gavish_donoho"), ("a kind of task", "LambadaTask|lambada")):
+        for name in re.findall(r"`([\w/]+\.py)`", row[addition]):
+            found = run_git("grep", "-cwE", word, BEFORE, "--", f"harness/{name}").stdout
+            assert found, name
+    spectra = ("execution/spectra", "execution/spectrum_rows", "spectra_config", "tables/spectra_plots",
+               "tables/spectra_report", "tables/spectra_schema", "tables/spectra_store")
+    lines = sum(len(run_git("show", f"{BEFORE}:harness/{name}.py").stdout.splitlines()) for name in spectra)
+    assert f"seven files with {lines} lines" in row["a measurement"]

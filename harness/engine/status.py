@@ -15,6 +15,7 @@ from harness.engine.measurement import Measurement
 from harness.engine.slurm import LiveShard, live_shards
 from harness.engine.submission import Record, read_record, submission_folder, submission_names, submissions
 from harness.errors import InputError, printable
+from harness.tables.failures import last_line
 from harness.tables.labels import region_words
 from harness.tables.store import CorruptPart, read_table, states_and_damage
 
@@ -164,13 +165,11 @@ def _errors(measurement: Measurement, folder: Path, broken: list[str], whole: bo
     rows = read_table(folder, tables, tables.primary.name, units=shown)
     lines = ["failed units:"]
     for row in rows.drop_duplicates(tables.key).to_dict("records"):
-        text = (row["error"] or "").rstrip()
-        last = text.splitlines()[-1] if text else "?"
         label = " | ".join(region_words(row[column]) if column == "region" else row[column] for column in tables.label
                            if isinstance(row[column], str))
-        lines.append(f"  {row[tables.key]}  {label}: {last}")
+        lines.append(f"  {row[tables.key]}  {label}: {last_line(row['error'])}")
         if whole:
-            lines += [f"    {line}" for line in text.splitlines()]
+            lines += [f"    {line}" for line in (row["error"] or "").rstrip().splitlines()]
     if len(shown) < len(broken):
         more = len(broken) - len(shown)
         lines.append(f"  and {more} more; harness status {folder} --failed shows all, with tracebacks")

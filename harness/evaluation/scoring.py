@@ -26,8 +26,8 @@ from harness.evaluation.reading import Head, Reading, head_of, read, reading_of
 from harness.evaluation.requests import Request, ScoredTask, Scores
 from harness.evaluation.settings import ScoringOptions
 from harness.evaluation.stream import Kept, StreamStore
+from harness.evaluation.synchronisation import without_waiting
 from harness.evaluation.tree_attention import flex_masked
-from harness.evaluation.waiting import without_waiting
 from harness.evaluation.whole_packing import WholeBatch, pack_whole
 from harness.models.attention import flex_attention
 from harness.models.families import Family

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.engine.measurement import Measurement
 from harness.errors import InputError
-from harness.measurements import typed
+from harness.measurements import shorthands
 from harness.registry import Registry, nearest
 from harness.settings.compose import Source, compose, known_keys
 from harness.settings.validation import keys_of
@@ -48,9 +48,9 @@ def source_of(measurement: Measurement, config_dir: str | None = None) -> Source
         for key, value in known_keys(other.settings.Settings).items() if key not in keys_of(own.Settings)
     }
 
-    def as_meant(overrides: Sequence[str], names: typed.Names) -> list[str]:
-        meant = typed.as_meant(overrides, names)
-        return typed.with_own_defaults(meant) if measurement.name == ABLATION.name else meant
+    def as_meant(overrides: Sequence[str], names: shorthands.Names) -> list[str]:
+        meant = shorthands.as_meant(overrides, names)
+        return shorthands.with_own_defaults(meant) if measurement.name == ABLATION.name else meant
 
     return Source(own, config_dir, others, _keys_of_task, as_meant)
 

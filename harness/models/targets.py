@@ -10,7 +10,7 @@ from harness.errors import InputError, wrong
 from harness.models.families import GROUPS, expand_layer_types
 from harness.models.matrices import Matrix
 from harness.registry import nearest
-from harness.spectral.regions.named import parse_name
+from harness.spectral.regions.named_components import parse_name
 
 
 @dataclass

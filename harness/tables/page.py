@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.files import replacing
+from harness.tables.failures import last_line
 from harness.tables.text import is_missing
 
 if TYPE_CHECKING:
@@ -233,8 +234,8 @@ def _failures(failures: Sequence[tuple[str, str]]) -> str:
         return ""
     lines = ['<section id="failures"><h2>Failures</h2>']
     for what, traceback in failures[:MOST_FAILURES]:
-        last = traceback.strip().splitlines()[-1] if traceback.strip() else "unknown"
-        lines.append(f"<details><summary>{_text(what)}: {_text(last)}</summary><pre>{_text(traceback)}</pre></details>")
+        summary = f"{_text(what)}: {_text(last_line(traceback))}"
+        lines.append(f"<details><summary>{summary}</summary><pre>{_text(traceback)}</pre></details>")
     if len(failures) > MOST_FAILURES:
         lines.append(f"<p>And {len(failures) - MOST_FAILURES} more; harness status --failed shows all of them.</p>")
     return "\n".join([*lines, "</section>"])

@@ -15,7 +15,7 @@ from harness.settings.constraints import at_least
 from harness.tasks import data, tokenization
 from harness.tasks.clusters import by_column, cluster_numbers
 from harness.tasks.evaluate_metrics import Metrics, MetricSet
-from harness.tasks.labelled import LabelledText
+from harness.tasks.labelled_texts import LabelledText
 from harness.tasks.settings import RowsTask
 
 

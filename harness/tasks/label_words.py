@@ -14,7 +14,7 @@ from harness.evaluation.requests import ExampleScores, PreparedTask, Request, Sc
 from harness.tasks import data, tokenization
 from harness.tasks.chat import ChatTask
 from harness.tasks.clusters import by_column
-from harness.tasks.labelled import LabelledText
+from harness.tasks.labelled_texts import LabelledText
 from harness.tasks.settings import RowsTask
 
 

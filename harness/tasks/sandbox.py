@@ -1,9 +1,9 @@
 """Run a foreign Python program in a process of its own, which is confined before it reads the program.
 
-The process (confined.py) has no network, no other program and no file that it may write, as far as the kernel offers
-that: Landlock and namespaces on Linux, limits of resources everywhere but on Windows. An audit hook of Python refuses
-the same things a second time. A hook cannot stop a program that corrupts the interpreter's memory, so untrusted models
-belong into a container or a virtual machine as well.
+The process (sandbox_process.py) has no network, no other program and no file that it may write, as far as the kernel
+offers that: Landlock and namespaces on Linux, limits of resources everywhere but on Windows. An audit hook of Python
+refuses the same things a second time. A hook cannot stop a program that corrupts the interpreter's memory, so untrusted
+models belong into a container or a virtual machine as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from harness.errors import InputError
 
 PROTECTIONS = frozenset({"limits", "files", "network", "signals"})
-CHILD = Path(__file__).with_name("confined.py")
+CHILD = Path(__file__).with_name("sandbox_process.py")
 PATIENCE = 10  # times the seconds of processor time, after which a program that waits is stopped
 
 

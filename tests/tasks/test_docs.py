@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from harness.evaluation.blank_scores import blank_measure
 from harness.evaluation.division import Division
 from harness.evaluation.requests import DirectTask, TaskContext
-from harness.measurements.search.blank import blank_measure
 from harness.models.families import family_of
 from harness.models.loading import loaded_from
 from harness.models.recall import recall_config

@@ -84,9 +84,9 @@ def test_what_right_programs_need() -> None:
 BARE = """
 import os, signal, socket, subprocess, sys
 sys.path.insert(0, {folder!r})
-import confined
-confined.limit_resources(5, 512)
-done = confined.confine()
+import sandbox_process
+sandbox_process.limit_resources(5, 512)
+done = sandbox_process.confine()
 def tried(what):
     try:
         what()

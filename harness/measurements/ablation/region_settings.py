@@ -25,7 +25,7 @@ from harness.spectral.regions import (
 )
 from harness.spectral.regions.component import ComponentRule
 from harness.spectral.regions.fraction import FractionRule
-from harness.spectral.regions.named import NamedRule
+from harness.spectral.regions.named_components import NamedRule
 
 NO_REGION = Nothing()
 OTHER_ORDER = OtherOrder()

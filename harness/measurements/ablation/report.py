@@ -30,6 +30,7 @@ from harness.measurements.ablation.summary import (
 from harness.measurements.ablation.tables import TABLES, read_metrics
 from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.failures import failure_count
 from harness.tables.frames import rows_of
 from harness.tables.labels import nominal_interval, percent, region_words
 from harness.tables.store import corrupt_parts
@@ -330,12 +331,7 @@ def _control(control: pandas.Series) -> str:
 
 
 def _problems(folder: Path, metrics: pandas.DataFrame) -> list[str]:
-    lines = []
-    errors = metrics[metrics["status"] == "error"]
-    if len(errors):
-        text = (errors["error"].iloc[0] or "").strip()
-        n = errors["cell_id"].nunique()
-        lines.append(f"{count(n, 'cell')} failed; the first: {text.splitlines()[-1] if text else 'unknown'}")
+    lines = failure_count(metrics, TABLES.key, "cell")
     damaged = corrupt_parts(folder, TABLES)
     if damaged:
         lines.append(

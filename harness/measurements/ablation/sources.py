@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from harness.evaluation.calibration import Calibration, CalibrationText
 from harness.evaluation.settings import RuntimeSettings
-from harness.models.compared import ComparedMatrices
 from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.loading import LoadedModel
 from harness.models.memory import decomposition_bytes
 from harness.models.reference import Reference
+from harness.models.reference_matrices import ComparedMatrices
 from harness.models.treatment import Sources
 
 

@@ -50,10 +50,7 @@ METRICS = (
     Column("layer_types", "string", "All layer types of the target, separated by commas."),
     Column("n_matrices", "int64", "Number of matrices that are edited together."),
     required("region", "string", "Label of the region; `none` for the baseline."),
-    Column(
-        "region_by", "string",
-        "Rule: fraction, decile, index, laser, component, named, compression, energy, mp, gavish_donoho, or control.",
-    ),
+    Column("region_by", "string", "Rule of the region, as in the setting `region.by`, or `control`."),
     Column("region_kind", "string", "`large`, `bulk`, `small`, `decile`, `interval`, `random`, `none`, `above`, ..."),
     Column("fraction_start", "float64", "Start of the removed interval as a share of the rank, 0 = the largest value."),
     Column("fraction_stop", "float64", "End of this half-open interval. Both are null if it is not one interval."),

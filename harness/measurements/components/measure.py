@@ -15,6 +15,7 @@ from harness.engine.measurement import Context, Measured, require_same_weights
 from harness.engine.ranks import Ranks
 from harness.engine.run import error_row
 from harness.errors import InputError
+from harness.evaluation.blank_scores import blank_measure
 from harness.evaluation.gradients import SingularGradients, loss_changes, singular_gradients
 from harness.evaluation.requests import ScoredTask
 from harness.evaluation.settings import RuntimeSettings
@@ -22,7 +23,6 @@ from harness.measurements.ablation.sources import sources_of
 from harness.measurements.components.rows import Described, Named, component_columns, prediction_columns
 from harness.measurements.components.tables import TABLES
 from harness.measurements.components.units import ComponentsPlan, Unit
-from harness.measurements.search.blank import blank_measure
 from harness.models.identity import parameters_digest
 from harness.models.loading import LoadedModel, load, require_head
 from harness.models.matrices import Matrix

@@ -16,6 +16,7 @@ from harness.measurements.components import figures, summary
 from harness.measurements.components.page import Effect, components_page
 from harness.measurements.components.tables import TABLES, read_components
 from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
+from harness.tables.failures import failure_lines
 from harness.tables.text import (
     aligned,
     count,
@@ -49,8 +50,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     out = folder / "report"
     out.mkdir(exist_ok=True)
     remove_figures(out)
-    failed = matrices[matrices["status"] != "ok"]
-    problems = [f"failed: {row['matrix']}: {row['error'].splitlines()[-1]}" for _, row in failed.iterrows()]
+    problems = failure_lines(matrices, lambda row: row["matrix"])
     if not can_draw():
         problems.append(NO_FIGURES)
     lines = ["# Components", "", *(markdown_text(line) for line in _headline(matrices)), ""]

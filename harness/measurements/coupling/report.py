@@ -15,6 +15,7 @@ from harness.measurements.coupling.summary import of_blocks, of_trajectories, su
 from harness.measurements.coupling.tables import TABLES, read_coupling
 from harness.optional import require
 from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
+from harness.tables.failures import failure_lines
 from harness.tables.page import Page, Section, frame_table
 from harness.tables.text import (
     aligned,
@@ -51,10 +52,8 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     out.mkdir(exist_ok=True)
     remove_figures(out)
     every = jacobians = with_label(jacobians)
-    failed = jacobians[jacobians["status"] != "ok"]
+    problems = failure_lines(jacobians, lambda row: f"{row['weights']} prompt {row['prompt_id']}")
     jacobians = jacobians[jacobians["status"] == "ok"]
-    problems = [f"failed: {row['weights']} prompt {row['prompt_id']}: {row['error'].splitlines()[-1]}"
-                for _, row in failed.iterrows()]
     lines, drawn = ["# Coupling", ""], []
     sections: list[Section] = []
     head: list[str] = []

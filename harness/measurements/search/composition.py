@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from harness.evaluation.blank_scores import blank_measure
 from harness.evaluation.requests import ExampleScores, ScoredTask, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.statistics import estimate, paired
 from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.study import Study
 from harness.measurements.ablation.tables import read_examples
-from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.units import REPORT, SELECTION
 from harness.models.editing import Ablation, ablated, resolved_regions
 from harness.models.loading import LoadedModel, load

@@ -12,10 +12,10 @@ from harness.engine.measurement import Context, Measured
 from harness.engine.ranks import Ranks
 from harness.engine.run import Outcome, RunOptions, error_row, run_plan
 from harness.errors import InputError
+from harness.evaluation.blank_scores import transforms
 from harness.evaluation.division import LostStep
 from harness.measurements import ABLATION
 from harness.measurements.ablation.study import Study
-from harness.measurements.search.blank import transforms
 from harness.measurements.search.prediction import chosen_by_gradient, compare_with_grid, predict
 from harness.measurements.search.tables import TABLES
 from harness.measurements.search.units import REPORT, SELECTION, SearchPlan, Stage

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.errors import InputError
+from harness.evaluation.blank_scores import blank_measure
 from harness.evaluation.gradients import SingularGradients, singular_gradients
 from harness.evaluation.requests import PreparedTask
 from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.study import Study
-from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.verdict import grid_rows
 from harness.models.editing import Ablation, resolved_regions
 from harness.models.loading import LoadedModel, load

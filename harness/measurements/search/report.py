@@ -15,7 +15,8 @@ from harness.measurements.ablation.tables import read_metrics
 from harness.measurements.search.page import page_of
 from harness.measurements.search.tables import TABLES
 from harness.tables.drawing import can_draw
-from harness.tables.frames import dicts_of, rows_of
+from harness.tables.failures import failure_lines
+from harness.tables.frames import dicts_of
 from harness.tables.labels import region_words
 from harness.tables.text import count, is_missing, markdown_table, markdown_text, p_text, safe_for_csv
 
@@ -53,8 +54,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         return None
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    problems = [f"{row.stage}: {(row.error or '').strip().splitlines()[-1]}"
-                for row in rows_of(stages[stages.status != "ok"])]
+    problems = failure_lines(stages, lambda row: row["stage"])
     verdict = read_in_order(folder, TABLES, "verdict")
     said = sentences(verdict)
     lines, files = ["# Search", "", *(f"> {markdown_text(problem)}" for problem in problems), ""], 0

@@ -16,10 +16,10 @@ from typing import Any, Final, Literal
 from harness.engine.manifest import MANIFEST, read_manifest
 from harness.engine.plan import Plan, canonical, digest, folder_of, run_id
 from harness.errors import InputError
+from harness.evaluation.blank_scores import blank_measure
 from harness.measurements.ablation import units as ablation_units
 from harness.measurements.ablation.study import Study
 from harness.measurements.ablation.tables import cell_states
-from harness.measurements.search.blank import blank_measure
 from harness.measurements.search.settings import SearchSettings
 from harness.models.loading import pick_device
 from harness.tasks.settings import SplitTask

@@ -16,6 +16,7 @@ from harness.measurements.spectra.tables import TABLES, read_spectra
 from harness.optional import require
 from harness.tables.charts import block_maps
 from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
+from harness.tables.failures import failure_lines
 from harness.tables.page import Chart, Page, Section, frame_table
 from harness.tables.text import aligned, count, figure_text, file_stem, markdown_lines, markdown_text, safe_for_csv
 
@@ -46,11 +47,8 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     out.mkdir(exist_ok=True)
     remove_figures(out)
     matrices = read_spectra(folder, "matrices")
-    failed = matrices[matrices["status"] != "ok"]
     ok = matrices[matrices["status"] == "ok"].drop(columns=["status", "error"])
-    problems = [f"failed: {label(row)} {row['matrix']}: {row['error'].splitlines()[-1]}"
-                for _, row in failed.iterrows()]
-    problems += _short_tails(ok)
+    problems = failure_lines(matrices, lambda row: f"{label(row)} {row['matrix']}") + _short_tails(ok)
     safe_for_csv(ok.drop(columns=[name for name in CSV_LEFT_OUT if name in ok])).to_csv(
         out / "matrices.csv", index=False, float_format=CSV_FORMAT
     )

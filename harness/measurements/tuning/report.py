@@ -16,6 +16,7 @@ from harness.measurements.tuning.effects import AFTER, BEFORE, ORDER, UNPRUNED, 
 from harness.measurements.tuning.tables import TABLES
 from harness.tables.charts import Axes, Points, interval_points
 from harness.tables.drawing import MARKERS, NO_FIGURES, SERIES_COLOURS, can_draw, new_figure, save_figure
+from harness.tables.failures import failure_count
 from harness.tables.frames import rows_of
 from harness.tables.labels import region_words
 from harness.tables.page import Chart, Page, Section, frame_table
@@ -109,11 +110,7 @@ def _problems(folder: Path, tunings: pandas.DataFrame) -> list[str]:
         planned = len(read_manifest(folder).units)
         if len(tunings) < planned:
             lines.append(f"Incomplete: {len(tunings)} of {planned} units have been measured.")
-    failed = tunings[tunings["status"] == "error"]
-    if len(failed):
-        text = (failed["error"].iloc[0] or "").strip()
-        lines.append(f"{count(len(failed), 'unit')} failed; the first: {text.splitlines()[-1] if text else 'unknown'}")
-    return lines
+    return lines + failure_count(tunings, TABLES.key, "unit")
 
 
 def _primary(results: pandas.DataFrame) -> list[tuple[str, str]]:

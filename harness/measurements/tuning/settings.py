@@ -15,7 +15,7 @@ from harness.optional import require
 from harness.settings.constraints import Bounds, ReadBy, at_least
 from harness.settings.output import require_folder
 from harness.settings.plain_values import refuse_long_path
-from harness.tasks.labelled import Trainable
+from harness.tasks.labelled_texts import Trainable
 from harness.tasks.registry import tasks_of
 from harness.tasks.settings import RowsTask, Task, require_file
 

@@ -19,7 +19,7 @@ from harness.measurements.tuning.settings import TuningSettings
 from harness.models.identity import file_digest
 from harness.models.loading import LoadedModel
 from harness.tasks.generation import padding_of
-from harness.tasks.labelled import LabelledText
+from harness.tasks.labelled_texts import LabelledText
 
 MODEL, RESULT, COMPLETE = "model.safetensors", "result.json", "complete"
 

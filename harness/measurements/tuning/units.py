@@ -24,7 +24,7 @@ from harness.models.families import family_of, matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.matrices import Matrix
 from harness.models.targets import BASELINE
-from harness.tasks.labelled import LabelledText, Trainable
+from harness.tasks.labelled_texts import LabelledText, Trainable
 from harness.tasks.registry import check_kinds, prepare_tasks, wants_classifier
 from harness.tasks.settings import RowsTask
 

@@ -35,7 +35,7 @@ from harness.spectral.regions.gavish_donoho import GavishDonoho
 from harness.spectral.regions.index import Index
 from harness.spectral.regions.laser import Laser
 from harness.spectral.regions.marchenko_pastur import MarchenkoPastur
-from harness.spectral.regions.named import Named
+from harness.spectral.regions.named_components import Named
 from harness.spectral.regions.region import Region, by_loss, fraction_interval, per_matrix, select
 from harness.spectral.regions.rules import RULES, RegionRule, from_plain, to_plain
 

@@ -36,7 +36,7 @@ RULES: Registry[type[RegionRule]] = Registry("harness.regions", "a region rule",
     "mp": "harness.spectral.regions.marchenko_pastur:MarchenkoPasturRule",
     "gavish_donoho": "harness.spectral.regions.gavish_donoho:GavishDonohoRule",
     "component": "harness.spectral.regions.component:ComponentRule",
-    "named": "harness.spectral.regions.named:NamedRule",
+    "named": "harness.spectral.regions.named_components:NamedRule",
     "compression": "harness.spectral.regions.compression:CompressionRule",
     "none": "harness.spectral.regions.unedited:UneditedRule",
 })  # fmt: skip

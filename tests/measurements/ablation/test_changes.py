@@ -14,10 +14,10 @@ from harness.cli import main
 from harness.measurements import compose_settings
 from harness.measurements.ablation.cells import region_key
 from harness.measurements.ablation.units import plan, restore
-from harness.models.compared import ComparedMatrices
 from harness.models.editing import Ablation, ablated
 from harness.models.loading import describe_model, load
 from harness.models.reference import describe_reference
+from harness.models.reference_matrices import ComparedMatrices
 from harness.models.settings import ModelSettings, ReferenceSettings
 from harness.models.targets import Target
 from harness.models.treatment import Sources, Treatment

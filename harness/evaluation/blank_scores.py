@@ -1,4 +1,4 @@
-"""The metrics of a task with their transforms and directions, found out without a model."""
+"""Blank scores: the metrics of a task, with their transforms and directions, can be found without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from harness.evaluation.requests import DirectTask, ExampleScores, PreparedTask,
 def blank_measure(task: PreparedTask) -> dict[str, ExampleScores]:
     """Return what a task would return for log-probabilities of zero. Raises InputError for a DirectTask."""
     if isinstance(task, DirectTask):
-        raise InputError(f"tasks.{task.name}: a search needs a task of log-probabilities; leave it out")
+        raise InputError(
+            f"tasks.{task.name}: it has no log-probabilities, which a search and a prediction need; leave it out"
+        )
     offsets = np.concatenate([[0], np.cumsum([len(request.targets) for request in task.requests])])
     zeros = np.zeros(offsets[-1])
     return task.measure(Scores(zeros, zeros.astype(bool), zeros.astype(np.int64), offsets))

@@ -6,7 +6,7 @@ import pytest
 
 from harness.errors import InputError
 from harness.measurements import compose_settings
-from harness.measurements.typed import as_meant, with_own_defaults
+from harness.measurements.shorthands import as_meant, with_own_defaults
 from harness.tasks.lm_eval import index
 
 NAMES = {"model": ["gpt2", "recall"], "reference": ["llama"], "task": ["ioi", "lm_eval", "text"]}
