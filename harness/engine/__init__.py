@@ -1,1 +1,1 @@
-"""How units are run, whatever they are: manifest, states, the run loop, ranks, shards, Slurm, status."""
+"""The engine runs units of any kind: manifest, states, the run loop, ranks, shards, Slurm, status."""

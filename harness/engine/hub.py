@@ -13,7 +13,9 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub. name: OWNER/NAME. kind: "model" or "dataset". private: whether a new one is private.
+    """A repository on the hub.
+
+    name: OWNER/NAME. kind: "model" or "dataset". private: whether it is private if it is new.
 
     Raises InputError for a name that the hub does not take, and if the environment says that Python is offline.
     """

@@ -56,13 +56,13 @@ class Manifest:
         return self.content["settings"]
 
     def enter(self) -> None:
-        """Change into the working directory in which it was frozen, so that relative paths mean what they meant."""
+        """Change into the working directory in which the run was frozen, so that relative paths have their meaning."""
         if Path(self.content["working_directory"]).is_dir():
             os.chdir(self.content["working_directory"])
 
 
 def manifest_of(measurement: Measurement, plan: Plan) -> dict[str, Any]:
-    """The manifest of a plan as JSON."""
+    """Return the manifest of a plan as JSON."""
     parts = list(dict.fromkeys(unit.part for unit in plan.units))
     index = {part: i for i, part in enumerate(parts)}
     manifest = {
@@ -80,13 +80,13 @@ def manifest_of(measurement: Measurement, plan: Plan) -> dict[str, Any]:
 
 
 def checksum_of(content: Mapping[str, Any]) -> str:
-    """The checksum of a manifest, with or without its checksum, before or after it was JSON."""
+    """Return the checksum of a manifest, which is the same before and after it is added, and before and after JSON."""
     sealed = {key: value for key, value in content.items() if key not in UNSEALED}
     return digest(canonical(json.loads(json.dumps(sealed, default=str))))
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Return the settings of a run with dotted names, without those that are null; none without a manifest."""
+    """Return the settings of a run by dotted name, without those that are null; none if there is no manifest."""
     content = load_manifest(folder)
     settings = content.get("settings") if isinstance(content, dict) else None
     return {key: value for key, value in _flat(settings or {}) if value is not None and value != []}
@@ -95,7 +95,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 def freeze(measurement: Measurement, plan: Plan) -> None:
     """Write the manifest atomically, or check that the folder already holds this very run.
 
-    Raises InputError as `require_own`, and where it cannot be written.
+    Raises InputError as `require_own` does, and if the manifest cannot be written.
     """
     if require_own(measurement, plan):
         return
@@ -135,8 +135,10 @@ def _refuse_parts_of_others(measurement: Measurement, plan: Plan) -> None:
 
 
 def manifest_there(kind: str, folder: Path) -> Manifest | None:
-    """The manifest of the run of this kind that a folder holds already; None for no run. Raises InputError where it
-    holds a run of another kind."""
+    """Return the manifest of the run of this kind that a folder holds already, or None if it holds no run.
+
+    Raises InputError if the folder holds a run of another kind.
+    """
     if not os.path.lexists(folder / MANIFEST):
         return None
     there = read_manifest(folder)
@@ -146,8 +148,10 @@ def manifest_there(kind: str, folder: Path) -> Manifest | None:
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a folder that the harness wrote. Raises InputError where there is none, it cannot be read, or it
-    is not as the harness wrote it."""
+    """Return the manifest of a folder that the harness wrote.
+
+    Raises InputError if there is none, if it cannot be read, and if it is not as the harness wrote it.
+    """
     path = Path(folder) / MANIFEST
     content = load_manifest(Path(folder))
     if content is None:
@@ -228,8 +232,10 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def in_order(folder: str | os.PathLike, rows: pandas.DataFrame, key: str) -> pandas.DataFrame:
-    """The rows of a table, sorted by the run's order of units; the rows of one unit keep their order. key: the column
-    that holds the ids of the units. Where the folder has no manifest, the rows stay in the order in which they are."""
+    """Return the rows of a table in the run's order of units. The rows of one unit keep their order.
+
+    key: the column that holds the ids of the units. Without a manifest the rows stay in the order in which they are.
+    """
     if not (Path(folder) / MANIFEST).is_file():
         return rows
     place = {unit_id: i for i, (unit_id, _) in enumerate(read_manifest(folder).units)}
@@ -238,7 +244,7 @@ def in_order(folder: str | os.PathLike, rows: pandas.DataFrame, key: str) -> pan
 
 
 def read_in_order(folder: str | os.PathLike, tables: TableSet, name: str) -> pandas.DataFrame:
-    """The rows of a table of the units that are done, in the order of the run.
+    """Return the rows of a table that belong to done units, in the order of the run.
 
     Rows of a unit that is not done, which a crash may leave in all tables but the first, are left out. Raises
     SchemaVersionError."""

@@ -1,4 +1,4 @@
-"""A kind of measurement, as the engine is handed one: a package with five modules of agreed names."""
+"""A kind of measurement, as the engine gets it: a package of five modules with agreed names."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Measured:
     """The result of measuring one unit.
 
     rows: table name -> the unit's rows (tables/writer.py). They are read in another thread while the next unit is
-    measured, so a mapping may also make them only then. Rows of the primary table have `status` and, where that is
+    measured, so a mapping may also make them only then. Rows of the primary table have `status` and, if that is
     "error", `error`. described: the columns of the primary table that are known of the unit whatever happens; they make
-    an error row where the rows cannot be written. Columns that are left out are null. The engine fills in those that
-    say where and when.
+    an error row if the rows cannot be written. Columns that are left out are null. The engine fills in those that say
+    where and when.
     """
 
     unit: Any
@@ -39,7 +39,7 @@ class Measured:
 
 
 class SpoiledRun(Exception):
-    """What the units of a run shared, such as the weights, was found to have changed under way."""
+    """Something that the units of a run share, such as the weights, has changed during the run."""
 
 
 def require_same_weights(model: torch.nn.Module, as_loaded: str) -> None:
@@ -58,7 +58,7 @@ class Context:
     """What a measurement is given beside its units.
 
     session: what its `open_session` returned. division: the processes that measure every unit together; only this one
-    where each process has units of its own. describe: a function that puts a text beside the progress bar. progress:
+    if each process has units of its own. describe: a function that puts a text beside the progress bar. progress:
     whether a bar is shown.
     """
 
@@ -69,43 +69,44 @@ class Context:
 
 
 class SettingsModule(Protocol):
-    """settings.py. CONFIG: the name of the YAML file in conf/ from which the settings are composed."""
+    """The module settings.py. CONFIG: the name of the YAML file in conf/ from which the settings are composed."""
 
     CONFIG: str
     Settings: type
 
     def check(self, settings: Any) -> None:
-        """What can only be checked of settings that are to be run: names that are given, files that are there.
+        """Check what is required of settings only if they are run, such as names that are given and files that exist.
 
-        Raises InputError."""
+        Raises InputError.
+        """
         ...
 
 
 class UnitsModule(Protocol):
-    """units.py: what is measured, and the ids."""
+    """The module units.py, which says what is measured, and makes the ids."""
 
     def plan(self, settings: Any) -> Plan:
-        """Everything that can be known without weights. Raises InputError."""
+        """Return the plan of the settings: everything that can be known without weights. Raises InputError."""
         ...
 
     def restore(self, folder: Path, manifest: Mapping[str, Any], settings: Any) -> Plan:
-        """The plan that was frozen in a folder. Raises InputError where weights or data are no longer the same."""
+        """Return the plan that was frozen in a folder. Raises InputError if weights or data are no longer the same."""
         ...
 
     def describe(self, plan: Plan) -> str:
-        """The text of `harness plan`."""
+        """Return the text of `harness plan`."""
         ...
 
 
 class MeasureModule(Protocol):
-    """measure.py: how units are measured."""
+    """The module measure.py, which measures units."""
 
     def open_session(self, plan: Plan, ranks: Ranks, progress: bool) -> Any:
-        """What all units need, such as the loaded model. Raises InputError."""
+        """Return what all units need, such as the loaded model. Raises InputError."""
         ...
 
     def measure(self, plan: Plan, units: Sequence[Any], context: Context) -> Iterator[Measured]:
-        """Measure the units, in any order; what goes wrong with one becomes an error row of that one.
+        """Measure the units, in any order. If one of them fails, it gets an error row, and the others are measured.
 
         After the last unit it may raise SpoiledRun, if it finds that what the units shared was no longer what it should
         be. The rows that this process has written are then withdrawn, and each of these units becomes an error row.
@@ -119,23 +120,29 @@ class MeasureModule(Protocol):
 
 
 class TablesModule(Protocol):
-    """tables.py, which imports neither torch nor transformers."""
+    """The module tables.py, which imports neither torch nor transformers."""
 
     TABLES: TableSet
 
 
 class ReportModule(Protocol):
-    """report.py, which imports neither torch nor transformers."""
+    """The module report.py, which imports neither torch nor transformers."""
 
     def report(self, folder: Path, write: Callable[[str], object] = print) -> Path | None:
-        """Write <folder>/report/ from the tables alone, and a summary to `write`. The page, or None for no rows."""
+        """Write <folder>/report/ from the tables alone, and print a summary with `write`.
+
+        Return the path of the page, or None if there are no rows.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A kind of measurement. name: what manifests call it. package: with the modules settings, units, measure, tables
-    and report, each imported when it is asked for."""
+    """A kind of measurement.
+
+    name: the name by which manifests call it. package: the package with the modules settings, units, measure, tables
+    and report. Each of them is imported when it is asked for.
+    """
 
     name: str
     package: str

@@ -1,4 +1,4 @@
-"""A plan: what the engine must know of a run before any weights are loaded."""
+"""A plan, which is all that the engine must know of a run before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class ShardCost(Protocol):
     total: float
 
     def load(self, units: Sequence[Any]) -> Any:
-        """What these units need, in whichever shard they run. It is computed once, and handed to `of` and `add`."""
+        """Return what these units need, in whichever shard they run. `of` and `add` get it as their argument."""
         ...
 
     def of(self, load: Any) -> float:
-        """The cost of adding a load. What it shares with the loads that the shard holds already costs nothing."""
+        """Return the cost of adding a load. What it shares with the loads of the shard costs nothing more."""
         ...
 
     def add(self, load: Any) -> None:
@@ -51,7 +51,10 @@ class ShardCost(Protocol):
 
 @dataclass
 class SumOfCosts:
-    """Units share nothing, so that a shard costs what its units cost. cost_of: that of one, by default 1."""
+    """The cost of a shard whose units share nothing: the sum of their costs.
+
+    cost_of: a function that returns the cost of one unit; by default it is 1.
+    """
 
     cost_of: Callable[[Any], float] = lambda unit: 1.0
     total: float = 0.0
@@ -71,7 +74,7 @@ class Plan:
     """A run of a measurement. A measurement derives a class of its own from this one and adds what it must know.
 
     folder: where the tables go. settings: the dataclass from which the run was planned. units: all units, in the order
-    in which they run. A measurement overrides those of the methods below in which it is special.
+    in which they run. A measurement overrides the methods below in which it is special.
     """
 
     folder: Path
@@ -80,7 +83,7 @@ class Plan:
 
     @cached_property
     def id(self) -> str:
-        """A hash of the ids of all units."""
+        """The id of the run, which is a hash of the ids of all units."""
         return run_id(unit.id for unit in self.units)
 
     @property
@@ -89,7 +92,7 @@ class Plan:
         return self.settings.cluster
 
     def title(self) -> str:
-        """The words by which `harness status` names the run."""
+        """Return the words by which `harness status` names the run."""
         return f"model {self.settings.model.label}"
 
     def restored(self, folder: Path, manifest: Mapping[str, Any]) -> Self:
@@ -105,23 +108,23 @@ class Plan:
         return replace(self, folder=folder)
 
     def frozen(self) -> dict[str, Any]:
-        """Further keys of the manifest, as JSON: what else `restore` needs to make the same plan."""
+        """Return further keys of the manifest as JSON, from which `restore` makes the same plan."""
         return {}
 
     def missing(self, wanted: Sequence[Any], states: Mapping[str, str]) -> list[Any]:
-        """Those of the wanted units that must be measured. states: unit id -> "ok" or "error"."""
+        """Return those of the wanted units that must be measured. states: unit id -> "ok" or "error"."""
         return [unit for unit in wanted if states.get(unit.id) != "ok"]
 
     def together(self, n_missing: int, n_ranks: int) -> bool:
-        """Whether all processes of a launch measure every unit together, instead of a share each."""
+        """Return whether all processes of a launch measure every unit together, instead of a share each."""
         return False
 
     def groups(self, units: Sequence[Any]) -> list[list[Any]]:
-        """The units in groups that must stay in one shard each, in the order in which they run."""
+        """Return the units in groups, in the order in which they run. Each group stays in one shard."""
         return [[unit] for unit in units]
 
     def shard_cost(self) -> ShardCost:
-        """The cost of a shard that holds nothing yet."""
+        """Return the cost of a shard that holds nothing yet."""
         return SumOfCosts()
 
     def require_settled(self, command: str) -> None:
@@ -131,24 +134,24 @@ class Plan:
         """
 
     def before_jobs(self) -> None:
-        """Do once what many jobs would otherwise each do, such as training a model that all of them load."""
+        """Do once what each of many jobs would do otherwise, such as the training of a model that all of them load."""
 
 
 def canonical(value: Any) -> str:
-    """JSON that is the same for equal values, to be hashed."""
+    """Return JSON that is the same for equal values, so that it can be hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def digest(text: str) -> str:
-    """96 bits of BLAKE2b of a text, as 24 hexadecimal digits."""
+    """Return 96 bits of BLAKE2b of a text, as 24 hexadecimal digits."""
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def run_id(unit_ids: Iterable[str]) -> str:
-    """12 hexadecimal digits that change whenever one of the units does."""
+    """Return 12 hexadecimal digits that change whenever one of the units does."""
     return digest(canonical(sorted(unit_ids)))[:12]
 
 
 def folder_of(output: str | None, default: str) -> Path:
-    """The folder that the settings name, or one of this name in results/."""
+    """Return the folder that the settings name, or the one with a default name in results/."""
     return Path(output).expanduser() if output is not None else Path("results") / default

@@ -1,4 +1,4 @@
-"""What a job does at a scheduler's signal: it requeues itself, gives up the unit that it is measuring, and exits."""
+"""Preemption: at a scheduler's signal a job requeues itself, gives up the unit that it is measuring, and exits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_GOODBYE = 60  # seconds
 
 
 def requeue_on(name: str = "USR2", before: Callable[[], None] | None = None) -> None:
-    """From now on, at signal `name` the Slurm job that this process runs in requeues itself and the process exits.
+    """Install a handler: at signal `name`, the Slurm job of this process requeues itself and the process exits.
 
     A preempted job that merely exits within its grace time counts as completed for Slurm, and never runs again. The
     rows of finished units are on disk, so the next start continues after them. before: a function that is called

@@ -17,7 +17,7 @@ SECONDS = 30.0  # between two lines where there is no terminal
 class Progress:
     """The progress over a number of units, shown on the standard error.
 
-    unit: what is counted. shown: whether anything is shown. clock: seconds of a clock that never goes back.
+    unit: the name of what is counted. shown: whether anything is shown. clock: seconds of a clock that never goes back.
     """
 
     def __init__(self, total: int, unit: str = "unit", shown: bool = True,

@@ -26,7 +26,7 @@ class Ranks:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's `value` (anything that pickles), in every process."""
+        """Return the main process's `value` (anything that pickles) in every process."""
         if self.n == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -34,7 +34,7 @@ class Ranks:
         return broadcast_object_list([value])[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` (anything that pickles) of every process, in the order of their ranks, in every process."""
+        """Return the values (anything that pickles) of all processes in every process, in the order of their ranks."""
         if self.n == 1:
             return [value]
         from accelerate.utils import gather_object
@@ -42,7 +42,7 @@ class Ranks:
         return gather_object([value])
 
     def division(self) -> Division:
-        """These processes as a division: they measure every unit together."""
+        """Return these processes as a division, which measures every unit together."""
         return Division(self.rank, self.n, self.gather)
 
     def wait(self) -> None:
@@ -54,15 +54,15 @@ class Ranks:
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, also where the ranks have not joined."""
+    """Return whether this process is rank 0, even if the ranks have not joined yet."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def join() -> Ranks:
-    """Join the processes that a launcher started, as its environment variables say; without them, this process alone.
+    """Join the processes that a launcher started, as its environment variables say. Without them this process is alone.
 
-    The processes talk through gloo, because they exchange little and gloo works on any device. Raises RuntimeError
-    where accelerate finds another number of processes than the launcher says it started.
+    The processes talk through gloo, because they exchange little and gloo works on any device. Raises RuntimeError if
+    accelerate finds another number of processes than the launcher says it started.
     """
     n = int(os.environ.get("WORLD_SIZE", 1))
     if n == 1:

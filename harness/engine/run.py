@@ -51,10 +51,10 @@ def _silent(line: str) -> None:
 class RunOptions:
     """How a run behaves. None of these options changes a number.
 
-    progress: whether progress bars are shown. say: a function that takes each line about the run. failed_after: a unit
-    whose error row was written after this time (in seconds of the file system's clock) is not tried again. tidy: merge
-    the small files at the end where there are many, because reading 100,000 files takes minutes. session: what
-    `open_session` of the measurement returned, where the main process has called it already.
+    progress: whether progress bars are shown. say: a function that prints a line about the run. failed_after: a unit
+    whose error row was written after this time (in seconds of the file system's clock) is not tried again. tidy:
+    whether small files are merged at the end if there are many, because reading 100,000 files takes minutes. session:
+    what `open_session` of the measurement returned, if the main process has called it already.
     """
 
     progress: bool = True
@@ -74,9 +74,10 @@ class Outcome:
 
 
 def usable_states(measurement: Measurement, folder: Path, deep: bool = False) -> dict[str, str]:
-    """States of the units that are there, after bad parts were moved aside so that their units run again.
+    """Return the states of the units that have rows. Bad parts are moved aside first, so that their units run again.
 
-    deep: read every part whole, not only its label. Raises SchemaVersionError for tables of another schema version.
+    deep: whether every part is read as a whole, and not only its label. Raises SchemaVersionError for tables of another
+    schema version.
     """
     if not folder.exists():
         return {}
@@ -86,19 +87,22 @@ def usable_states(measurement: Measurement, folder: Path, deep: bool = False) ->
 
 
 def run(measurement: Measurement, settings: Any, options: RunOptions | None = None) -> Outcome:
-    """Plan a run from its settings and measure what is missing of it. Under a launcher the units are split over its
-    processes. Raises InputError for bad input, and where rows cannot be written."""
+    """Plan a run from its settings and measure what is missing of it.
+
+    Under a launcher the units are split over its processes. Raises InputError for bad input, and if rows cannot be
+    written.
+    """
     return run_plan(measurement, measurement.units.plan(settings), options or RunOptions(tidy=True))
 
 
 def run_plan(measurement: Measurement, plan: Plan, options: RunOptions, ranks: Ranks | None = None) -> Outcome:
-    """The same for a plan that is made already, with all of its units."""
+    """Measure what is missing of a plan, as `run` does."""
     ranks = ranks or join()
     session, settled = None, getattr(measurement.measure, "settled", None)
     if settled is not None:
         plan, session = settled(plan, ranks, options.progress, options.say)
     if ranks.is_main:
-        # a folder that holds another run is refused before any weights are loaded
+        # A folder that holds another run is refused before any weights are loaded.
         require_own(measurement, plan)
     if session is not None:
         options = replace(options, session=session)
@@ -108,9 +112,9 @@ def run_plan(measurement: Measurement, plan: Plan, options: RunOptions, ranks: R
 def run_units(
     measurement: Measurement, plan: Plan, wanted: Sequence[Any], ranks: Ranks, options: RunOptions
 ) -> Outcome:
-    """Measure what is missing of the `wanted` units, split over the ranks.
+    """Measure what is missing of the `wanted` units, which are split over the ranks.
 
-    An exception in one rank is raised there when the others have done their share. Raises InputError.
+    An exception in one rank is raised there after the others have done their share. Raises InputError.
     """
     return _Run(measurement, plan, ranks, options).measure(wanted)
 
@@ -140,11 +144,11 @@ class _Run:
         return self._outcome(wanted, ran=bool(missing))
 
     def _missing(self, wanted: Sequence[Any]) -> list[str]:
-        """The ids of the wanted units that are to be measured."""
+        """Return the ids of the wanted units that are to be measured."""
         measurement, plan = self.measurement, self.plan
         states = usable_states(measurement, plan.folder)
         if all(states.get(unit.id) == OK for unit in wanted):
-            # a user who runs a complete study again may have been told of damaged files
+            # A user who runs a complete study again may have been told of damaged files.
             states = usable_states(measurement, plan.folder, deep=True)
         recent = set()
         if self.options.failed_after < math.inf:
@@ -152,17 +156,17 @@ class _Run:
         return [unit.id for unit in plan.missing(wanted, states) if unit.id not in recent]
 
     def _share(self, units: list[Any]) -> list[Any]:
-        """The units that this rank measures."""
+        """Return the units that this rank measures."""
         shards = split(self.plan.groups(units), self.ranks.n, self.plan.shard_cost)
         return shards[self.ranks.rank] if self.ranks.rank < len(shards) else []
 
     def _measure_share(self, share: Sequence[Any], together: bool) -> None:
-        """Open the session and measure the units of this rank. together: every rank was given the same units."""
+        """Open the session and measure the units of this rank. together: whether every rank has the same units."""
         measurement, plan, ranks, options = self.measurement, self.plan, self.ranks, self.options
         division = ranks.division()
 
         def open_first() -> Any:
-            # the main process first: it downloads or trains what all of them load
+            # The main process comes first, because it downloads or trains what all of them load.
             if not ranks.is_main:
                 return None
             session = options.session or measurement.measure.open_session(plan, ranks, options.progress)
@@ -185,14 +189,14 @@ class _Run:
             if together:
                 raise
             problem = error
-        # a barrier alone would wait for ever for a process that is at another step
+        # A barrier alone would wait for ever for a process that is at another step.
         division.together("the end", lambda: None)
         ranks.wait()
         if problem is not None:
             raise problem
 
     def _outcome(self, wanted: Sequence[Any], ran: bool) -> Outcome:
-        """What there is now of the wanted units. ran: some of them were measured."""
+        """Return the outcome, which counts the wanted units. ran: whether some of them were measured now."""
         found, plan, tables = None, self.plan, self.measurement.tables
         if self.ranks.is_main:
             if ran and self.options.tidy and len(list_table(plan.folder, tables.primary.name).done) > LOOSE_FILES:
@@ -207,14 +211,14 @@ class _Run:
 def measure_units(measurement: Measurement, plan: Plan, units: Sequence[Any], context: Context) -> None:
     """Measure these units and write a file of rows for each.
 
-    context: its division are the processes that were given the same units and measure each of them together, of which
-    the first writes; its `describe` is replaced by the progress bar's. Raises InputError when rows cannot be written,
-    LostStep when a process of the division is gone.
+    context: the processes of its division have the same units and measure each of them together, and the first process
+    writes. Its `describe` is replaced by that of the progress bar. Raises InputError if rows cannot be written, and
+    LostStep if a process of the division is gone.
     """
     startup.wake()
     division, written = context.division, []
     blank = _blank_rows(measurement, provenance())
-    # of a division only the first process writes
+    # Only the first process of a division writes.
     write = partial(_write, measurement, plan, blank) if division.rank == 0 else _ignore
     with Progress(len(units), shown=context.progress) as bar, Writer(write) as rows:
         try:
@@ -244,8 +248,10 @@ def _blank_rows(measurement: Measurement, where: Mapping[str, Any]) -> dict[str,
 def _write(
     measurement: Measurement, plan: Plan, blank: Mapping[str, Mapping[str, Any]], measured: Measured
 ) -> None:
-    """Write the rows of a unit. Where they are refused, one error row says why. blank: as `_blank_rows` returns. Raises
-    InputError where the folder cannot be written."""
+    """Write the rows of a unit. If they are refused, write one error row that says why.
+
+    blank: as `_blank_rows` returns. Raises InputError if the folder cannot be written.
+    """
     tables, unit_id = measurement.tables, measured.unit.id
     try:
         rows = {name: _completed(blank[name], of_table) for name, of_table in measured.rows.items()}
@@ -269,5 +275,5 @@ def _completed(blank: Mapping[str, Any], rows: Any) -> Any:
 
 
 def error_row(described: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
-    """A row of the primary table for a unit that failed, with the traceback."""
+    """Return a row of the primary table for a unit that failed, with the traceback."""
     return {**described, "status": ERROR, "error": "".join(traceback.format_exception(error))}

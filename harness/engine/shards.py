@@ -1,4 +1,4 @@
-"""Splitting units into shards of about equal predicted cost: for ranks and for Slurm jobs alike."""
+"""Split units into shards of about equal predicted cost, for ranks and for Slurm jobs alike."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _CHUNKS_PER_SHARD = 64  # finer than this a split would not be noticeably more e
 
 
 def split(groups: Sequence[list[Any]], n: int, shard_cost: Callable[[], ShardCost]) -> list[list[Any]]:
-    """The units of these groups in at most `n` shards, none empty, each group in exactly one.
+    """Return the units of these groups in at most `n` shards. No shard is empty, and each group is in exactly one.
 
     A shard holds consecutive groups, because neighbours share work. Of all such splits this is the one whose most
-    expensive shard costs least, where work that several shards must repeat is counted in each. Equal arguments give
+    expensive shard costs least. Work that several shards must repeat is counted in each of them. Equal arguments give
     equal splits. Raises ValueError for n < 1.
     """
     if n < 1:
@@ -29,8 +29,10 @@ def split(groups: Sequence[list[Any]], n: int, shard_cost: Callable[[], ShardCos
 
 
 def _bounds(loads: list[Any], n: int, shard_cost: Callable[[], ShardCost]) -> list[int]:
-    """The cuts 0 = c_0 < c_1 < ... < c_m = len(loads), m <= n, that minimise the largest cost of a shard; found by
-    bisection."""
+    """Return the cuts 0 = c_0 < c_1 < ... < c_m = len(loads), m <= n, that minimise the largest cost of a shard.
+
+    They are found by bisection.
+    """
     if n == 1 or len(loads) < 2:
         return [0, len(loads)] if loads else [0]
     whole = shard_cost()
@@ -48,8 +50,8 @@ def _bounds(loads: list[Any], n: int, shard_cost: Callable[[], ShardCost]) -> li
 
 
 def _fill(loads: list[Any], limit: float, n: int, shard_cost: Callable[[], ShardCost]) -> list[int] | None:
-    """The cuts when each shard takes as many loads as cost `limit` at most; None where that needs more than `n`
-    shards."""
+    """Return the cuts if each shard takes as many loads as cost `limit` at most, or None if more than `n` shards are
+    needed for that."""
     bounds, shard = [0], shard_cost()
     for i, load in enumerate(loads):
         if i > bounds[-1] and shard.total + shard.of(load) > limit:

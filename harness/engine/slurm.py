@@ -63,13 +63,13 @@ def _slurm(*command: str) -> str:
 
 
 def max_array_size() -> int:
-    """How many tasks one job array may have on this cluster. Raises InputError where there is no Slurm."""
+    """Return how many tasks one job array may have on this cluster. Raises InputError if there is no Slurm."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _slurm("scontrol", "show", "config"), re.MULTILINE)
     return int(found.group(1)) if found else 1001
 
 
 def live_shards(folder: Path) -> list[LiveShard]:
-    """The shards of a folder that are queued or running. Raises InputError where Slurm does not answer."""
+    """Return the shards of a folder that are queued or running. Raises InputError if Slurm does not answer."""
     ours = set(submission_names(folder))
     text = _slurm("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%j|%r")
     found = []
@@ -85,8 +85,10 @@ def live_shards(folder: Path) -> list[LiveShard]:
 
 @dataclass(frozen=True)
 class Shard:
-    """The callable that submitit runs in the job. It pickles as plain values and the name of a function; the job reads
-    everything else from the manifest."""
+    """The callable that submitit runs in the job.
+
+    It pickles as plain values and the name of a function. The job reads everything else from the manifest.
+    """
 
     folder: str
     submission: str
@@ -97,14 +99,14 @@ class Shard:
         return run_shard(Path(self.folder), self.submission, self.index, self.find)
 
     def checkpoint(self) -> Any:
-        """Called by submitit at a signal that comes before the shard has installed its own handler: start again."""
+        """Start again. submitit calls this at a signal that comes before the shard has installed its own handler."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def require_slurm() -> None:
-    """Raises InputError where submitit or one of Slurm's commands is not installed."""
+    """Raise InputError if submitit or one of Slurm's commands is not installed."""
     require("submitit", "cluster", "harness submit")
     for program in ("sbatch", "srun", "squeue", "scontrol"):
         if shutil.which(program) is None:
@@ -112,7 +114,7 @@ def require_slurm() -> None:
 
 
 def submit(measurement: Measurement, plan: Plan, find: Find, say: Callable[[str], None]) -> Path:
-    """Freeze a run and submit what is missing of it as shards; returns its folder.
+    """Freeze a run, submit what is missing of it as shards, and return its folder.
 
     Units of shards that are queued or running are left out. Failed units are submitted again if cluster.retry_failed.
     find: the function by which a job finds the measurement; it pickles by its name. Raises InputError, also for what
@@ -155,7 +157,7 @@ def submit(measurement: Measurement, plan: Plan, find: Find, say: Callable[[str]
 
 
 def _busy_units(folder: Path) -> set[int]:
-    """The positions, in the manifest, of the units whose shards are in the queue."""
+    """Return the positions in the manifest of the units whose shards are in the queue."""
     live = {(shard.submission, shard.index) for shard in live_shards(folder)}
     return {
         position for submission in submissions(folder) for i, units in enumerate(submission.shards)
@@ -196,7 +198,7 @@ def _submit_array(
 
 
 def _options(texts: list[str]) -> dict[str, Any]:
-    """["nodelist=n1", "--exclusive"] -> {"nodelist": "n1", "exclusive": True}."""
+    """Return options by name: ["nodelist=n1", "--exclusive"] becomes {"nodelist": "n1", "exclusive": True}."""
     pairs = (text.removeprefix("--").partition("=") for text in texts)
     return {key: value if equals else True for key, equals, value in pairs}
 
@@ -208,8 +210,11 @@ def _memory(gib: float) -> str:
 def watch(
     measurement: Measurement, folder: Path, n_units: int, poll_seconds: float
 ) -> Iterator[tuple[dict[str, str], int]]:
-    """Every `poll_seconds` yield the states of the units and the number of shards in the queue (-1 where Slurm does not
-    answer). The last time is when no shard is left. It reads the run's rows and squeue, and needs no sacct."""
+    """Yield the states of the units and the number of shards in the queue, every `poll_seconds`.
+
+    The number is -1 if Slurm does not answer. The last time is when no shard is left. The states come from the run's
+    rows and from squeue, so that sacct is not needed.
+    """
     from harness.tables.store import unit_states
 
     silent = 0
@@ -233,7 +238,7 @@ def watch(
 def wait(
     measurement: Measurement, folder: Path, unit_ids: list[str], poll_seconds: float, progress: bool = True
 ) -> bool:
-    """Wait until no shard of the run is left in the queue. Returns whether all of its units are done then."""
+    """Wait until no shard of the run is left in the queue. Return whether all of its units are done then."""
     states: dict[str, str] = {}
     with Progress(len(unit_ids), shown=progress) as bar:
         for states, left in watch(measurement, folder, len(unit_ids), poll_seconds):

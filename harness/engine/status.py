@@ -1,5 +1,8 @@
-"""Which units of a run are done, running, pending, failed or missing, according to its manifest, the names of the files
-in its tables, the records of its shards, and squeue where there is one."""
+"""The status of a run: which of its units are done, running, pending, failed or missing.
+
+This is known from its manifest, the names of the files in its tables, the records of its shards, and squeue if there is
+one.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,11 @@ SHOWN_FAILURES = 10
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """One shard of a submission. state: done, running, pending, stopped (it ended and left units undone) or lost (its
-    job is gone and its record does not say that it ended)."""
+    """One shard of a submission.
+
+    state: done, running, pending, stopped (it ended and left units undone) or lost (its job is gone, and its record
+    does not say that it ended).
+    """
 
     submission: str
     index: int
@@ -41,7 +47,7 @@ Live = dict[tuple[str, int], LiveShard]
 
 
 def live_by_shard(folder: Path) -> Live | None:
-    """The shards of the folder that are in Slurm's queue; None where squeue does not answer."""
+    """Return the shards of the folder that are in Slurm's queue, or None if squeue does not answer."""
     if shutil.which("squeue") is None:
         return None
     try:
@@ -53,8 +59,10 @@ def live_by_shard(folder: Path) -> Live | None:
 def shard_statuses(
     folder: Path, manifest: Manifest, states: Mapping[str, str], live: Live | None
 ) -> list[ShardStatus]:
-    """Every shard of every submission, oldest first. Where `live` is None, the records of the shards tell their
-    states."""
+    """Return every shard of every submission, the oldest first.
+
+    If `live` is None, the records of the shards tell their states.
+    """
     statuses = []
     for submission in submissions(folder):
         for index, positions in enumerate(submission.shards):
@@ -73,7 +81,7 @@ def shard_statuses(
 
 
 def _state_of_undone(record: Record | None, slurm_answers: bool) -> str:
-    """The state of a shard that left units undone and is not in Slurm's queue, or of which Slurm says nothing."""
+    """Return the state of a shard that left units undone and is not known to be in Slurm's queue."""
     if slurm_answers:
         return "lost" if record is None or record.ended in (None, "preempted", "time limit") else "stopped"
     if record is None:
@@ -84,7 +92,10 @@ def _state_of_undone(record: Record | None, slurm_answers: bool) -> str:
 def describe_status(
     measurement: Measurement, folder: str | os.PathLike, manifest: Manifest, failed: bool = False
 ) -> str:
-    """Text for the terminal; with `failed`, the traceback of every failed unit. Raises SchemaVersionError."""
+    """Return the text for the terminal. failed: whether it has the traceback of every failed unit.
+
+    Raises SchemaVersionError.
+    """
     folder = Path(folder)
     states, bad = states_and_damage(folder, measurement.tables)
     submitted = bool(submission_names(folder))

@@ -1,4 +1,4 @@
-"""What the folder of a run records of its submissions: the units of each shard, and how the shard's job ended.
+"""Records of submissions in the folder of a run: the units of each shard, and how the shard's job ended.
 
     <folder>/shards/<submission>/plan.json      written before anything is submitted
     <folder>/shards/<submission>/<index>.json   written by the shard's job when it starts and ends
@@ -33,7 +33,7 @@ class Submission:
     retry_failed: bool = False
 
     def job_name(self, first: int) -> str:
-        """The name of the Slurm array whose task 0 is shard `first`. slurm.py reads these parts back from squeue."""
+        """Return the name of the Slurm array whose task 0 is shard `first`. squeue gives its parts back to slurm.py."""
         return f"harness.{self.run_id}.{self.name}.{first}"
 
 
@@ -56,7 +56,7 @@ class Record:
 
 
 def submission_folder(folder: Path, name: str) -> Path:
-    """The folder of one submission."""
+    """Return the folder of one submission."""
     return Path(folder) / SHARDS / name
 
 
@@ -76,12 +76,12 @@ def read_submission(folder: Path, name: str) -> Submission:
 
 
 def submission_names(folder: Path) -> list[str]:
-    """The names of all submissions of a folder, oldest first."""
+    """Return the names of all submissions of a folder, the oldest first."""
     return sorted(path.parent.name for path in (Path(folder) / SHARDS).glob("*/plan.json"))
 
 
 def submissions(folder: Path) -> list[Submission]:
-    """All submissions of a folder, oldest first."""
+    """Return all submissions of a folder, the oldest first."""
     return [read_submission(folder, name) for name in submission_names(folder)]
 
 
@@ -91,7 +91,10 @@ def write_record(folder: Path, name: str, index: int, record: Record) -> None:
 
 
 def read_record(folder: Path, name: str, index: int) -> Record | None:
-    """The record of a shard; None where the shard has not started. Raises InputError if it is not as it was written."""
+    """Return the record of a shard, or None if the shard has not started.
+
+    Raises InputError if it is not as it was written.
+    """
     path = submission_folder(folder, name) / f"{index}.json"
     try:
         with reading(path, "the record of the shard"):

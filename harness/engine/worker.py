@@ -1,4 +1,4 @@
-"""What runs in a job: a worker restores a frozen run from its manifest and measures a share of it."""
+"""A worker, which runs in a job: it restores a frozen run from its manifest and measures a share of it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ Find = Callable[[str], Measurement]
 
 
 def restore(folder: str | os.PathLike, find: Find) -> tuple[Measurement, Plan]:
-    """The run that was frozen in a folder, from its manifest alone; changes into the working directory in which it was
-    frozen. Raises InputError, also where weights or data are no longer the same."""
+    """Return the run that was frozen in a folder, from its manifest alone.
+
+    The process changes into the working directory in which the run was frozen. Raises InputError, also if weights or
+    data are no longer the same.
+    """
     from harness.engine.manifest import MANIFEST, read_manifest
     from harness.errors import SettingError
     from harness.settings.validation import validated
@@ -72,7 +75,7 @@ def work(
 
 
 def run_shard(folder: Path, name: str, index: int, find: Find) -> str:
-    """Run one shard of a submission inside its Slurm job. Returns "done"; the shard's record says how it ended.
+    """Run one shard of a submission inside its Slurm job, and return "done". The shard's record says how it ended.
 
     At the cluster's signal the job requeues itself and the process exits; when it starts again, it continues after the
     rows that are there. Raises InputError, also when two starts in a row reached the time limit without finishing a

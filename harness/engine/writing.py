@@ -13,7 +13,7 @@ WAITING = 4  # units; more would be measured again after a kill, and would not b
 
 
 class Writer(Generic[T]):
-    """Calls `write` with each value in the order in which they are put, in one thread.
+    """A thread that calls `write` with each value, in the order in which the values are put.
 
     At most `waiting` values are waiting; then `put` waits, too. After a failure nothing more is written, and the next
     `put`, or `close`, raises the error. As a context it is closed at the end, and what was put is written even if the
