@@ -50,7 +50,7 @@ def measure(plan: CouplingPlan, units: Sequence[Unit], context: Context) -> Iter
             before = parameters_digest(loaded.model)
             decompose = DecompositionCache(loaded, DECOMPOSITION_BYTES)
         last = weights
-        yield from _measure_weights(plan, weights, members, context, loaded, decompose)
+        yield from _measure_weights(plan, members, context, loaded, decompose)
     if loaded is not None:
         require_same_weights(loaded.model, before)
 
@@ -62,9 +62,10 @@ def _open(plan: CouplingPlan, weights: Weights, progress: bool) -> LoadedModel:
 
 
 def _measure_weights(
-    plan: CouplingPlan, weights: Weights, units: Sequence[Unit], context: Context, loaded: LoadedModel,
-    decompose: DecompositionCache,
+    plan: CouplingPlan, units: Sequence[Unit], context: Context, loaded: LoadedModel, decompose: DecompositionCache
 ) -> Iterator[Measured]:
+    """Measure units that have the same weights."""
+    weights = plan.weights[units[0].weights_index]
     common = _common(plan, weights, loaded)
     with ExitStack() as undo:
         problem = None

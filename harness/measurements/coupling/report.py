@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
             safe_for_csv(table).to_csv(out / f"{name}.csv", index=False, float_format=CSV_FORMAT)
         head, tables = _headline(jacobians), [_summary_cells(summary), _way_cells(ways)]
         if can_draw():
-            drawn = _draw(folder, out, jacobians, couplings, summary, ways, blocks)
+            drawn = _draw(folder, out, _Shown(jacobians, couplings, summary, ways, blocks))
         else:
             problems.append(NO_FIGURES)
         sections = [Section("Coupling", tables=[frame_table("Coupling", summary)]),
@@ -143,14 +144,22 @@ def _way_cells(ways: pandas.DataFrame) -> list[list[str]]:
     )]
 
 
-def _draw(
-    folder: Path, out: Path, jacobians: pandas.DataFrame, couplings: pandas.DataFrame, summary: pandas.DataFrame,
-    ways: pandas.DataFrame, blocks: pandas.DataFrame,
-) -> list[str]:
+@dataclass(frozen=True)
+class _Shown:
+    """What the figures show: two tables of the run, and the three tables of the report."""
+
+    jacobians: pandas.DataFrame
+    couplings: pandas.DataFrame
+    summary: pandas.DataFrame
+    ways: pandas.DataFrame
+    blocks: pandas.DataFrame
+
+
+def _draw(folder: Path, out: Path, shown: _Shown) -> list[str]:
     """Draw the figures into the folder `out` and return their file names."""
     drawn: list[str] = []
-    model = Path(jacobians["model"].iloc[0]).name
-    plain = jacobians[jacobians["region"].isna()]
+    model = Path(shown.jacobians["model"].iloc[0]).name
+    plain = shown.jacobians[shown.jacobians["region"].isna()]
     unedited = list(dict.fromkeys(plain["weights"]))
     some = _spread(unedited, MOST_FIGURES)
 
@@ -158,7 +167,7 @@ def _draw(
         drawn.append(f"{kind}.png" if weights is None else f"{kind}-{file_stem(weights)}.png")
         return out / drawn[-1]
 
-    depth = couplings[couplings["kind"] == "depth"]
+    depth, summary = shown.couplings[shown.couplings["kind"] == "depth"], shown.summary
     if len(depth) and depth["block_i"].max() > 0:
         order, k = depth["order"].iloc[0], int(depth["k"].min())
         depth = depth[(depth["order"] == order) & (depth["k"] == k)]
@@ -170,15 +179,15 @@ def _draw(
         checkpoints = plain.dropna(subset=["checkpoint_index"]).sort_values("checkpoint_index", kind="stable")
         names = [one for one in dict.fromkeys(checkpoints["weights"]) if one != "random"]
         if len(names) > 1:
-            figures.training_figure(of_depth, ways, names, path("training"), figure_text(f"{model}, {about}"))
+            figures.training_figure(of_depth, shown.ways, names, path("training"), figure_text(f"{model}, {about}"))
         if len(of_depth["weights"].unique()) > len(unedited):
-            shown = of_depth[of_depth["weights"] != "random"]
-            figures.ablation_figure(shown, path("ablations"), figure_text(f"{model}, {about}"))
-    figures.block_figure(blocks[blocks["weights"].isin(some)], path("blocks"), figure_text(model))
+            trained = of_depth[of_depth["weights"] != "random"]
+            figures.ablation_figure(trained, path("ablations"), figure_text(f"{model}, {about}"))
+    figures.block_figure(shown.blocks[shown.blocks["weights"].isin(some)], path("blocks"), figure_text(model))
     points = with_label(read_coupling(folder, "points"))
-    shown = list(dict.fromkeys([unedited[-1 if "random" not in unedited else -2 if len(unedited) > 1 else 0],
+    chosen = list(dict.fromkeys([unedited[-1 if "random" not in unedited else -2 if len(unedited) > 1 else 0],
                                 *(["random"] if "random" in unedited else [])]))
-    first = points[points["weights"].isin(shown)]
+    first = points[points["weights"].isin(chosen)]
     first = first[first["prompt_id"] == first["prompt_id"].iloc[0]]
     figures.trajectory_figure(first, path("trajectories"),
                               figure_text(f"{model}, prompt {first['prompt_id'].iloc[0]}"))
