@@ -86,8 +86,9 @@ def make_room(
 ) -> None:
     """Remove the least recently used files of a cache until the rest fits, and temporary files that are abandoned.
 
-    suffix: of the files that are the cache's; names that begin with a dot are temporary files. remove: what removes a
-    file, which another process may remove meanwhile. Raises OSError if a file cannot be removed and `remove` is None.
+    suffix: how the names of the cache's files end; names that begin with a dot are temporary files. remove: what
+    removes a file, which another process may remove meanwhile. Raises OSError if a file cannot be removed and `remove`
+    is None.
     """
     kept, abandoned = [], []
     for entry in os.scandir(folder) if folder.is_dir() else ():

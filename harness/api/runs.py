@@ -1,4 +1,4 @@
-"""Runs and their tables, for Python: what is missing is measured, compared, opened, reported and drawn."""
+"""Runs from Python: measure what is missing of a run, compare runs, and open, read, report and draw one."""
 
 from __future__ import annotations
 

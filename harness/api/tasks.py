@@ -25,7 +25,7 @@ def task(name: str, **settings: Any) -> NamedTask:
 
     name: the name of a YAML file in conf/task/ ("wikitext", "piqa"), of a kind of task ("text", "ioi"), or of a task
         or group of lm-eval ("mmlu"). With the setting `kind` it may be any other name.
-    settings: those of the task, as `tasks.<name>.*` on the command line.
+    settings: the settings of the task, as `tasks.<name>.*` on the command line.
     Raises InputError for an unknown name, kind or setting, and if a file does not exist.
 
     >>> sh.task("ioi", data_files="ioi.jsonl", limit=8)

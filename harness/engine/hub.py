@@ -42,7 +42,7 @@ class Repository:
 def push(repository: Repository, folder: Path, message: str) -> str:
     """Upload all files of a folder, and return the address of the repository, which is made if it is not there.
 
-    message: that of the commit. Raises InputError with what the hub says if it refuses.
+    message: the message of the commit. Raises InputError with what the hub says if it refuses.
     """
     from huggingface_hub import HfApi, errors
 

@@ -201,9 +201,9 @@ class Calibration:
     def losses(self, matrices: Sequence[Matrix], decompose: Decompose, metric: str) -> Mapping[str, Tensor]:
         """Return the first-order change of the loss if each value of a spectrum is removed: matrix -> float64 [r].
 
-        The loss is the mean negative log-probability of the text in nats per token. metric: that of the spectra that
-        `decompose` returns. One backward pass over the text serves all matrices that are new. The model must hold its
-        unedited weights.
+        The loss is the mean negative log-probability of the text in nats per token. metric: the metric of the spectra
+        that `decompose` returns. One backward pass over the text serves all matrices that are new. The model must hold
+        its unedited weights.
         """
         new = [matrix for matrix in matrices if (metric, matrix.name) not in self._losses]
         if new:

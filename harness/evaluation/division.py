@@ -28,8 +28,8 @@ def _alone(value: Any) -> list[Any]:
 class Division:
     """The place of this process among `n` processes that measure the same cells in the same order.
 
-    rank: its number, from 0. gather: a function that takes a value of this process, waits for all processes, and
-    returns their values in the order of their ranks. The values must pickle.
+    rank: the number of this process, counted from 0. gather: a function that takes a value of this process, waits for
+    all processes, and returns their values in the order of their ranks. The values must pickle.
     """
 
     rank: int = 0

@@ -34,8 +34,8 @@ MAX_ENTRIES = 50_000  # scored tokens; each costs two evaluations of the task's 
 class SingularGradients:
     """The derivatives of one metric M of one task.
 
-    metric: its name. value: its value for the unedited model. products: name of a matrix -> the products s_i dM/ds_i in
-    the metric's own unit, float64 [r] on the CPU.
+    metric: the name of the metric. value: its value for the unedited model. products: name of a matrix -> the products
+    s_i dM/ds_i in the metric's own unit, float64 [r] on the CPU.
     """
 
     metric: str

@@ -104,8 +104,8 @@ class ExampleScores:
 class TaskContext:
     """What a task may know of the model for which it is prepared. Weights are not part of it.
 
-    tokenizer, model_config: those of transformers. context_length: in tokens. kind: of the model's family, "causal",
-    "masked", "seq2seq" or "classification". generation: what the checkpoint says of generating text, as
+    tokenizer, model_config: objects of transformers. context_length: in tokens. kind: that of the model's family,
+    "causal", "masked", "seq2seq" or "classification". generation: what the checkpoint says of generating text, as
     `harness.models.description.generation_values` returns it; empty for a model that does not generate.
     generation_tokens: the tokens of the prompts and the generated text of one batch, padding included. The ids of cells
     of tasks that generate depend on it, because another padding changes the last bits of logits, and so a text in which

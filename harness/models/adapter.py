@@ -51,8 +51,9 @@ class LowRank:
 class Adapter:
     """An adapter that fits its base.
 
-    name: as in the settings. digest: of the bytes of both files. file: its weights. changed: name of a parameter of the
-    base -> its change. replaced: name of a parameter -> the name of the tensor in the file that takes its place.
+    name: its name in the settings. digest: a digest of the bytes of both files. file: its weights. changed: name of a
+    parameter of the base -> its change. replaced: name of a parameter -> the name of the tensor in the file that takes
+    its place.
     """
 
     name: str
@@ -68,8 +69,8 @@ class Adapter:
     def merged(self, parameter: str, weight: Tensor) -> Tensor:
         """Return a parameter of the base with the adapter merged into it.
 
-        weight: of the base, of any floating dtype. Returns float32 on the CPU for a parameter that the adapter changes;
-        another parameter is returned as it is.
+        weight: the weight of the base, of any floating dtype. Returns float32 on the CPU for a parameter that the
+        adapter changes; another parameter is returned as it is.
         """
         if parameter in self.replaced:
             return read_tensor(self.file, self.replaced[parameter])

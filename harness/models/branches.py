@@ -110,7 +110,7 @@ def branch(
 
 @dataclass(frozen=True)
 class Bias:
-    """What is added to the outputs of one matrix. values: float32 [out]."""
+    """A vector that is added to the outputs of one matrix. values: float32 [out]."""
 
     matrix: Matrix
     values: Tensor

@@ -46,9 +46,9 @@ def model_cost(model: PreTrainedModel, family: Family | None = None) -> ModelCos
 def key_value_bytes(config: Any, dtype: str) -> int:
     """Return the bytes of the keys and values that a model keeps of one token while it generates text.
 
-    config: of transformers. dtype: "float32", "bfloat16" or "float16". A decoder keeps them in each of its blocks; the
-    decoder of an encoder-decoder keeps those of its own tokens or of the source's. Blocks whose attention reaches a
-    limited number of tokens back keep fewer in all.
+    config: the config of transformers. dtype: "float32", "bfloat16" or "float16". A decoder keeps them in each of its
+    blocks; the decoder of an encoder-decoder keeps those of its own tokens or of the source's. Blocks whose attention
+    reaches a limited number of tokens back keep fewer in all.
     """
     config = config.get_text_config()
     blocks = (config.num_decoder_layers if getattr(config, "num_decoder_layers", None) else

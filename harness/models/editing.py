@@ -40,7 +40,7 @@ class Ablation:
     def positions(self, decomposition: Decomposition, region: Region | None = None) -> Tensor:
         """Return the positions of the values that are removed or scaled: int64 [n] on the CPU, in ascending order.
 
-        region: that of this matrix, if it depends on all matrices of the target (`resolved_regions`).
+        region: the region of this matrix, if it depends on all matrices of the target (`resolved_regions`).
         """
         picked = select(region or self.region, decomposition.sigma, decomposition.shape)
         # of an operand the operation itself takes the rest, because directions need not span all of its outputs

@@ -266,9 +266,9 @@ def loaded_from(
 ) -> LoadedModel:
     """Return a model that is already in memory as a LoadedModel, so that it can be edited and scored.
 
-    The module itself is not changed: its training mode, gradients and weights are the caller's. identity: goes into the
-    ids of cells, see `module_identity`. family: needed for an architecture that is not in FAMILIES; raises InputError
-    if it is missing.
+    The module itself is not changed: its training mode, gradients and weights are the caller's. identity: it goes into
+    the ids of cells, see `module_identity`. family: needed for an architecture that is not in FAMILIES; raises
+    InputError if it is missing.
     """
     config = getattr(model, "config", None)
     parameter = next(model.parameters())

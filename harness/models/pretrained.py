@@ -96,8 +96,8 @@ def _state(
 def stored_name(parameter: str, prefix: str, stored: Container[str]) -> str | None:
     """Return the name under which a checkpoint holds a parameter; None if it holds none of this name.
 
-    prefix: that of the body of the model. A checkpoint that was saved without a head lacks it, and one with a head has
-    it though this model may not. stored: the names in the checkpoint.
+    prefix: the prefix of the parameters of the model's body. A checkpoint that was saved without a head lacks it, and
+    one with a head has it though this model may not. stored: the names in the checkpoint.
     """
     return next((key for key in (parameter, parameter.removeprefix(prefix), prefix + parameter) if key in stored), None)
 

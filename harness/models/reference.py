@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Reference:
     """The reference of a model.
 
-    settings: those with which it is read, in the dtype of the model. same_parameters: whether every parameter of the
-    model has the name and the shape of one of the reference, so that all can be exchanged; False for a model with a
+    settings: the settings with which it is read, in the dtype of the model. same_parameters: whether every parameter of
+    the model has the name and the shape of one of the reference, so that all can be exchanged; False for a model with a
     classification head, which references rarely have.
     """
 
@@ -45,8 +45,8 @@ def describe_reference(
 ) -> Reference | None:
     """Return the reference of a model, or None if there is none. No weights are read.
 
-    model, description: those of the model. Raises InputError if the two models are not a pair: if they are of different
-    architectures, if a matrix has other sizes, or if the weights of one are quantised.
+    model, description: the settings and the description of the model. Raises InputError if the two models are not a
+    pair: if they are of different architectures, if a matrix has other sizes, or if the weights of one are quantised.
     """
     own = settings.of(model)
     if own is None:

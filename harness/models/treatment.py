@@ -125,7 +125,7 @@ class Calibrated(Protocol):
     def losses(self, matrices: Sequence[Matrix], decompose: Decompose, metric: str) -> Mapping[str, Tensor]:
         """Return the first-order change of the text's loss if each value of a spectrum is removed, by matrix.
 
-        The results are float64 [r]. metric: that of the spectra that `decompose` returns. The model must hold its
+        The results are float64 [r]. metric: the metric of the spectra that `decompose` returns. The model must hold its
         unedited weights.
         """
         ...

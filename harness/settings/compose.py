@@ -167,7 +167,7 @@ def _in_lists(overrides: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
 def settings_of(source: Source, composed: Any, overrides: Sequence[str] = ()) -> Any:
     """Return the checked settings of a composed DictConfig. Raises an InputError of one line.
 
-    overrides: those that the user typed.
+    overrides: the overrides that the user typed.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException

@@ -79,7 +79,7 @@ class PageTable:
 
 @dataclass(frozen=True)
 class View:
-    """What a chart shows at a time: traces and layout in the JSON of plotly. label: its name in the list of views."""
+    """A view of a chart: traces and layout in the JSON of plotly. label: its name in the list of views."""
 
     label: str
     traces: Sequence[Mapping[str, Any]]

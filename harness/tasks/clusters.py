@@ -83,7 +83,7 @@ def _labels(key: str, column: str, rows: Sequence[Mapping[str, Any]]) -> list[st
 def clustered(task: PreparedTask, labels: Sequence[Hashable], name: str) -> PreparedTask:
     """Return a task whose metrics all have clusters.
 
-    labels: that of the cluster of each example. name: what the clusters are, for the protocol.
+    labels: for each example, the label of its cluster. name: what the clusters are, for the protocol.
     """
     clusters = numbered(labels)
     protocol = {**task.protocol, **described(clusters, name)}

@@ -40,7 +40,7 @@ class LabelWordsTask(ChatTask, RowsTask):
 
         Each word must be one token there, so that they compete at one position. Metrics:
         accuracy: whether the right word is the most probable of the words (a tie of k counts 1 / k).
-        cross_entropy: of the probabilities of the words, divided by their sum, in nats (lower is better).
+        cross_entropy: the cross-entropy of the words' probabilities, divided by their sum, in nats (lower is better).
         logprob, p_words: the log-probability of the right word in nats, and the sum of the probabilities of the words;
             both are over the whole vocabulary, and higher is better.
         Raises InputError for a column that a row lacks, a label without a word, or a word of several tokens, and as

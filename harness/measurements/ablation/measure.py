@@ -1,4 +1,4 @@
-"""The measuring of cells: one loaded model is edited, scored from the frontier on, and restored."""
+"""Measure cells: one loaded model is edited, scored from the frontier on, and restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measuring of components: the first-order passes over all matrices, and then one matrix after the other."""
+"""Measure components: the first-order passes over all matrices, and then one matrix after the other."""
 
 from __future__ import annotations
 

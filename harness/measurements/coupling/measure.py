@@ -1,4 +1,4 @@
-"""The measuring of coupling: one set of weights after the other, one ablation after the other, prompt by prompt."""
+"""Measure coupling: one set of weights after the other, one ablation after the other, prompt by prompt."""
 
 from __future__ import annotations
 

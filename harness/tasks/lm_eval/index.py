@@ -157,7 +157,7 @@ def _task_manager(folder: str | None, include_defaults: bool) -> Any:
 
 @functools.cache
 def _manager_of(folder: str | None, include_defaults: bool, state: tuple[tuple[str, int, int], ...]) -> Any:
-    """Return the TaskManager of a folder. state: of its files, so that a process sees a file that has changed."""
+    """Return the TaskManager of a folder. state: the state of its files, so that a process notices changes."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=include_defaults, include_path=folder)
