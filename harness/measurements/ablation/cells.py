@@ -29,7 +29,7 @@ from harness.models.editing import Ablation
 from harness.models.targets import BASELINE, UNEDITED, Target, control_target
 from harness.models.treatment import REMOVE, Treatment
 from harness.spectral.regions import Region, select
-from harness.spectral.regions.named import NamedRule, parse_name
+from harness.spectral.regions.named_components import NamedRule, parse_name
 
 NUMBERS_VERSION = 3  # must be raised when a change of the code changes the numbers of cells
 ADAPTIVE_VERSION = 2  # the same for those that only adaptive cells have

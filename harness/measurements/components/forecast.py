@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from harness.measurements.ablation.forecast import duration
 from harness.measurements.ablation.rates import rates_of
+from harness.measurements.components.plan import ComponentsPlan
 from harness.models.cost import model_cost
 from harness.models.families import skeleton
 from harness.models.loading import TORCH_DTYPES, pick_device
 from harness.models.unembedding import INTO_STREAM, THROUGH_NEURONS
 from harness.spectral.activations import metric_flops
 from harness.spectral.decomposition import decomposition_flops
-
-if TYPE_CHECKING:
-    from harness.measurements.components.units import ComponentsPlan
 
 
 @dataclass(frozen=True)

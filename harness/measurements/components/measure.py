@@ -20,9 +20,9 @@ from harness.evaluation.gradients import SingularGradients, loss_changes, singul
 from harness.evaluation.requests import ScoredTask
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements.ablation.sources import sources_of
+from harness.measurements.components.plan import ComponentsPlan, Unit
 from harness.measurements.components.rows import Described, Named, component_columns, prediction_columns
 from harness.measurements.components.tables import TABLES
-from harness.measurements.components.units import ComponentsPlan, Unit
 from harness.models.identity import parameters_digest
 from harness.models.loading import LoadedModel, load, require_head
 from harness.models.matrices import Matrix

@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.engine.manifest import MANIFEST, manifest_there
-from harness.engine.plan import Plan, ShardCost, SumOfCosts, canonical, digest, folder_of, run_id
+from harness.engine.plan import canonical, digest, folder_of, run_id
 from harness.errors import InputError
-from harness.evaluation.calibration import CalibrationText
 from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask, TaskContext
 from harness.measurements.ablation.cells import task_digest
+from harness.measurements.components.forecast import price_lines
+from harness.measurements.components.plan import ComponentsPlan, Unit
 from harness.measurements.components.settings import ComponentsSettings
-from harness.models.description import ModelDescription
 from harness.models.families import matrices_of, skeleton
-from harness.models.loading import describe_model, load_tokenizer, pick_device, train_embedded
-from harness.models.matrices import Matrix
-from harness.models.reference import Reference, describe_reference
+from harness.models.loading import describe_model, load_tokenizer, pick_device
+from harness.models.reference import describe_reference
 from harness.models.targets import choose_matrices
-from harness.spectral.decomposition import decomposition_flops
 from harness.tasks.registry import check_kinds, prepare_tasks
 
 NUMBERS_VERSION = 1  # must be raised when a change of the code changes numbers in the tables
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One matrix. part: its layer type, because `harness status` counts the matrices of each."""
-
-    id: str
-    matrix: Matrix
-    part: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentsPlan(Plan):
-    """The plan of the components of a model.
-
-    text: the calibration text, or None. tasks: those whose metrics are derived. reference: with what the components are
-    compared, or None.
-    """
-
-    settings: ComponentsSettings
-    units: tuple[Unit, ...]
-    description: ModelDescription
-    tokenizer: Any
-    text: CalibrationText | None
-    tasks: dict[str, ScoredTask]
-    reference: Reference | None
-
-    def shard_cost(self) -> ShardCost:
-        """Return the cost of an empty shard: of its decompositions, in floating-point operations."""
-        return SumOfCosts(lambda unit: decomposition_flops(*unit.matrix.shape))
-
-    def before_jobs(self) -> None:
-        """Train the embedded model once, so that not every job trains it."""
-        train_embedded([self.settings.model])
 
 
 def plan(settings: ComponentsSettings) -> ComponentsPlan:
@@ -122,8 +85,6 @@ def restore(folder: Path, manifest: Mapping[str, Any], settings: ComponentsSetti
 
 def describe(plan: ComponentsPlan) -> str:
     """Return the text of `harness plan`."""
-    from harness.measurements.components.forecast import price_lines
-
     settings = plan.settings
     n = sum(min(unit.matrix.shape) for unit in plan.units)
     lines = [f"components {plan.id}  folder {plan.folder}",
