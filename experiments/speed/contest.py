@@ -61,7 +61,8 @@ from harness.measurements.ablation import forecast, measure, rates
 from harness.measurements.ablation.cells import group_by_ablation
 from harness.measurements.ablation.region_settings import RegionSettings
 from harness.measurements.ablation.settings import StudySettings
-from harness.measurements.ablation.units import Study, plan
+from harness.measurements.ablation.study import Study
+from harness.measurements.ablation.units import plan
 from harness.models import decompositions
 from harness.models.editing import Ablation, ablated
 from harness.models.loading import LoadedModel
