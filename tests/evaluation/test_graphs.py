@@ -24,7 +24,7 @@ from harness.models.loading import LoadedModel, loaded_from
 from harness.models.targets import TargetSettings, expand_targets
 from harness.spectral.regions import small
 from tests.evaluation.test_scoring import requests_for, task
-from tests.evaluation.test_waiting import CAUSAL, _moved, _trees
+from tests.evaluation.test_synchronisation import CAUSAL, _moved, _trees
 from tests.models.tiny import tiny_model
 from tests.simulated import simulated
 

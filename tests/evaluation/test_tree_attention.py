@@ -20,7 +20,7 @@ from harness.measurements.ablation.cells import numeric_settings
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.loading import loaded_from
 from tests.evaluation.test_scoring import task
-from tests.evaluation.test_waiting import _trees
+from tests.evaluation.test_synchronisation import _trees
 from tests.models.tiny import tiny_model
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma2")
