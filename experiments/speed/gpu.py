@@ -621,7 +621,7 @@ STAGES: dict[str, tuple[Callable[[Bench], dict[str, Any]], int]] = {
     "machine": (machine, 40), "exactness": (exactness, 40), "large_model": (large_model, 60), "passes": (passes, 120),
     "head": (head, 30), "profile": (profile, 30), "rates": (rates, 20), "decompositions": (decompositions, 50),
     "edits": (edits, 50), "cells": (cells, 80), "experts": (experts, 50), "host_stream": (host_stream, 30),
-    "attention": (attention, 40), "graph": (graph, 40), "trees": (trees, 60), "compiled": (compiled, 100),
+    "attention": (attention, 40), "graph": (graph, 40), "trees": (trees, 80), "compiled": (compiled, 90),
     "out_of_memory": (out_of_memory, 50),
 }
 

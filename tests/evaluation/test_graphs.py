@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from harness.engine.ranks import Ranks
 from harness.errors import InputError
 from harness.evaluation import graphs
 from harness.evaluation.graphs import PASSES_BEFORE, Graphs, graphs_of, require_graphs
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import RuntimeSettings, ScoringOptions
 from harness.measurements import compose_settings
+from harness.measurements.ablation import measure
 from harness.models.decompositions import DecompositionCache
 from harness.models.editing import Ablation, ablated
 from harness.models.loading import LoadedModel, loaded_from
@@ -238,6 +241,16 @@ def test_what_is_asked_for_where_there_is_none() -> None:
             compose_settings("ablation", ["runtime.cuda_graphs=true", other])
     assert compose_settings("ablation", []).runtime.cuda_graphs == "auto"
     assert compose_settings("ablation", ["runtime.cuda_graphs=false"]).runtime.cuda_graphs is False
+
+
+def test_a_run_is_refused_before_its_model_is_loaded(monkeypatch) -> None:
+    def load(*args: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(measure, "load", load)
+    settings = compose_settings("ablation", ["runtime.cuda_graphs=true", "model.device=cpu"])
+    with pytest.raises(InputError, match="^runtime.cuda_graphs: True is wrong"):
+        measure.open_session(SimpleNamespace(settings=settings), Ranks(), False)
 
 
 @pytest.mark.gpu

@@ -88,6 +88,8 @@ def test_it_is_part_of_the_id_of_a_cell_and_the_usual_attention_is_not() -> None
     settings = StudySettings()
     before = numeric_settings(settings, Description())
     assert "tree_attention" not in before
+    settings.runtime.cuda_graphs = True  # the bits are the same
+    assert numeric_settings(settings, Description()) == before
     settings.runtime.tree_attention = "flex"
     assert numeric_settings(settings, Description()) == {**before, "tree_attention": "flex"}
 

@@ -56,6 +56,8 @@ class RowMaker:
             {**text.protocol, "centred": text.centred, "n_tokens": text.n_tokens}, sort_keys=True, default=str
         )
         self._values: dict[str, dict[str, float]] = {}
+        self.protocols = {name: json.dumps(dict(task.protocol), sort_keys=True, default=str)
+                          for name, task in study.tasks.items()}
         self.reference = study.prepared.reference and study.prepared.reference.settings.label
         self.block_of = {matrix.name: matrix.block for matrix in loaded.matrices}
         self.type_of = {matrix.name: matrix.layer_type for matrix in loaded.matrices}
@@ -95,7 +97,7 @@ class RowMaker:
             **self.common,
             "cell_id": cell.id,
             "task": cell.task,
-            "protocol": json.dumps(dict(self.tasks[cell.task].protocol), sort_keys=True, default=str),
+            "protocol": self.protocols[cell.task],
             "target": target.label,
             "target_kind": target.kind,
             "block": target.block,
