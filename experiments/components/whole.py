@@ -179,14 +179,14 @@ def main() -> None:
     rows["random"] = rows["random"].fillna(False).astype(bool)
     matrices = by_matrix(components, predictions)
     pairs = pd.concat([replaced_by_mean(rows, study) for study in asked.mean]) if asked.mean else rows.iloc[:0]
-    tables = {"matrices": matrices, "layer-types": by_layer_type(matrices), "concentrated": concentrated(predictions),
+    tables = {"atlas": matrices, "layer-types": by_layer_type(matrices), "concentrated": concentrated(predictions),
               "first-order": agreement(rows)}
     if len(pairs):
         tables["mean"] = what_is_left(pairs)
     asked.out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         table.to_csv(asked.out / f"{asked.name}-{name}.csv", index=False, float_format="%.4g")
-        if name != "matrices":
+        if name != "atlas":
             print(table.to_string(index=False, float_format="%.3g"), "\n")
     measured = rows[COMMITTED]
     if len(pairs):
