@@ -57,6 +57,10 @@ class InnerOutputs:
         self._kept.clear()
         self._left, self._block, self._order = self._budget, -1, []
 
+    def drop(self, key: Any) -> None:
+        """Give up what is kept of a batch, if anything."""
+        self._left += _size(self._kept.pop(key, {}))
+
     def stop(self) -> None:
         """Keep nothing from now on, because memory ran out."""
         self._budget = 0
@@ -93,7 +97,7 @@ class InnerOutputs:
             self._keep(key, {path: output for path, output in (kept | found).items() if path in wanted})
 
     def _keep(self, key: Any, outputs: dict[str, Any]) -> None:
-        self._left += _size(self._kept.pop(key, {}))
+        self.drop(key)
         size = _size(outputs)
         if size <= self._left:
             self._left -= size

@@ -205,6 +205,7 @@ class Scorer:
         """Give up the batches and the stream of a task, which is not scored any more."""
         for i in self._own(task) if task in self.packed else ():
             self._store.drop((task, i))
+            self._inner.drop((task, i))
             if self._graphs is not None:
                 self._graphs.drop((task, i))
             self._readings.pop((task, i), None)

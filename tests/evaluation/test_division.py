@@ -62,7 +62,7 @@ def test_divided_scores_are_those_of_one_process(model_type, n):
     def work(division):
         scorer = Scorer(models[division.rank], {"task": task(requests)}, options, division)
         score_batch, found = scorer._score_batch, []
-        scorer._score_batch = lambda key, rank: ran[division.rank].append(key[1]) or score_batch(key, rank)
+        scorer._score_batch = lambda key, *more: ran[division.rank].append(key[1]) or score_batch(key, *more)
         for block in (0, 1):
             scorer.advance(block)
             found.append(scorer.score("task", block))
