@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from harness.tables.frames import dicts_of
 from harness.tables.identity import OK
-from harness.tables.text import count
+from harness.tables.text import count, is_missing
 
 if TYPE_CHECKING:
     import pandas
 
 
-def last_line(traceback: str | None) -> str:
-    """Return the last line of a traceback, which names the exception, or "unknown" if there is no text."""
-    lines = (traceback or "").strip().splitlines()
+def last_line(traceback: Any) -> str:
+    """Return the last line of a traceback, which names the exception, or "unknown" if there is no text or a null."""
+    lines = [] if is_missing(traceback) else traceback.strip().splitlines()
     return lines[-1] if lines else "unknown"
 
 
