@@ -299,8 +299,13 @@ def machine_rate(repeats: int = 3) -> float:
 
 
 def repeat(grid: str, number: int, settings: StudySettings, loaded: LoadedModel | None, n_samples: int,
-           batch_sizes: dict[str, dict[str, int]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], LoadedModel]:
-    """Rows of contest.csv and parts.csv for one study of the grid with its rivals at a sample of ablations."""
+           batch_sizes: dict[str, dict[str, int]], ideal_everywhere: bool = False,
+           ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], LoadedModel]:
+    """Rows of contest.csv and parts.csv for one study of the grid with its rivals at a sample of ablations.
+
+    ideal_everywhere: whether the ideal loop does every ablation, and not only the sample. turns.py wants it, which does
+    not read these rows: they would count the ideal loop too often.
+    """
     study = plan(settings)
     tasks = scored_tasks(study.tasks)
     loaded = loaded or measure.open_session(study, Ranks(), False)
@@ -313,7 +318,8 @@ def repeat(grid: str, number: int, settings: StudySettings, loaded: LoadedModel 
     differences: dict[tuple[str, str], float] = defaultdict(float)
 
     def rivals(ablation: Ablation, scorer: Scorer) -> None:
-        if ablation not in chosen:
+        here = CONTESTANTS[1:] if ablation in chosen else ("ideal",) if ideal_everywhere else ()
+        if not here:
             return
         rates.append(machine_rate())
         cache = decompositions.DecompositionCache(loaded, 2**33)
@@ -324,7 +330,7 @@ def repeat(grid: str, number: int, settings: StudySettings, loaded: LoadedModel 
         for task in tasks:
             with ablated(loaded, ablation, cache):
                 ours = scorer.score(task, ablation.target.first_block).request_logprob()
-            for rival in random.Random(task).sample(CONTESTANTS[1:], 3):
+            for rival in random.Random(task).sample(here, len(here)):
                 if rival == "naive":
                     with clock.part("other", task, rival):
                         theirs = naive_scores(clock, loaded, ablation, indices, list(tasks[task].requests))
