@@ -1,9 +1,12 @@
 """What splitting costs: one process against N shards of the same study, each a process of its own.
 
-    python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600]
+    python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600] [--out shards.csv]
+
+Another checkout is measured where PYTHONPATH names it.
 
 Shards run at once where there are as many processors, otherwise one after the other. dearest, cheapest, total:
-processor seconds, which hold on a machine that others use too. wall: from the start of the first to the end of the
+processor seconds, which hold on a machine that others use too. system: those of them that the system spent, and
+page_faults, both of all shards. wall: from the start of the first to the end of the
 last, of shards that ran at once; wall_ratio: over the wall time of one process divided by N, for which the machine must
 be quiet.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +24,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COLUMNS = ("shards", "dearest", "cheapest", "total", "ratio", "more_per_shard", "wall", "wall_ratio")
+COLUMNS = ("shards", "dearest", "cheapest", "total", "ratio", "more_per_shard", "system", "page_faults", "wall",
+           "wall_ratio")
 
 
 def started(*arguments: str) -> subprocess.Popen:
@@ -28,13 +33,13 @@ def started(*arguments: str) -> subprocess.Popen:
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def processor_seconds(process: subprocess.Popen) -> float:
+def usage_of(process: subprocess.Popen) -> resource.struct_rusage:
     """Waits for the process. Raises RuntimeError where it failed."""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{process.args} ended with {process.returncode}")
-    return usage.ru_utime + usage.ru_stime
+    return usage
 
 
 def main() -> None:
@@ -53,19 +58,22 @@ def main() -> None:
         writer.writeheader()
         for n in arguments.shards:
             study = arguments.folder / f"of-{n}"
-            processor_seconds(started("plan", "--freeze", *settings, f"output={study}"))
+            usage_of(started("plan", "--freeze", *settings, f"output={study}"))
             commands = [("work", str(study), "--quiet", "--shard", str(i), "--of", str(n)) for i in range(n)]
             at_once, wall = n <= (os.cpu_count() or 1), time.monotonic()
             if at_once:
-                seconds = [processor_seconds(process) for process in [started(*command) for command in commands]]
+                used = [usage_of(process) for process in [started(*command) for command in commands]]
             else:
-                seconds = [processor_seconds(started(*command)) for command in commands]
+                used = [usage_of(started(*command)) for command in commands]
             wall = time.monotonic() - wall
+            seconds = [usage.ru_utime + usage.ru_stime for usage in used]
             if n == 1:
                 one, one_wall = seconds[0], wall
             row = {
                 "dearest": max(seconds), "cheapest": min(seconds), "total": sum(seconds),
                 "ratio": max(seconds) * n / one, "more_per_shard": (sum(seconds) - one) / max(1, n - 1),
+                "system": sum(usage.ru_stime for usage in used),
+                "page_faults": sum(usage.ru_minflt for usage in used),
                 **({"wall": wall, "wall_ratio": wall * n / one_wall} if at_once else {}),
             }
             writer.writerow({"shards": n} | {key: f"{value:.4g}" for key, value in row.items()})

@@ -139,8 +139,11 @@ class _Run:
         say(f"{self.measurement.name} {plan.id}: {len(wanted)} units, {len(wanted) - len(missing)} done, in"
             f" {plan.folder}{on}{', which measure each unit together' if together else ''}")
         if missing:
+            from harness.models.memory import keeping_freed_memory  # imports torch, which a complete run does not need
+
             share = missing if together or ranks.n == 1 else self._share(missing)
-            self._measure_share(share, together)
+            with keeping_freed_memory():
+                self._measure_share(share, together)
         return self._outcome(wanted, ran=bool(missing))
 
     def _missing(self, wanted: Sequence[Any]) -> list[str]:

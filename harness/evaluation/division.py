@@ -37,12 +37,13 @@ class Division:
     gather: Callable[[Any], list[Any]] = _alone
     _steps: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
-    def own(self, n_batches: int) -> range:
+    def own(self, n_batches: int, before: int = 0) -> range:
         """Return the indices of the batches that this process scores.
 
         Batches are sorted by length. Neighbours go to different processes, so that all have about as much to do.
+        before: the number of batches that were dealt out before these, after which the deal goes on.
         """
-        return range(self.rank, n_batches, self.n)
+        return range((self.rank - before) % self.n, n_batches, self.n)
 
     def together(self, label: str, compute: Callable[[], T]) -> list[T]:
         """Call `compute` in every process, and return the results of all in the order of their ranks.

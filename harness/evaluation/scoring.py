@@ -127,8 +127,12 @@ class Scorer:
         self._readings: dict[tuple[str, int], Reading] = {}
         # all batches go to the device now: later, a copy from pageable memory would wait for the pass before it
         self._batches: dict[tuple[str, int], Batch | WholeBatch] = {}
+        self._before: dict[str, int] = {}
+        dealt = 0
         for name, packed in self.packed.items():
-            for i in self.division.own(len(packed.batches)):
+            self._before[name] = dealt
+            dealt += len(packed.batches)
+            for i in self._own(name):
                 batch = packed.batches[i]
                 self._readings[name, i] = self._reading(batch, options.logit_rows)
                 moved = _moved(batch, loaded.device)
@@ -149,18 +153,39 @@ class Scorer:
         that may differ, so that what the block computes before them is not computed again; empty if that is not known.
         Raises ValueError if the frontier has been advanced beyond the block, and LostStep.
         """
-        packed, needs_rank = self.packed[task], self.needs_rank[task]
+        return self.score_several([task], first_block, edited)[task]
+
+    def score_several(
+        self, tasks: Sequence[str], first_block: int = 0, edited: Sequence[Matrix] = ()
+    ) -> dict[str, Scores]:
+        """Return the scores of some tasks by name, after one exchange between the processes. Otherwise as `score`."""
         if self.block > first_block:
             raise ValueError(f"the frontier at block {self.block} is beyond the edited block {first_block}")
+        answers = self.division.together(
+            f"scoring {', '.join(tasks)}",
+            lambda: [self._answers(task, self.needs_rank[task], edited) for task in tasks],
+        )
+        return {task: self._scores(task, of_task) for task, of_task in zip(tasks, zip(*answers))}
+
+    def _scores(self, task: str, answers: Sequence[Answers]) -> Scores:
+        """Return the scores of one task from the answers of all processes."""
+        packed = self.packed[task]
         logprob = np.empty(packed.n_entries, dtype=np.float64)
         greedy = np.empty(packed.n_entries, dtype=bool)
-        rank = np.empty(packed.n_entries, dtype=np.int64) if needs_rank else None
-        for answers in self.division.together(f"scoring {task}", lambda: self._answers(task, needs_rank, edited)):
-            entries, own_logprob, own_greedy, own_rank = answers
+        rank = np.empty(packed.n_entries, dtype=np.int64) if self.needs_rank[task] else None
+        for entries, own_logprob, own_greedy, own_rank in answers:
             logprob[entries], greedy[entries] = own_logprob, own_greedy
             if rank is not None and own_rank is not None:
                 rank[entries] = own_rank
         return Scores(logprob, greedy, rank, packed.offsets)
+
+    def until_all_have_work(self, tasks: Sequence[str]) -> list[str]:
+        """Return the fewest of these tasks, from the first on, of which every process of the division has a batch.
+
+        If there are too few batches, these are all of the tasks.
+        """
+        batches = np.cumsum([len(self.packed[task].batches) for task in tasks])
+        return list(tasks[: int(np.searchsorted(batches, self.division.n)) + 1])
 
     def _answers(self, task: str, needs_rank: bool, edited: Sequence[Matrix]) -> Answers:
         """Return the answers of the batches that this process scores."""
@@ -187,7 +212,7 @@ class Scorer:
         return results
 
     def _own(self, task: str) -> range:
-        return self.division.own(len(self.packed[task].batches))
+        return self.division.own(len(self.packed[task].batches), self._before[task])
 
     def rehearse(self, task: str) -> None:
         """Score the batches of a task that need the most memory: with the most tokens, and the most pairs of tokens."""

@@ -1,8 +1,17 @@
-"""Recognise errors that say that memory ran out, release memory that is not in use, and divide what is free."""
+"""Keep freed memory for the next pass, recognise that memory ran out, release what is not in use, divide what is free.
+
+glibc gives memory back to the system when a large block is freed, or when the end of its heap is free. The next tensor
+of that size is then made of new pages, each of which the system must find and fill with zeros when it is first written.
+A forward pass frees its activations as it goes, so that every pass pays for this again. How much depends on what
+happens to lie at the end of the heap, and so differs between processes that do the same work (experiments/scaling).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,6 +24,10 @@ _WORDS = (
 )  # fmt: skip
 DECOMPOSITIONS_ON_CPU = 4 * 2**30  # bytes
 SHARE_FOR_DECOMPOSITIONS = 0.5  # of the memory of a GPU that is free beside the model and the stream
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of parameters in glibc's malloc.h
+_NEVER = -1
+_LARGEST_KEPT = 2**30  # bytes; larger blocks, such as the weights of large models, are still given back when freed
+_USUAL_MMAP, _USUAL_TRIM = 32 * 2**20, 64 * 2**20  # what glibc's own rule leads to once blocks of that size were freed
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,9 +40,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Let the C library keep what the CPU's tensors free, for the time of the context; no number changes.
+
+    At the end everything that is free goes back to the system. Nothing happens with another C library than glibc.
+    """
+    kept = _set(_MMAP_THRESHOLD, _LARGEST_KEPT) and _set(_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield
+    finally:
+        if kept:
+            _set(_MMAP_THRESHOLD, _USUAL_MMAP)
+            _set(_TRIM_THRESHOLD, _USUAL_TRIM)
+            _give_back()
+
+
+def _set(parameter: int, value: int) -> bool:
+    """Set a parameter of the C library's allocator, and return whether it took it."""
+    try:
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
+
+
+def _give_back() -> None:
+    """Give the memory that the C library holds and nothing uses back to the system."""
+    try:
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+    except (AttributeError, OSError, TypeError):  # not glibc
+        pass
+
+
 def release_memory() -> None:
-    """Collect garbage and give the device memory that torch keeps in its cache back to the system."""
+    """Collect garbage, and give memory that is not in use back to the system: the device's and the host's."""
     gc.collect()
+    _give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -6,6 +6,7 @@ reads (terminal, Markdown, figures) shows what `region_words` makes of them.
 
 from __future__ import annotations
 
+import functools
 import re
 
 _SEED = re.compile(r" seed (\d+)$")
@@ -24,6 +25,7 @@ _TREATMENT = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=4096)  # large studies ask for each of their few labels many times
 def region_words(label: str) -> str:
     """Return what is done to a matrix, for the label of a region; a label of unknown form is returned unchanged.
 

@@ -267,7 +267,7 @@ def _data(tables: Sequence[PageTable], charts: Sequence[tuple[Chart, int | None]
         "tables": [{
             "columns": [vars(column) for column in table.columns],
             "n": len(table.values[0]) if len(table.values) else 0,
-            "data": [[_plain(value) for value in values] for values in table.values],
+            "data": [_plain(list(values)) for values in table.values],
             "examples": {row: [[one.name, text_number(one.text), *map(_plain, one.scores)] for one in examples]
                          for row, examples in table.examples.items()},
             "score_names": table.score_names, "about_examples": table.about_examples,
@@ -280,8 +280,13 @@ def _data(tables: Sequence[PageTable], charts: Sequence[tuple[Chart, int | None]
     return json.dumps(content, separators=(",", ":"), allow_nan=False)
 
 
+_AS_IT_IS = frozenset((str, bool, int, type(None)))
+
+
 def _plain(value: Any) -> Any:
     """Return a value of a table for JSON: numbers with six digits, because the tables of the run have all of them."""
+    if type(value) is float:  # first, because most values are
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, (str, bool, int)) or value is None:
         return value
     if hasattr(value, "tolist"):
@@ -289,7 +294,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [one if type(one) in _AS_IT_IS else _plain(one) for one in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     return None if is_missing(value) else str(value)

@@ -126,12 +126,21 @@ def test_fewer_cells_than_ranks_are_scored_by_all_together(tmp_path):
     assert min(batches) >= 8 and max(batches) - min(batches) <= 2 * 2
 
 
-def test_adaptive_cells_are_not_divided(tmp_path):
-    folder, adaptive = tmp_path / "study", [*FEW, "runtime.precision=adaptive"]
+def test_adaptive_cells_are_divided_and_stop_where_one_process_stops(tmp_path):
+    """The processes score some groups of examples at once, and those after the last that is needed count for nothing.
+    """
+    folder = tmp_path / "study"
+    adaptive = [*FEW, "tasks.recall.n_sequences=600", "runtime.batch_tokens=1024", "runtime.precision=adaptive",
+                "runtime.adaptive.absolute=0.3", "runtime.adaptive.min_examples=8"]
     done = launched_program(COUNT, adaptive, folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "on 3 processes\n" in done.stderr
+    assert "on 3 processes, which measure each unit together" in done.stderr
     assert_same_tables(folder, run_here(adaptive, tmp_path / "clean"))
+    rows = read_metrics(folder)
+    primary = rows[(rows["metric"] == "accuracy_clean") & (rows["precision"] == "adaptive")]
+    assert len(primary) and (primary["n"] < primary["n_available"]).all()
+    batches = [int((tmp_path / f"batches{rank}").read_text()) for rank in range(3)]
+    assert min(batches) >= 8 and max(batches) - min(batches) <= 2 * 2
 
 
 TROUBLE = """

@@ -20,6 +20,7 @@ from harness.tables import drawing, labels, text
 
 MAX_FIGURES = 8
 LARGE, FIGURES_OF_LARGE = 4_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
+VERY_LARGE, FIGURES_OF_VERY_LARGE = 50_000, 2
 # Papers count deciles from either end.
 FIRST_DECILE = "decile 1 is the largest tenth; arXiv 2410.17770 counts from the smallest"
 RECORD = "figures.json"
@@ -50,7 +51,7 @@ def draw(found: Sequence[MeasuredMetric], n_rows: int, out: Path) -> Gallery:
     Figures of an earlier report are kept if they show the same rows, drawn by the same code; drawing takes longer than
     all the rest of a report. Those that are not of this report are removed. n_rows: the number of rows of the study.
     """
-    most = MAX_FIGURES if n_rows < LARGE else FIGURES_OF_LARGE
+    most = MAX_FIGURES if n_rows < LARGE else FIGURES_OF_LARGE if n_rows < VERY_LARGE else FIGURES_OF_VERY_LARGE
     with_cells = [one for one in found if len(one.cells)]
     # The first metrics of all tasks come before their second metrics, so that no task takes all the figures.
     ranks = {id(one): rank for one, rank in zip(found, ranks_in_task(list(found)))}

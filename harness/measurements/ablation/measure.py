@@ -337,8 +337,17 @@ class CellRun:
         if isinstance(task, DirectTask):
             return Scored(task.measure(self.loaded, self.division, batch_share))
 
+        sampled = self.sampler is not None and self.sampler.draws(task.name) and not cell.exactly
+        names = list(self.sampler.groups([task.name])) if self.sampler and sampled else [task.name]
+        ahead: dict[str, Scores] = {}
+
         def score(name: str) -> Scores:
-            scores = scorer.score(name, first_block, edited)
+            if name not in ahead:
+                # Processes that measure an adaptive cell together score some groups more than one process might need.
+                next_ones = scorer.until_all_have_work(names[names.index(name) :])
+                if len(next_ones) > 1:
+                    ahead.update(scorer.score_several(next_ones, first_block, edited))
+            scores = ahead.pop(name) if name in ahead else scorer.score(name, first_block, edited)
             bad = int((~np.isfinite(scores.logprob)).sum())
             if bad:
                 n = len(scores.logprob)
@@ -346,9 +355,8 @@ class CellRun:
             return scores
 
         if cell.is_baseline:
-            names = [task.name] if self.sampler is None else self.sampler.groups([task.name])
             self.batches_of[cell.task] = [batch for name in names for batch in scorer.packed[name].batches]
-        if self.sampler is None or not self.sampler.draws(task.name) or cell.exactly:
+        if self.sampler is None or not sampled:
             return Scored(task.measure(score(task.name)))
         if cell.is_baseline:
             return Scored(self.sampler.measure_baseline(task.name, score))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.engine.page import write_run_page
 from harness.measurements.ablation.effects import LEVEL, Effects, effects
-from harness.measurements.ablation.series import by_series, joined, tick
+from harness.measurements.ablation.series import by_series, joined, region_kinds, tick
 from harness.measurements.ablation.summary import (
     MeasuredMetric,
     by_target_and_region,
@@ -127,6 +127,8 @@ class _Drawn:
         self.about = f"{measured_on(one)}."
         wide = cells["effect"].max() > 4 * max(cells["effect"].min(), 1e-9)
         self.log = found.ratio and bool(wide)
+        self.regions, self.of_region = region_order(cells), region_kinds(cells)
+        self.ticks = {region: tick(region, self.of_region[region][0]) for region in self.regions}
 
     def row_of(self, cell: Any) -> int | None:
         return self.rows.get(cell.cell_id)
@@ -135,32 +137,37 @@ class _Drawn:
 def _charts(drawn: _Drawn) -> list[Chart]:
     cells = drawn.cells
     if cells["block"].notna().all() and cells["layer_type"].notna().all() and cells["block"].nunique() > 1:
-        blocks = sorted({int(block) for block in cells["block"]})
-        curves = [_curves(drawn, cells[cells["block"] == block], f"block {block}") for block in blocks[:MOST_VIEWS]]
+        of_block: dict[int, dict[str, list[Any]]] = {}
+        for row in rows_of(cells):
+            of_block.setdefault(int(row.block), {}).setdefault(row.layer_type, []).append(row)
+        curves = [_curves(drawn, sorted(of_block[block].items(), key=lambda item: layer_key(item[0])), f"block {block}")
+                  for block in sorted(of_block)[:MOST_VIEWS]]
         chart = Chart("Change against the removed region, block by block", f"{drawn.about} {BARS} Lines join regions"
                       " that are in an order.", curves, "block", drawn.table)
         return [_block_maps(drawn), chart]
+    series = [(name, list(rows_of(rows))) for name, rows in by_series(cells)]
     return [Chart("Change against the removed region", f"{drawn.about} {BARS} Lines join regions that are in an order;"
-                  " controls are the last.", [_curves(drawn, cells, "all")], "view", drawn.table),
+                  " controls are the last.", [_curves(drawn, series, "all")], "view", drawn.table),
             *([_region_map(drawn)] if cells["target"].nunique() > 1 else [])]
 
 
-def _curves(drawn: _Drawn, cells: pandas.DataFrame, label: str) -> View:
-    regions = region_order(cells)
+def _curves(drawn: _Drawn, named: Sequence[tuple[str, Sequence[Any]]], label: str) -> View:
+    """Return the curves of some series. named: the rows of each series by its name."""
+    there = {row.region for _, rows in named for row in rows}
+    regions = [region for region in drawn.regions if region in there]
     place = {region: i for i, region in enumerate(regions)}
-    named, series = by_series(cells), []
+    series = []
     for i, (name, rows) in enumerate(named):
-        rows = rows.assign(_place=rows["region"].map(place)).sort_values("_place", kind="stable")
+        ordered = sorted(rows, key=lambda row: place[row.region])
         shift = 0.7 * ((i + 0.5) / len(named) - 0.5)
-        listed = rows["region"].tolist()
-        lines = [(listed.index(group[0]), listed.index(group[-1])) for group in joined(rows, listed)]
+        listed = [row.region for row in ordered]
+        lines = [(listed.index(group[0]), listed.index(group[-1])) for group in joined(drawn.of_region, listed)]
         series.append(Points(
-            name, (rows["_place"] + shift).tolist(), rows["effect"].tolist(), rows["low"].tolist(),
-            rows["high"].tolist(), [drawn.row_of(row) for row in rows_of(rows)], lines,
+            name, [place[row.region] + shift for row in ordered], [row.effect for row in ordered],
+            [row.low for row in ordered], [row.high for row in ordered], [drawn.row_of(row) for row in ordered], lines,
         ))  # fmt: skip
-    ticks = [tick(region, cells) for region in regions]
     x = "removed part of the spectrum (0 = largest singular value)"
-    axes = Axes(x, drawn.name, ticks, drawn.found.reference, drawn.log)
+    axes = Axes(x, drawn.name, [drawn.ticks[region] for region in regions], drawn.found.reference, drawn.log)
     return interval_points(label, series, axes)
 
 
@@ -169,24 +176,26 @@ def _block_maps(drawn: _Drawn) -> Chart:
     cells = drawn.cells
     blocks = sorted({int(block) for block in cells["block"]})
     types = sorted(set(cells["layer_type"]), key=layer_key)
-    views = []
-    for region in region_order(cells)[:MOST_VIEWS]:
-        at: dict[tuple[int, str], Any] = {}
-        for cell in rows_of(cells[cells["region"] == region]):
-            key = int(cell.block), cell.layer_type  # of several experts the one with the largest change is shown
-            if key not in at or abs(cell.delta) > abs(at[key].delta):
-                at[key] = cell
-        lines = [[at.get((block, one)) for one in types] for block in blocks]
-        views.append(_map(drawn, region_words(region), lines, ([str(block) for block in blocks], types)))
+    of_region: dict[str, dict[tuple[int, str], Any]] = {}
+    for cell in rows_of(cells):
+        at = of_region.setdefault(cell.region, {})
+        key = int(cell.block), cell.layer_type  # of several experts the one with the largest change is shown
+        if key not in at or abs(cell.delta) > abs(at[key].delta):
+            at[key] = cell
+    views = [
+        _map(drawn, region_words(region), [[of_region[region].get((block, one)) for one in types] for block in blocks],
+             ([str(block) for block in blocks], types))
+        for region in drawn.regions[:MOST_VIEWS]
+    ]
     return Chart("Change by block and layer type", f"{drawn.about} Blue is better, red is worse; a star marks q below"
                  f" {LEVEL}.", views, "region", drawn.table)
 
 
 def _region_map(drawn: _Drawn) -> Chart:
-    targets, regions = target_order(drawn.cells), region_order(drawn.cells)
+    targets, regions = target_order(drawn.cells), drawn.regions
     at = {(cell.target, cell.region): cell for cell in rows_of(drawn.cells)}
     lines = [[at.get((target, region)) for region in regions] for target in targets]
-    ticks = [tick(region, drawn.cells) for region in regions]
+    ticks = [drawn.ticks[region] for region in regions]
     return Chart("Change by target and region", f"{drawn.about} Blue is better, red is worse; a star marks q below"
                  f" {LEVEL}.", [_map(drawn, "all", lines, (targets, ticks))], "view", drawn.table)
 

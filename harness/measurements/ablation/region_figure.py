@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.measurements.ablation.effects import Effects, effects
-from harness.measurements.ablation.series import by_series, joined, tick
+from harness.measurements.ablation.series import by_series, joined, region_kinds, tick
 from harness.measurements.ablation.summary import MeasuredMetric, is_control, region_order
 from harness.measurements.ablation.titles import figure_title
 from harness.tables.drawing import (
@@ -76,7 +76,8 @@ def region_figure(one: MeasuredMetric, path: Path | None = None) -> Figure:
         panels = [("", whole)]
     series = by_series(whole)
     sequential = len(series) > len(SERIES_COLOURS)
-    labels = [figure_text(tick(region, one.cells)) for region in regions]
+    of_region = region_kinds(one.cells)
+    labels = [figure_text(tick(region, of_region[region][0])) for region in regions]
     narrow = by_block and len(panels) > 2
     upright = max(map(len, labels)) <= 7 or len(labels) <= 6 and not narrow
     width = min(MAX_TICKS, len(regions)) * (0.4 if narrow else 0.62)
@@ -140,7 +141,7 @@ def _draw_series(axes: Axes, series: Sequence[tuple[str, pandas.DataFrame]], loo
         at = {region: ordinal[region] + shift for region in there}
         axes.plot(list(at.values()), values[there], linestyle="none", markersize=4.5 * figure_scale(), zorder=3,
                   label=figure_text(name), **style)
-        for group in joined(rows, there):
+        for group in joined(region_kinds(rows), there):
             axes.plot([at[region] for region in group], values[group], color=colour, linewidth=1.3, zorder=3)
     first_control = next((i for i, region in enumerate(look.regions) if region in look.controls), None)
     if first_control:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.tables.frames import groups_of
@@ -23,24 +23,27 @@ def by_series(cells: pandas.DataFrame) -> list[tuple[str, pandas.DataFrame]]:
     return [*groups, *groups_of(cells[~by_type], "target")]
 
 
-def joined(cells: pandas.DataFrame, regions: Sequence[str]) -> list[list[str]]:
+def region_kinds(cells: pandas.DataFrame) -> dict[str, tuple[Any, Any]]:
+    """Return by which rule and of which kind each region is, by its label."""
+    return dict(zip(cells["region"].tolist(), zip(cells["region_by"].tolist(), cells["region_kind"].tolist())))
+
+
+def joined(of_region: Mapping[str, tuple[Any, Any]], regions: Sequence[str]) -> list[list[str]]:
     """Return the groups of neighbouring regions that a line may join, because their kind orders them: deciles, sizes.
 
-    regions: labels in the order of `region_order`. Controls are in no order, and `above`, `inside` and `below` the bulk
-    are of different kinds.
+    of_region: as `region_kinds` returns. regions: labels in the order of `region_order`. Controls are in no order, and
+    `above`, `inside` and `below` the bulk are of different kinds.
     """
-    first = cells.drop_duplicates("region").set_index("region")
 
     def kind(region: str) -> tuple[Any, Any] | str:
-        by, kind = first.at[region, "region_by"], first.at[region, "region_kind"]
+        by, kind = of_region[region]
         return region if is_missing(by) or by == "control" else (by, kind)
 
     groups = [list(group) for _, group in itertools.groupby(regions, kind)]
     return [group for group in groups if len(group) > 1]
 
 
-def tick(region: str, cells: pandas.DataFrame) -> str:
-    """Return the label of a region on the x axis, which for a decile is only its interval."""
-    by = cells.loc[cells["region"] == region, "region_by"].iloc[0]
+def tick(region: str, by: Any) -> str:
+    """Return the label of a region on the x axis, which for a decile is only its interval. by: the region's rule."""
     words = region_words(region)
     return words.split("(")[-1].rstrip(")") if by == "decile" else words

@@ -85,10 +85,8 @@ class Study(Plan):
 
     def together(self, n_missing: int, n_ranks: int) -> bool:
         """Return whether all processes score each cell together, which they do if there are fewer cells than processes.
-
-        An adaptive cell is never divided, because it decides after each batch whether to go on.
         """
-        return n_missing < n_ranks and self.settings.runtime.precision == "exact"
+        return n_missing < n_ranks
 
     def groups(self, units: Sequence[Cell]) -> list[list[Cell]]:
         """Return the baselines as one group, then the cells of each ablation as one group."""

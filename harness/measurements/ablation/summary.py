@@ -241,7 +241,8 @@ def headline(metrics: pandas.DataFrame) -> str:
     """Return the first line of a report: the study, its models, and how many cells it has."""
     cells = metrics.drop_duplicates("cell_id")
     failed = metrics.loc[metrics["status"] == "error", "cell_id"].nunique()
-    models = ", ".join(sorted({model_name(*of_cell) for of_cell in zip(cells["model"], cells["gguf_file"])}))
+    of_cells = cells[["model", "gguf_file"]].drop_duplicates()
+    models = ", ".join(sorted({model_name(*one) for one in zip(of_cells["model"], of_cells["gguf_file"])}))
     baselines = int(is_baseline(cells).sum())
     return (
         f"Study {', '.join(sorted(set(cells['study_id'])))} of {models}: "

@@ -21,7 +21,7 @@ from harness.measurements.ablation.gallery import MAX_FIGURES, RECORD
 from harness.measurements.ablation.heat_map import MAX_PANELS, heat_map_figure
 from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.report import report, terminal_summary
-from harness.measurements.ablation.series import joined
+from harness.measurements.ablation.series import joined, region_kinds
 from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
 from harness.measurements.ablation.tables import read_metrics
 from harness.tables.drawing import DPI, FigureSettings, drawn_as
@@ -423,7 +423,7 @@ def test_region_figure_shows_each_effect_and_its_paired_interval(drawn, higher):
 def test_lines_join_only_regions_in_an_order():
     def groups(regions):
         cells = frame(study_rows(targets("type", 1, ("q_proj",)), regions))
-        return joined(cells, region_order(measured(cells)[0].cells))
+        return joined(region_kinds(cells), region_order(measured(cells)[0].cells))
 
     assert groups(deciles()) == [[region["region"] for region in deciles()]]
     assert groups(sized((0.1,))) == []  # large, bulk, small and the controls
