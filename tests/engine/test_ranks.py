@@ -144,11 +144,11 @@ def test_adaptive_cells_are_divided_and_stop_where_one_process_stops(tmp_path):
 
 
 TROUBLE = """
-def trouble(self, key, needs_rank):
+def trouble(self, *arguments):
     calls.append(1)
     if RANK == "1" and {when}:
         {act}
-    return real(self, key, needs_rank)
+    return real(self, *arguments)
 Scorer._score_batch = trouble
 """
 

@@ -173,10 +173,10 @@ def test_adaptive_precision_measures_the_floor_on_every_example(overrides, tmp_p
 def _out_of_memory_above(tokens, monkeypatch):
     real = Scorer._score_batch
 
-    def limited(self, key, needs_rank):
+    def limited(self, key, *others):
         if self._batches[key].input_ids.numel() > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, key, needs_rank)
+        return real(self, key, *others)
 
     monkeypatch.setattr(Scorer, "_score_batch", limited)
 
