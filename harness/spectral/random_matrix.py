@@ -141,7 +141,7 @@ def _inside_distance(ordered: Tensor, noise: float, shape: tuple[int, int]) -> f
     inside = _inside(ordered, noise, shape)
     if 2 * len(inside) < len(ordered) or len(inside) == 0:
         return math.inf
-    return _distance(inside, noise, shape)
+    return _distance(_shares(inside, noise, shape))
 
 
 # The paper on small singular values (arXiv 2410.17770) takes its variance from Azadkia (arXiv 1801.10015, "via USVT").
@@ -174,17 +174,24 @@ def mp_region_bounds(
     `estimate_noise` does.
     """
     lower, upper = mp_edges(estimate_noise(sigma, shape, estimator), shape, tracy_widom)
+    return bounds_within(sigma, lower, upper)
+
+
+def bounds_within(sigma: Tensor, lower: float, upper: float) -> tuple[int, int]:
+    """Return what `mp_region_bounds` does, for a bulk with known edges."""
     return int((sigma > upper).sum()), int((sigma >= lower).sum())
 
 
-def mp_distance(sigma: Tensor, noise: float, shape: tuple[int, int], inside_only: bool = False) -> float:
-    """Return the Kolmogorov-Smirnov distance between the singular values sigma [k] and the law.
+def mp_distances(sigma: Tensor, noise: float, shape: tuple[int, int]) -> tuple[float, float]:
+    """Return the Kolmogorov-Smirnov distances from the law of the singular values sigma [k], and of those inside.
 
-    inside_only: use only the values between the edges of the bulk; NaN if there is none.
+    Those inside lie between the edges of the bulk; the second distance is NaN if there is none.
     """
     ordered = sigma.detach().to("cpu", torch.float64).sort().values
-    ordered = _inside(ordered, noise, shape) if inside_only else ordered
-    return _distance(ordered, noise, shape) if len(ordered) else math.nan
+    expected = _shares(ordered, noise, shape)
+    lower, upper = mp_edges(noise, shape)
+    inside = slice(int((ordered < lower).sum()), int((ordered <= upper).sum()))
+    return _distance(expected), _distance(expected[inside]) if inside.start < inside.stop else math.nan
 
 
 def _inside(ordered: Tensor, noise: float, shape: tuple[int, int]) -> Tensor:
@@ -192,10 +199,15 @@ def _inside(ordered: Tensor, noise: float, shape: tuple[int, int]) -> Tensor:
     return ordered[(ordered >= lower) & (ordered <= upper)]
 
 
-def _distance(ordered: Tensor, noise: float, shape: tuple[int, int]) -> float:
+def _shares(ordered: Tensor, noise: float, shape: tuple[int, int]) -> Tensor:
+    """Return the share of singular values below each of `ordered` by the law."""
     unit = noise * math.sqrt(max(shape))
-    expected = mp_cdf(ordered / unit, aspect_of(shape)) if unit else (ordered > 0).to(torch.float64)
-    steps = torch.arange(len(ordered) + 1, dtype=torch.float64) / len(ordered)
+    return mp_cdf(ordered / unit, aspect_of(shape)) if unit else (ordered > 0).to(torch.float64)
+
+
+def _distance(expected: Tensor) -> float:
+    """Return the Kolmogorov-Smirnov distance of values in ascending order from a law with these shares below them."""
+    steps = torch.arange(len(expected) + 1, dtype=torch.float64) / len(expected)
     return float(torch.maximum((steps[1:] - expected).max(), (expected - steps[:-1]).max()))
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 SMALL_SAMPLE = 20  # positive values; of fewer, the tail and its exponent are chosen with more care, see `power_law`
 LEAST_TAIL = 8  # values of the tail of such a small sample
-# `_tail_fits` compares every candidate with every value, in tables of so many float64 entries, which fit into a cache.
+# `_best_tail` compares candidates with values in tables of so many float64 entries, which fit into a cache.
 _CHUNK_ELEMENTS = 1 << 14
+_LARGEST, _SPREAD = 32, 32  # it compares them first with so many of the largest values, and so many of the others
 
 
 def stable_rank(sigma: Tensor) -> float:
@@ -77,18 +78,19 @@ def power_law(sigma: Tensor) -> tuple[float, float, float, int]:
         return math.nan, math.nan, math.nan, 0
     small = len(x) < SMALL_SAMPLE
     starts = first[:-1][first[:-1] <= max(0, len(x) - LEAST_TAIL)] if small else first[:-1]
-    distances, exponents = _tail_fits(x, first, starts, lost=2 if small else 0)
-    best = int(distances.argmin())
-    start = int(starts[best])
-    return 1 + float(exponents[best]), float(distances[best]), float(x[start]), len(x) - start
+    distance, exponent, start = _best_tail(x, first, starts, lost=2 if small else 0)
+    return 1 + exponent, distance, float(x[start]), len(x) - start
 
 
-def _tail_fits(x: Tensor, first: Tensor, starts: Tensor, lost: int) -> tuple[Tensor, Tensor]:
-    """Return the Kolmogorov-Smirnov distance and alpha - 1 of the tail that begins at each of `starts`, float64.
+def _best_tail(x: Tensor, first: Tensor, starts: Tensor, lost: int) -> tuple[float, float, int]:
+    """Return the least Kolmogorov-Smirnov distance of the tails at `starts`, its alpha - 1, and where its tail begins.
 
     x: positive values [n] in ascending order. first: the position of the first of each group of equal values.
     lost: what is subtracted from the number of values for alpha - 1. The empirical share of a tail of m values at its
     j-th value or above, with j counted from 0, is (m - j) / m, as in the code of Clauset and in powerlaw.
+
+    The distance at some of the values is never more than that at all. Tails for which it is already more than the
+    distance of another tail are therefore left out, which are nearly all.
     """
     n, logs = len(x), x.log()
     # Equal values have the same share, that of the first of them.
@@ -97,16 +99,27 @@ def _tail_fits(x: Tensor, first: Tensor, starts: Tensor, lost: int) -> tuple[Ten
     left = n - left.cummax(0).values
     sizes = (n - starts).to(torch.float64)
     exponents = (sizes - lost) / (logs.flip(0).cumsum(0).flip(0)[starts] - sizes * logs[starts])
-    distances = torch.empty_like(exponents)
-    at = 0
-    for chunk in starts.split(max(1, _CHUNK_ELEMENTS // n)):
-        begin, rows = int(chunk[0]), slice(at, at + len(chunk))
-        fitted = (logs[None, begin:] - logs[chunk][:, None]).mul_(-exponents[rows, None]).exp_()
-        fitted.sub_(left[None, begin:] / sizes[rows, None]).abs_()
-        before = torch.arange(begin, n)[None] < chunk[:, None]
-        distances[rows] = fitted.masked_fill_(before, 0).amax(1)
-        at += len(chunk)
-    return distances, exponents
+
+    def distances(chosen: Tensor, positions: Tensor) -> Tensor:
+        """Return the distances of the tails `chosen` of `starts` at the values at these positions."""
+        logs_there, left_there = logs[positions], left[positions]
+        found = []
+        for chunk in chosen.split(max(1, _CHUNK_ELEMENTS // len(positions))):
+            begin = starts[chunk][:, None]
+            fitted = (logs_there - logs[begin]).mul_(-exponents[chunk, None]).exp_()
+            fitted.sub_(left_there / sizes[chunk, None]).abs_()
+            found.append(fitted.masked_fill_(positions < begin, 0).amax(1))
+        return torch.cat(found)
+
+    chosen, everywhere = torch.arange(len(starts)), torch.arange(n)
+    if n >= _LARGEST + _SPREAD:
+        others = n - _LARGEST
+        some = torch.cat([everywhere[:others : others // _SPREAD], everywhere[others:]])
+        at_least = distances(chosen, some)
+        chosen = chosen[~(at_least > distances(at_least.argmin()[None], everywhere))]  # "not more": NaN stays
+    exact = distances(chosen, everywhere)
+    best = int(exact.argmin())
+    return float(exact[best]), float(exponents[chosen[best]]), int(starts[chosen[best]])
 
 
 def _scaled(sigma: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from harness.spectral.random_matrix import (
     estimate_noise,
     hard_threshold,
     mp_cdf,
-    mp_distance,
+    mp_distances,
     mp_edges,
     mp_median,
     mp_quantile,
@@ -107,7 +107,7 @@ def test_pure_noise_lies_inside(noise_values, name, tracy_widom, estimator):
     assert estimate_noise(sigma, shape, estimator) == pytest.approx(0.02, rel=1.5e-2)  # spread 0.5 %
     start, stop = mp_region_bounds(sigma, shape, estimator, tracy_widom)
     assert start + len(sigma) - stop <= 0.005 * len(sigma) + 1
-    assert mp_distance(sigma, 0.02, shape) < 5 / len(sigma)  # eigenvalues repel: not 1 / sqrt(k)
+    assert mp_distances(sigma, 0.02, shape)[0] < 5 / len(sigma)  # eigenvalues repel: not 1 / sqrt(k)
 
 
 @pytest.mark.parametrize("name, kept", [("square", 0.24), ("swiglu", 0.86), ("four_to_one", 1.0)])

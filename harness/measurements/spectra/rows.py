@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.spectral import statistics, vectors
 from harness.spectral.decomposition import Decomposition
-from harness.spectral.random_matrix import estimate_noise, mp_distance, mp_edges, mp_region_bounds
+from harness.spectral.random_matrix import bounds_within, estimate_noise, mp_distances, mp_edges
 from harness.spectral.singular_values import SingularValues
 
 
@@ -36,8 +36,9 @@ def spectrum_of(
     """
     sigma, shape = decomposition.sigma.cpu(), decomposition.shape
     noise = estimate_noise(sigma, shape, estimator)
-    start, stop = mp_region_bounds(sigma, shape, estimator, tracy_widom)
     lower, upper = mp_edges(noise, shape, tracy_widom)
+    start, stop = bounds_within(sigma, lower, upper)
+    from_law, from_law_inside = mp_distances(sigma, noise, shape)
     rank, energy = len(sigma), sigma**2
     total = float(energy.sum())
     alpha, alpha_ks, xmin, n_tail = statistics.power_law(sigma)
@@ -59,8 +60,8 @@ def spectrum_of(
         "n_below": rank - stop,
         "share_outside": (start + rank - stop) / rank,
         "energy_above": float(energy[:start].sum()) / total if total else math.nan,
-        "ks_mp": mp_distance(sigma, noise, shape),
-        "ks_mp_inside": mp_distance(sigma, noise, shape, inside_only=True),
+        "ks_mp": from_law,
+        "ks_mp_inside": from_law_inside,
         "alpha": alpha,
         "alpha_ks": alpha_ks,
         "alpha_xmin": xmin,
