@@ -1,6 +1,7 @@
 """Ours beside the released code of others: the same work, in turn, in one process, with one thread.
 
-    python experiments/speed/peers.py --laserrmt path/to/laserRMT --laser path/to/laser --repeats 3
+    python experiments/speed/peers.py --laserrmt path/to/laserRMT --laser path/to/laser \\
+        --attn-vs-mlp path/to/ATTN_vs_MLP --repeats 3
 
 A contest whose checkout is not named, or whose package is not installed (WeightWatcher), is left out. peers.md says
 what work each contest does and what was changed in the code of others so that it runs here. A number is CPU seconds of
@@ -18,6 +19,7 @@ import io
 import json
 import math
 import os
+import pickle
 import statistics
 import sys
 import tempfile
@@ -39,6 +41,9 @@ from harness.engine.run import RunOptions, run_plan
 from harness.measurements import compose_settings, find
 from harness.measurements.spectra.rows import spectrum_of
 from harness.models.editing import Ablation
+from harness.models.recall_data import load_counts, recall_process
+from harness.models.recall_training import initial_model, scored_logits, train
+from harness.models.settings import RecallModelSettings
 from harness.models.targets import Target
 from harness.spectral.decomposition import decompose
 from harness.spectral.regions.index import Index
@@ -49,6 +54,8 @@ MODEL = ASSETS / "models" / "stories15M"
 TEXT = ASSETS / "data" / "tinystories" / "validation_first_stories.txt"
 KNOWN = ASSETS / "data" / "counterfact" / "known_1000.jsonl"
 WINDOWS, WINDOW = 16, 128
+DRAWN = [3, 9]  # the matrices that WeightWatcher draws, by its own numbers: a square one and one of the MLP
+STEPS = 60  # of training
 Row = dict[str, Any]
 
 
@@ -91,6 +98,9 @@ def weightwatcher(repeats: int, scratch: Path) -> Iterator[Row]:
     import weightwatcher as ww
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)
+    import matplotlib
+
+    matplotlib.use("Agg")
     blocks = AutoModelForCausalLM.from_pretrained(MODEL).model.layers
     watcher = ww.WeightWatcher(model=blocks)
     measurement, plan = planned("spectra", "vectors=false", "threads=1")
@@ -108,6 +118,12 @@ def weightwatcher(repeats: int, scratch: Path) -> Iterator[Row]:
         mine, other, theirs = in_turn(repeat, partial(run_into, measurement, plan, folder),
                                       partial(watcher.analyze, model=blocks, min_evals=0))
         bare, _ = timed(numbers_only)
+        drawn, drawn_by_them = timed(partial(measurement.report.report, folder))[0], None
+        if repeat == 0:  # once, because it takes minutes
+            figures = scratch / "figures"
+            drawn_by_them, _ = timed(partial(watcher.analyze, model=blocks, min_evals=0, layers=DRAWN, plot=True,
+                                             savefig=str(figures)))
+            print(f"WeightWatcher: {len(list(figures.iterdir()))} figures of {len(DRAWN)} matrices", file=sys.stderr)
         ours = pd.read_parquet(folder / "matrices").sort_values(["block", "matrix"])
         apart = alphas_apart(ours, theirs)
         if repeat >= 0:  # the first imports and fills caches
@@ -116,6 +132,11 @@ def weightwatcher(repeats: int, scratch: Path) -> Iterator[Row]:
                    "theirs": other / n, "difference": apart}
             yield {"contest": "WeightWatcher", "what": "a matrix, numbers only", "repeat": repeat, "ours": bare / n,
                    "theirs": other / n, "difference": apart}
+            yield {"contest": "WeightWatcher", "what": "a matrix, rows, our figures, no figure of theirs",
+                   "repeat": repeat, "ours": (mine + drawn) / n, "theirs": other / n, "difference": apart}
+            if drawn_by_them is not None:
+                yield {"contest": "WeightWatcher", "what": "a matrix, rows and figures of both", "repeat": repeat,
+                       "ours": (mine + drawn) / n, "theirs": drawn_by_them / len(DRAWN), "difference": apart}
 
 
 def alphas_apart(ours: pd.DataFrame, theirs: pd.DataFrame) -> float:
@@ -123,6 +144,82 @@ def alphas_apart(ours: pd.DataFrame, theirs: pd.DataFrame) -> float:
     mine = ours.set_index(ours["sigma_max"].round(4))["alpha"].sort_index()
     other = theirs.set_index(theirs["sv_max"].round(4))["alpha"].sort_index()
     return float(np.abs(mine.to_numpy() / other.to_numpy() - 1).max())
+
+
+# ---------------------------------------------------------------- ATTN_vs_MLP
+
+
+def attn_vs_mlp(repeats: int, scratch: Path, checkout: Path) -> Iterator[Row]:
+    """Training steps of the two-layer transformer on in-context recall, of the default size of the embedded model."""
+    sys.path.insert(0, str(checkout))
+    from ihead_basic_model import ModelArgs, Transformer
+    from ihead_data import DataArgs, Dataset
+
+    settings = RecallModelSettings(noise_token="!", optimizer="sgd", learning_rate=0.03, steps=STEPS)
+    process, counts = recall_process(settings), load_counts()
+    # the file that their code reads, and which its checkout does not hold
+    names = counts["vocabulary"]
+    (scratch / "data").mkdir(exist_ok=True)
+    (scratch / "data" / "meta.pkl").write_bytes(pickle.dumps({
+        "itos": dict(enumerate(names)), "stoi": {name: i for i, name in enumerate(names)}, "vocab_size": len(names),
+        "unigrams": dict(zip(names, counts["unigram"])),
+        "bigrams": {(a, b): n for a, row in zip(names, counts["bigram"]) for b, n in zip(names, row) if n},
+    }))
+    before = Path.cwd()
+    os.chdir(scratch)
+    try:
+        data = Dataset(DataArgs(k=1, seq_length=settings.context_length), noise_prob=settings.noise,
+                       noise_token_id=process.noise_token_id)
+    finally:
+        os.chdir(before)
+    shape = ModelArgs(vocab_size=len(names), dim=settings.dim, max_length=settings.context_length, final_ffn=True,
+                      first_ffn=True, linear_final_ffn=False, linear_first_ffn=False)
+
+    def draw() -> list[tuple[torch.Tensor, ...]]:
+        rng, found = np.random.default_rng(0), []
+        for _ in range(STEPS):
+            tokens, outs = data.gen_batch(rng, settings.batch_size)
+            found.append(tuple(map(torch.from_numpy, (tokens[:, :-1], tokens[:, 1:], outs[:, :-1]))))
+        return found
+
+    def steps(batches: list[tuple[torch.Tensor, ...]]) -> None:  # as in ihead_basic_main.py, without its probes
+        model = Transformer(shape)
+        optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate, momentum=settings.momentum,
+                                    weight_decay=settings.weight_decay)
+        for x, y, outs in batches:
+            pred = model(x)
+            loss = torch.nn.functional.cross_entropy(pred[outs >= 2], y[outs >= 2])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    apart = losses_apart(settings, Transformer(shape), draw()[0])
+    for repeat in range(-1, repeats):
+        mine, other, batches = in_turn(repeat, partial(train, settings, progress=False), draw)
+        trained, _ = timed(partial(steps, batches))
+        if repeat >= 0:
+            for what, theirs in (("a training step, data included", other + trained),
+                                 ("a training step, our data included, theirs not", trained)):
+                yield {"contest": "ATTN_vs_MLP", "what": what, "repeat": repeat, "ours": mine / STEPS,
+                       "theirs": theirs / STEPS, "difference": apart}
+
+
+def losses_apart(settings: RecallModelSettings, theirs: Any, batch: tuple[torch.Tensor, ...]) -> float:
+    """The relative difference of the losses of one batch, with our initial weights in their model."""
+    ours: Any = initial_model(settings)
+    with torch.no_grad():
+        theirs.tok_embeddings.weight.copy_(ours.embed_tokens.weight)
+        theirs.pe.copy_(ours.embed_positions.weight)
+        theirs.output.weight.copy_(ours.lm_head.weight)
+        for their_block, block in zip(theirs.layers, ours.blocks):
+            for name, parameter in (("wk", "k_proj"), ("wv", "v_proj"), ("wo", "o_proj")):
+                getattr(their_block.attention, name).weight.copy_(getattr(block.self_attn, parameter).weight)
+            their_block.ff.w1.weight.copy_(block.mlp.up_proj.weight)
+            their_block.ff.w2.weight.copy_(block.mlp.down_proj.weight)
+        tokens, labels, outs = batch
+        their_loss = torch.nn.functional.cross_entropy(theirs(tokens)[outs >= 2], labels[outs >= 2])
+        our_loss = torch.nn.functional.cross_entropy(scored_logits(ours, tokens, outs >= 2), labels[outs >= 2])
+    return abs(float(our_loss / their_loss) - 1)
 
 
 # ---------------------------------------------------------------- laserRMT
@@ -286,13 +383,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--laserrmt", type=Path, help="a checkout of laserRMT")
     parser.add_argument("--laser", type=Path, help="a checkout of LASER")
+    parser.add_argument("--attn-vs-mlp", type=Path, help="a checkout of ATTN_vs_MLP")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("peers.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, checkout, contest in (("laserRMT", arguments.laserrmt, laserrmt), ("LASER", arguments.laser, laser)):
+        for name, checkout, contest in (("laserRMT", arguments.laserrmt, laserrmt), ("LASER", arguments.laser, laser),
+                                        ("ATTN_vs_MLP", arguments.attn_vs_mlp, attn_vs_mlp)):
             if checkout is None:
                 print(f"{name} is left out: name a checkout", file=sys.stderr)
                 continue

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from harness.files import write_json
 from harness.measurements.ablation import effects
 from harness.measurements.ablation.heat_map import heat_map_figure
 from harness.measurements.ablation.kept_figure import kept_cells, kept_figure
 from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.summary import MeasuredMetric, ranks_in_task
 from harness.measurements.ablation.titles import measured_on
-from harness.tables import drawing, labels, text
+from harness.tables import figure_record, labels, text
 
 MAX_FIGURES = 8
 LARGE, FIGURES_OF_LARGE = 4_000, 4  # from so many rows on, drawing is slow, and fewer figures are drawn
 VERY_LARGE, FIGURES_OF_VERY_LARGE = 50_000, 2
 # Papers count deciles from either end.
 FIRST_DECILE = "decile 1 is the largest tenth; arXiv 2410.17770 counts from the smallest"
-RECORD = "figures.json"
 # All that figures read of a cell. They get no other column, so that what changes a figure changes its digest.
 COLUMNS = ["target", "target_kind", "block", "layer_type", "region", "region_by", "region_kind", "fraction_start",
            "fraction_stop", "region_keep", "q_value", "model", "gguf_file", *effects.COLUMNS]
@@ -55,9 +50,7 @@ def draw(found: Sequence[MeasuredMetric], n_rows: int, out: Path) -> Gallery:
     with_cells = [one for one in found if len(one.cells)]
     # The first metrics of all tasks come before their second metrics, so that no task takes all the figures.
     ranks = {id(one): rank for one, rank in zip(found, ranks_in_task(list(found)))}
-    known = _read(out / RECORD)
-    (out / RECORD).unlink(missing_ok=True)  # if drawing is interrupted, no file is taken for a complete one
-    record: dict[str, list[list[str]]] = {}
+    record = figure_record.FigureRecord(out)
     gallery = Gallery({}, [])
     for one in sorted(with_cells, key=lambda one: ranks[id(one)]):
         heat, kept = _has_heat_map(one), len(kept_cells(one)) > 0
@@ -65,21 +58,15 @@ def draw(found: Sequence[MeasuredMetric], n_rows: int, out: Path) -> Gallery:
             gallery.left_out.append(f"{one.task} {one.metric}")
             continue
         digest = _digest(one)
-        figures = known.get(digest, [])
-        if not figures or not all((out / name).is_file() for name, _ in figures):
-            figures = _drawn(one, out, heat)
-        record[digest] = [list(figure) for figure in figures]
-        gallery.drawn[one.task, one.metric] = [(name, caption) for name, caption in figures]
-    names = {name for figures in record.values() for name, _ in figures}
-    drawing.remove_figures(out, names)
-    write_json(out / RECORD, record)
+        figures = record.kept(digest) or record.add(digest, _drawn(one, out, heat))
+        gallery.drawn[one.task, one.metric] = list(figures)
+    record.close()
     return gallery
 
 
 def clear(out: Path) -> Gallery:
     """Remove the figures of an earlier report, and return a gallery without figures."""
-    drawing.remove_figures(out)
-    (out / RECORD).unlink(missing_ok=True)
+    figure_record.clear(out)
     return Gallery({}, [])
 
 
@@ -118,26 +105,10 @@ def _has_heat_map(one: MeasuredMetric) -> bool:
 
 def _digest(one: MeasuredMetric) -> str:
     """Return a digest of everything that the figures of a metric show, and of the code that draws them."""
-    import pandas
-
     value = None if one.baseline is None else [str(one.baseline[name]) for name in ("value", "n", "protocol")]
-    style = drawing.figure_settings()
-    whole = hashlib.sha256(repr((style, one.task, one.metric, one.higher_is_better, value, one.noise_floor)).encode())
-    whole.update(pandas.util.hash_pandas_object(one.cells[COLUMNS], index=False).to_numpy().tobytes())
     here = Path(__file__)
     names = ("region_figure", "heat_map", "kept_figure", "series", "titles", "effects", "summary")
-    ours, shared = (here, *(here.with_name(f"{name}.py") for name in names)), (drawing, labels, text)
-    for source in (*ours, *(Path(str(module.__file__)) for module in shared)):
-        whole.update(source.read_bytes())
-    whole.update(version("matplotlib").encode())
-    return whole.hexdigest()
-
-
-def _read(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """Return the figures of the earlier report by their digest; none if there is no record, or it cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {str(digest): [(str(name), str(caption)) for name, caption in figures]
-                for digest, figures in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+    return figure_record.digest_of(
+        [(one.task, one.metric, one.higher_is_better, value, one.noise_floor), one.cells[COLUMNS]],
+        [here, *(here.with_name(f"{name}.py") for name in names)],
+    )

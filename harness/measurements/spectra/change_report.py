@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,20 +57,18 @@ class ChangeTables:
             if rows:
                 safe_for_csv(pd.DataFrame(rows)).to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
 
-    def draw(self, out: Path) -> list[str]:
-        """Draw the figures of each tuned model into a folder and return their file names."""
-        drawn = []
+    def figures(self) -> Iterator[tuple[str, Callable[..., object], list[Any], str]]:
+        """Yield the file name of each figure of each tuned model, the function that draws it, what it shows, and its
+        title."""
         for weights, rows in self.changes.groupby("weights", sort=False):
             names = [Path(rows[key].iloc[0]).name for key in ("model", "reference")]
             title = figure_text(f"{names[0]}, {weights}: changes from {names[1]}")
             tenths = [row for row in self.tenths() if row["weights"] == weights]
             summary = [row for row in self.summary() if row["weights"] == weights]
+            end = f"-{file_stem(str(weights))}.png"
             if tenths:
-                drawn.append(f"changes-{file_stem(str(weights))}.png")
-                change_figure(tenths, summary, out / drawn[-1], title)
-            drawn.append(f"relative_change-{file_stem(str(weights))}.png")
-            relative_figure(rows[rows["control"] == "real"], out / drawn[-1], title)
-        return drawn
+                yield f"changes{end}", change_figure, [tenths, summary], title
+            yield f"relative_change{end}", relative_figure, [rows[rows["control"] == "real"]], title
 
     def summary(self) -> list[dict[str, Any]]:
         """Return one row for each tuned model and control, with means over the matrices that changed."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.engine.page import captioned, write_run_page
 from harness.errors import InputError, printable
 from harness.files import write_text
-from harness.measurements.spectra.change_report import read_changes
+from harness.measurements.spectra.change_report import ChangeTables, read_changes
 from harness.measurements.spectra.figures import checkpoint_figure, outlier_figure, overlap_figure, spectrum_figure
 from harness.measurements.spectra.tables import TABLES, read_spectra
 from harness.optional import require
 from harness.tables.charts import block_maps
-from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
+from harness.tables.drawing import NO_FIGURES, can_draw
 from harness.tables.failures import failure_lines
+from harness.tables.figure_record import FigureRecord, clear, digest_of
 from harness.tables.page import Chart, Page, Section, frame_table
 from harness.tables.text import aligned, count, figure_text, file_stem, markdown_lines, markdown_text, safe_for_csv
 
@@ -32,20 +33,21 @@ CHARTED = {"above": "% above the bulk", "below": "% below the bulk", "stable_ran
            "ks_mp": "distance from the Marchenko-Pastur law"}  # fmt: skip
 PAGE_COLUMNS = ("matrix", "rank", "n_above", "n_below", "sigma_max", "stable_rank", "effective_rank", "alpha", "ks_mp",
                 "porter_thomas_input", "porter_thomas_output")
+CODE_OF_FIGURES = [Path(__file__).with_name(f"{name}.py") for name in ("figures", "change_figures")]
 CSV_LEFT_OUT = ("error", "covariance", "hostname", "started_at", "seconds_decomposition", "seconds_statistics")
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print) -> Path:
-    """Print a summary by layer type, and write spectra.md, CSV files PNG figures and index.html into <folder>/report/.
+    """Print a summary by layer type, and write spectra.md, CSV files, PNG figures and index.html into <folder>/report/.
 
-    summary.csv has one row per layer type, matrices.csv one row per matrix. With a reference there are also
-    changes.csv and change_regions.csv, with one row per control. write: a function that prints the text.
-    Returns the path of spectra.md. Raises SchemaVersionError.
+    Figures of an earlier report are kept if they show the same rows, drawn by the same code. summary.csv has one row
+    per layer type, matrices.csv one row per matrix. With a reference there are also changes.csv and change_regions.csv,
+    with one row per control. write: a function that prints the text. Returns the path of spectra.md. Raises
+    SchemaVersionError.
     """
     folder = Path(folder)
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    remove_figures(out)
     matrices = read_spectra(folder, "matrices")
     ok = matrices[matrices["status"] == "ok"].drop(columns=["status", "error"])
     problems = failure_lines(matrices, lambda row: f"{label(row)} {row['matrix']}") + _short_tails(ok)
@@ -55,8 +57,12 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     summary = summarise(ok)
     safe_for_csv(summary).to_csv(out / "summary.csv", index=False, float_format=CSV_FORMAT)
     changes = read_changes(folder)
-    figures = [*_draw(folder, ok, out), *changes.draw(out)] if can_draw() else []
-    problems += [] if can_draw() else [NO_FIGURES]
+    figures: list[str] = []
+    if can_draw():
+        figures = _draw(folder, ok, changes, out)
+    else:
+        clear(out)
+        problems.append(NO_FIGURES)
     changes.write_csv(out)
     lines = ["# Spectra", "", *map(markdown_text, _headline(ok)), "", *markdown_lines(_cells(summary)), ""]
     lines += changes.markdown()
@@ -200,27 +206,30 @@ def _text_table(summary: pandas.DataFrame) -> list[str]:
     return aligned(_cells(summary), n_left=2)
 
 
-def _draw(folder: Path, matrices: pandas.DataFrame, out: Path) -> list[str]:
-    """Draw the figures into the folder `out` and return their file names."""
-    if matrices.empty:
-        return []
+def _draw(folder: Path, matrices: pandas.DataFrame, changes: ChangeTables, out: Path) -> list[str]:
+    """Draw the figures that the folder `out` does not hold yet, remove those of others, and return the file names."""
+    drawn, record = [], FigureRecord(out)
     values, vectors = read_spectra(folder, "singular_values"), read_spectra(folder, "vectors")
-    drawn = []
 
-    def draw(kind: str, weights: str, function: Callable[..., object], *tables: pandas.DataFrame) -> None:
-        name = f"{kind}-{file_stem(weights)}.png"
-        function(*tables, out / name, figure_text(f"{Path(matrices['model'].iloc[0]).name}, {weights}"))
+    def draw(name: str, function: Callable[..., object], tables: Sequence[Any], title: str) -> None:
+        digest = digest_of([name, *tables, title], CODE_OF_FIGURES)
+        if not record.kept(digest):
+            function(*tables, out / name, title)
+            record.add(digest, [(name, "")])
         drawn.append(name)
 
     for _, group in matrices.groupby(["init", "checkpoint"], sort=False, dropna=False):
-        def same(table: pandas.DataFrame, group: pandas.DataFrame = group) -> pandas.DataFrame:
-            return table[table["spectrum_id"].isin(group["spectrum_id"])]
-
         weights = label(group.iloc[0])
-        draw("spectrum", weights, spectrum_figure, group, same(values))
-        draw("outliers", weights, outlier_figure, group)
+        end, title = f"-{file_stem(weights)}.png", figure_text(f"{Path(matrices['model'].iloc[0]).name}, {weights}")
+        same = group["spectrum_id"]
+        draw(f"spectrum{end}", spectrum_figure, [group, values[values["spectrum_id"].isin(same)]], title)
+        draw(f"outliers{end}", outlier_figure, [group], title)
         if group["overlap_null_mean"].notna().any():
-            draw("overlap", weights, overlap_figure, group, same(vectors))
+            draw(f"overlap{end}", overlap_figure, [group, vectors[vectors["spectrum_id"].isin(same)]], title)
     if matrices["checkpoint"].nunique() > 1:
-        draw("checkpoints", "training", checkpoint_figure, matrices)
+        title = figure_text(f"{Path(matrices['model'].iloc[0]).name}, training")
+        draw(f"checkpoints-{file_stem('training')}.png", checkpoint_figure, [matrices], title)
+    for figure in changes.figures():
+        draw(*figure)
+    record.close()
     return drawn

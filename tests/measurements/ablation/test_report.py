@@ -17,7 +17,7 @@ from harness.cli import main
 from harness.measurements.ablation import gallery, heat_map, summary
 from harness.measurements.ablation import region_figure as region_figure_module
 from harness.measurements.ablation import report as report_module
-from harness.measurements.ablation.gallery import MAX_FIGURES, RECORD
+from harness.measurements.ablation.gallery import MAX_FIGURES
 from harness.measurements.ablation.heat_map import MAX_PANELS, heat_map_figure
 from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.report import report, terminal_summary
@@ -25,6 +25,7 @@ from harness.measurements.ablation.series import joined, region_kinds
 from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
 from harness.measurements.ablation.tables import read_metrics
 from harness.tables.drawing import DPI, FigureSettings, drawn_as
+from harness.tables.figure_record import RECORD
 from harness.tables.labels import region_words
 from harness.tables.text import plus_minus
 from tests.tables.synthetic import (

@@ -24,6 +24,11 @@ def run(model, folder, *settings):
                  f"output={folder}", *settings])
 
 
+def written(folder):
+    """When each figure of a report was written, by its name."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+
 def tune(base, folder, seed, only=""):
     """A copy of a checkpoint whose matrices have a change of low rank and some noise."""
     save_checkpoint(folder)
@@ -76,7 +81,14 @@ def test_changes_of_two_models_and_their_overlap(base, tuned, tmp_path, capsys):
         (two, one, "real"): 6, (two, one, "rotated"): 12, (one, two, "real"): 6, (one, two, "rotated"): 12,
     }
     assert main(["report", str(tmp_path)]) == 0
-    lines = (tmp_path / "report" / "spectra.md").read_text()
+    out = tmp_path / "report"
+    lines, first = (out / "spectra.md").read_text(), written(out)
+    next(out.glob("relative_change-*.png")).unlink()
+    (out / "of-another-report.png").touch()
+    assert main(["report", str(tmp_path)]) == 0  # draws what is missing, and no more
+    again = written(out)
+    assert again.keys() == first.keys() and (out / "spectra.md").read_text() == lines
+    assert [name.split("-")[0] for name in first if first[name] != again[name]] == ["relative_change"]
     assert "6 of 14 matrices changed" in lines and "14 of 14 matrices changed" in lines
     assert "within that of" in lines and "first output vectors are intruders" in lines
     assert {path.name.split("-")[0] for path in (tmp_path / "report").glob("*.png")} >= {"changes", "relative_change"}
