@@ -15,7 +15,8 @@ SMALL_SAMPLE = 20  # positive values; of fewer, the tail and its exponent are ch
 LEAST_TAIL = 8  # values of the tail of such a small sample
 # `_best_tail` compares candidates with values in tables of so many float64 entries, which fit into a cache.
 _CHUNK_ELEMENTS = 1 << 14
-_LARGEST, _SPREAD = 32, 32  # it compares them first with so many of the largest values, and so many of the others
+# It compares them first with the largest values and, of the others, with one of so many, and with so many at least.
+_LARGEST, _ONE_OF, _OTHERS = 32, 16, 32
 
 
 def stable_rank(sigma: Tensor) -> float:
@@ -112,9 +113,9 @@ def _best_tail(x: Tensor, first: Tensor, starts: Tensor, lost: int) -> tuple[flo
         return torch.cat(found)
 
     chosen, everywhere = torch.arange(len(starts)), torch.arange(n)
-    if n >= _LARGEST + _SPREAD:
+    if n >= _LARGEST + _OTHERS:
         others = n - _LARGEST
-        some = torch.cat([everywhere[:others : others // _SPREAD], everywhere[others:]])
+        some = torch.cat([everywhere[: others : min(_ONE_OF, others // _OTHERS)], everywhere[others:]])
         at_least = distances(chosen, some)
         chosen = chosen[~(at_least > distances(at_least.argmin()[None], everywhere))]  # "not more": NaN stays
     exact = distances(chosen, everywhere)
