@@ -14,12 +14,16 @@ from tests.checkpoints import save_checkpoint, text_file
 FOLDER = Path(__file__).parents[2] / "experiments" / "speed"
 
 
-@pytest.fixture(scope="module")
-def contest():
-    spec = importlib.util.spec_from_file_location("contest", FOLDER / "contest.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def contest():
+    return script("contest")
 
 
 def test_a_part_inside_another_is_charged_to_itself_alone(contest, monkeypatch) -> None:
@@ -66,6 +70,17 @@ def test_the_page_follows_from_the_committed_numbers(contest, tmp_path) -> None:
     contest.report(tmp_path)
     assert (tmp_path / "README.md").read_text() == (FOLDER / "README.md").read_text()
     assert (tmp_path / "contest.png").stat().st_size > 10_000
+
+
+def test_the_page_of_short_turns_has_the_medians_of_the_committed_numbers() -> None:
+    """contest-again.md: what a cell of today costs over a cell of then, and the numbers of both."""
+    turns = script("turns")
+    rows, page = turns.read(), (FOLDER / "contest-again.md").read_text()
+    for grid, n_rounds in (("stories15M", 36), ("GPT-2 size, random", 48)):
+        rounds = turns.Rounds(rows, grid)
+        whole, control = (rounds.cell(*pair)(rounds.rounds) for pair in (("now", "then"), ("now again", "now")))
+        assert f"| {grid} | {n_rounds} | **{whole:.3f}** (" in page and f") | **{control:.3f}** (" in page
+    assert {row["difference"] for row in rows if row["process"] != "now again"} == {"", "0"}
 
 
 def test_a_repeat_times_every_part_of_every_contestant_and_their_numbers_agree(contest, tmp_path) -> None:
