@@ -186,7 +186,10 @@ def regions_of(said: dict) -> dict[str, tuple[str, str, slice | None]]:
 
 
 # tests/measurements/ablation/ runs the regions of a change, which need a reference, and components that need a name
-@pytest.mark.parametrize("name", [name for name in names("region") if name not in ("change", "undo", "named")])
+OF_A_CHANGE = ("change", "undo", "reweight")
+
+
+@pytest.mark.parametrize("name", [name for name in names("region") if name not in (*OF_A_CHANGE, "named")])
 def test_every_region(name, recall, tmp_path):
     """The regions of the table are those that the YAML lists, no more and no fewer, and remove what it says."""
     said = content("region", name)
@@ -255,7 +258,8 @@ def test_every_cluster(name, measurement, tmp_path):
     assert said and {key: getattr(cluster, key) for key in said} == said
 
 
-@pytest.mark.parametrize("name", names("calibration"))
+# tests/measurements/ablation/test_reweight.py has that of a task
+@pytest.mark.parametrize("name", [name for name in names("calibration") if name != "label_words"])
 def test_every_calibration(name, checkpoint, tmp_path):
     """Every line of the YAML is a setting of the text, and a study in its metric says so in every row."""
     said, text = content("calibration", name), tmp_path / "calibration.txt"

@@ -7,7 +7,7 @@ here="$(dirname "$0")"
 assets="$(realpath "$1")"; out="$2"; shift 2
 python="${PYTHON:-python}"
 stages=("${@:-}")
-[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora spectra_doubled overlaps top undo graft lora)
+[ -n "${stages[0]}" ] || stages=(real tune spectra_full spectra_lora spectra_doubled overlaps top undo graft lora reweight reweight_full)
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 
@@ -62,6 +62,17 @@ lora() {  # rank 8 has no more components
     "$python" -m harness run "${adapted[@]}" "${ask[@]}" "${stories[@]}" "${components[@]}" \
         "region.intervals=['0:1','0:2','0:4','0:8']" output="$out/lora-top"
 }
+# Spectral Surgery: factors for the values of the change by the loss on other sentences, and the same factors shuffled
+surgery=(target=all task=label_words tasks.label_words.data_files="$out/judge.jsonl" tasks.label_words.limit=436
+         region=reweight region.controls=[none,shuffled] calibration=label_words
+         region.calibration.data_files="$out/choose.jsonl" model.dtype=float32 model.device=cpu runtime.threads=1)
+reweight() {
+    "$python" -m harness run "${adapted[@]}" "${surgery[@]}" region.rank=8 region.weights=[sensitivity,smooth,descent] \
+        output="$out/reweight"
+}
+reweight_full() {
+    "$python" -m harness run "${tuned[@]}" "${surgery[@]}" region.weights=[descent] output="$out/reweight-full"
+}
 
 for stage in "${stages[@]}"; do "$stage"; done
-if [ "${#stages[@]}" = 10 ]; then "$python" "$here/figures.py" "$out" "$here"; fi
+if [ "${#stages[@]}" = 12 ]; then "$python" "$here/figures.py" "$out" "$here"; fi

@@ -21,6 +21,7 @@ STEPS = {"full": 150, "lora": 120}
 BATCH = {"full": 32, "lora": 16}
 RATE = {"full": 3e-4, "lora": 3e-3}
 RANK = 8
+CHOOSE = 256  # sentences whose loss chooses the factors of the change
 WARM_UP = 10  # steps in which the rate rises; then it falls linearly to 0
 
 
@@ -44,12 +45,25 @@ def prompt(sentence: str) -> str:
 
 
 def write_data(assets: Path, out: Path) -> None:
-    """Write the validation part of SST-2 as questions with two choices, in the form of BIG-bench."""
+    """Write the validation part of SST-2 as questions with two choices, in the form of BIG-bench.
+
+    choose.jsonl and judge.jsonl are the sentences whose loss reweights a change, and those that judge it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     lines = [{"inputs": prompt(row["sentence"]), "targets": [WORDS[row["label"]]], "multiple_choice_targets": [*WORDS],
               "multiple_choice_scores": [1 - row["label"], row["label"]]}
              for row in rows(assets / "data/sst2/validation.jsonl")]  # fmt: skip
     (out / "sst2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, chosen in (("judge", rows(assets / "data/sst2/validation.jsonl")), ("choose", unseen(assets))):
+        lines = [{"sentence": row["sentence"].strip(), "label": row["label"]} for row in chosen]
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def unseen(assets: Path) -> list[dict]:
+    """Return CHOOSE training examples on which neither model is tuned."""
+    examples = rows(assets / "data/sst2/train.jsonl")
+    drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED))
+    return [examples[i] for i in drawn[-CHOOSE:].tolist()]
 
 
 def batches(asked: list, size: int, generator: torch.Generator) -> list[list]:

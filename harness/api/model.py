@@ -15,10 +15,9 @@ from harness.api.tasks import NamedTask, task
 from harness.errors import InputError
 from harness.evaluation.calibration import Calibration, CalibrationText
 from harness.evaluation.division import Division
-from harness.evaluation.requests import DirectTask, PreparedTask, TaskContext
+from harness.evaluation.requests import DirectTask, PreparedTask, TaskContext, task_digest
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import ScoringOptions
-from harness.measurements.ablation.cells import task_digest
 from harness.measurements.ablation.preparation import Prepared
 from harness.measurements.ablation.treatment_settings import TreatmentSettings, refuse_common_text
 from harness.models.decompositions import DecompositionCache

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.evaluation.covariance import CovarianceStream
 from harness.evaluation.gradients import loss_changes
-from harness.evaluation.requests import PreparedTask, Request, ScoredTask
+from harness.evaluation.requests import PreparedTask, Request, ScoredTask, task_digest
 from harness.files import replacing
 from harness.models.decompositions import SUFFIX, DiskCache, make_room
 from harness.models.identity import module_identity
@@ -41,13 +41,15 @@ class CalibrationText:
 
     requests: the sequences. scored_only: whether only the positions that a request scores count, so that overlapping
     windows count each token once. centred: whether the metric is the covariance of the inputs, and not their second
-    moment. protocol: how the text was made, as values for JSON.
+    moment. protocol: how the text was made, as values for JSON. task: the task itself if its loss chooses parts of a
+    change; the inputs of the matrices are then not measured.
     """
 
     requests: Sequence[Request]
     scored_only: bool
     centred: bool
     protocol: Mapping[str, Any]
+    task: ScoredTask | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -55,7 +57,12 @@ class CalibrationText:
         return sum(len(one.positions) if self.scored_only else len(one.tokens) for one in self.requests)
 
     def digest(self) -> str:
-        """Return a digest of the tokens and of which of them count: it depends on nothing else of the text."""
+        """Return a digest of the tokens and of which of them count: it depends on nothing else of the text.
+
+        That of a task is a digest of all that it asks.
+        """
+        if self.task is not None:
+            return task_digest(self.task)
         found = hashlib.blake2b(f"{CALIBRATION_VERSION} {self.scored_only}".encode(), digest_size=16)
         for request in self.requests:
             for array in (request.tokens, request.positions if self.scored_only else np.arange(0)):

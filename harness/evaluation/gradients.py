@@ -3,7 +3,8 @@
 One backward pass gives the derivatives to all singular values of all matrices. Let M be a metric, W a matrix that is
 sum_i s_i u_i v_i^T, and G = dM/dW. Then dM/ds_i = u_i^T G v_i, and the removal of the singular values R changes M by
 about -sum_{i in R} s_i u_i^T G v_i. Such derivatives rank matrices in "Compress to Impress" (arXiv 2510.20800). Because
-s_i v_i = W^T u_i, and s_i u_i = W v_i, the products s_i u_i^T G v_i need no division by small singular values.
+s_i v_i = W^T u_i, and s_i u_i = W v_i, the products s_i u_i^T G v_i need no division by small singular values. The same
+holds for the singular values of a change D = W - W_reference, with D in place of W in these products.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class SingularGradients:
 
 def singular_gradients(
     loaded: LoadedModel, task: PreparedTask, metrics: Sequence[str], matrices: Sequence[Matrix],
-    decompose: Callable[[Matrix], Decomposition],
+    decompose: Callable[[Matrix], Decomposition], operand: Callable[[Matrix], Tensor] | None = None,
 ) -> dict[str, SingularGradients]:
     """Return the derivatives of some metrics of a task to the singular values of some matrices, by metric.
 
-    decompose: a function from a matrix to its decomposition. The cost is one forward pass over the examples for the
+    decompose: a function from a matrix to its decomposition. operand: a function from a matrix to the D [out, in] whose
+    singular values are meant, such as the change W - W_reference, of which `decompose` then returns a spectrum; None
+    for the weights. The cost is one forward pass over the examples for the
     scores, and one forward and one backward pass for each metric. Raises InputError for a model that is not a causal
     language model, a task that measures the model directly, more than MAX_ENTRIES scored tokens, a metric that the task
     does not have, and a metric that does not change with the log-probabilities, as an accuracy.
@@ -79,7 +82,7 @@ def singular_gradients(
         products = {}
         for matrix in matrices:
             gradient = matrix.view(gradients).reshape(matrix.shape).to(torch.float64)
-            weight = matrix.read(loaded.model).to(torch.float64)
+            weight = (matrix.read(loaded.model) if operand is None else operand(matrix)).to(torch.float64)
             products[matrix.name] = _products(gradient, weight, decompose(matrix)).cpu()
         found[metric] = SingularGradients(metric, value, products)
     return found
@@ -105,6 +108,23 @@ def loss_changes(
         weight = matrix.read(loaded.model).to(torch.float64)
         found[matrix.name] = -_products(gradient, weight, decompose(matrix)).cpu()
     return found
+
+
+def first_gradients(
+    loaded: LoadedModel, task: PreparedTask, metrics: Sequence[str], matrices: Sequence[Matrix],
+    decompose: Callable[[Matrix], Decomposition], operand: Callable[[Matrix], Tensor] | None = None,
+) -> SingularGradients:
+    """Return the derivatives of the first of some metrics that has any, as `singular_gradients`.
+
+    Raises InputError if none has, and as `singular_gradients`.
+    """
+    refused = []
+    for metric in metrics:
+        try:
+            return singular_gradients(loaded, task, [metric], matrices, decompose, operand)[metric]
+        except InputError as error:
+            refused.append(str(error).partition(": ")[2])
+    raise InputError(f"tasks.{task.name}: {'; '.join(refused)}")
 
 
 def metric_slopes(task: ScoredTask, scores: Scores, metric: str) -> tuple[float, np.ndarray]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -181,3 +183,18 @@ PreparedTask = ScoredTask | DirectTask
 def scored_tasks(tasks: Mapping[str, PreparedTask]) -> dict[str, ScoredTask]:
     """Return those of the tasks whose metrics follow from log-probabilities."""
     return {name: task for name, task in tasks.items() if isinstance(task, ScoredTask)}
+
+
+def task_digest(task: PreparedTask) -> str:
+    """Return a digest of what a task asks: its protocol, and all arrays of its requests or its inputs."""
+    found = hashlib.blake2b(json.dumps(dict(task.protocol), sort_keys=True, default=str).encode(), digest_size=16)
+    for array in task.inputs if isinstance(task, DirectTask) else _arrays(task):
+        found.update(len(array).to_bytes(8, "little"))
+        found.update(np.asarray(array, dtype="<i8").tobytes())
+    return found.hexdigest()
+
+
+def _arrays(task: ScoredTask) -> Iterator[np.ndarray]:
+    for request in task.requests:
+        yield from (request.tokens, request.positions, request.targets)
+        yield from (array for array in (request.source, request.segments) if array is not None)

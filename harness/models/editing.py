@@ -19,7 +19,7 @@ from harness.models.treatment import REMOVE, Decompose, Sources, Treatment, labe
 from harness.spectral.ablation import Removal, bias_of, others, removal
 from harness.spectral.batched import Part, edit_each
 from harness.spectral.decomposition import Decomposition
-from harness.spectral.regions import Region, by_loss, fraction_interval, per_matrix, select
+from harness.spectral.regions import Region, by_loss, factors_of, fraction_interval, per_matrix, select
 
 EXPERT_BYTES = 2**30  # the most bytes of float64 matrices that are edited together
 
@@ -160,15 +160,19 @@ def _extreme(which: Callable[[list[float]], float], values: list[float | None]) 
 def loss_changes_of(
     ablation: Ablation, matrices: Sequence[Matrix], sources: Sources
 ) -> Mapping[str, Tensor]:
-    """Return the first-order change of the calibration text's loss if each value of each matrix is removed.
+    """Return the first-order change of the calibration's loss if each value of each matrix is removed.
 
     The values are those of the spectra of which the ablation removes some: matrix -> float64 [r]. The model must hold
-    its unedited weights. Raises ValueError without a calibration text.
+    its unedited weights. Raises ValueError without a calibration.
     """
-    region = getattr(ablation.region, "reference", None) or ablation.region
-    return sources.require_calibrated().losses(
-        matrices, lambda matrix: spectrum_of(matrix, region, ablation.treatment, sources), ablation.treatment.metric
-    )
+    region, treatment = getattr(ablation.region, "reference", None) or ablation.region, ablation.treatment
+
+    def spectrum(matrix: Matrix) -> Decomposition:
+        return spectrum_of(matrix, region, treatment, sources)
+
+    if treatment.of == "weight":
+        return sources.require_calibrated().losses(matrices, spectrum, treatment.metric)
+    return sources.require_derived().losses(matrices, spectrum, treatment.of, sources.require_reference().change)
 
 
 def resolved_regions(ablation: Ablation, matrices: Sequence[Matrix], sources: Sources) -> dict[str, Region]:
@@ -218,6 +222,9 @@ def _part(ablation: Ablation, matrix: Matrix, region: Region | None, sources: So
     """Return what an ablation takes from one matrix. region: its own, if it has one (`resolved_regions`)."""
     decomposition = spectrum_of(matrix, ablation.region, ablation.treatment, sources)
     operation = operation_of(matrix, ablation.region, ablation.treatment, sources)
+    factors = factors_of(region or ablation.region, decomposition.sigma)
+    if factors is not None:
+        operation = dataclasses.replace(operation, factors=factors)
     return Part(decomposition, ablation.positions(decomposition, region), operation)
 
 

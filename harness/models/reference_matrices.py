@@ -36,7 +36,7 @@ class ComparedMatrices:
         self._loaded, self._reference = loaded, reference
         self._source = open_source(reference.settings, reference.description)
         self._matrices: dict[str, Tensor] = {}
-        self._changes = DecompositionCache(loaded, budget_bytes // 2, disk, read=self._change)
+        self._changes = DecompositionCache(loaded, budget_bytes // 2, disk, read=self.change)
         self._references = DecompositionCache(loaded, budget_bytes // 2, disk, read=self.read)
 
     def read(self, matrix: Matrix) -> Tensor:
@@ -45,6 +45,10 @@ class ComparedMatrices:
             self._matrices[matrix.name] = self._source.read(matrix).cpu()
         weight = matrix.view(self._loaded.model)
         return self._matrices[matrix.name].to(weight.device, weight.dtype)
+
+    def change(self, matrix: Matrix) -> Tensor:
+        """Return D = W - B, float64 [out, in]. The model must hold its unedited weight."""
+        return self._weight(matrix).to(torch.float64) - self.read(matrix).to(torch.float64)
 
     def expect(self, matrices: Iterable[str]) -> None:
         """Say which matrices, by name, will be asked for one after the other and then again."""
@@ -74,7 +78,7 @@ class ComparedMatrices:
 
     def operation(self, matrix: Matrix, region: Region, treatment: Treatment) -> Operation:
         """Return what is done with the part of D that a region picks, or with that of a control."""
-        change = self._change(matrix)
+        change = self.change(matrix)
         if region.kind in ("swap_values", "swap_vectors"):
             own, other = (frame(one.double()) for one in (self._weight(matrix), self.read(matrix)))
             sigma, of = (other.sigma, own) if region.kind == "swap_values" else (own.sigma, other)
@@ -114,9 +118,6 @@ class ComparedMatrices:
 
     def _weight(self, matrix: Matrix) -> Tensor:
         return matrix.read(self._loaded.model)
-
-    def _change(self, matrix: Matrix) -> Tensor:
-        return self._weight(matrix).to(torch.float64) - self.read(matrix).to(torch.float64)
 
     def _turned(self, matrix: Matrix, region: Region, change: Decomposition) -> Frame:
         """Return the frame of the change with random directions, the same as in the tables of changes."""

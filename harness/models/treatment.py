@@ -41,7 +41,8 @@ class Treatment:
     keep: whether the region is kept, and all other values of the spectrum are meant instead.
     scale: the factor of the part; 0 removes it.
     replace: "zero", or "mean": the part is replaced by its mean over the calibration text, which is a bias.
-    calibration: the digest of the calibration text (see `harness.evaluation.calibration`), or None.
+    calibration: the digest of the calibration text (see `harness.evaluation.calibration`), or that of the task by
+        whose loss parts of a change are chosen; or None.
     of: "weight": a part of W; "change": a part of the spectrum of the change D = W - W_reference; "reference": the part
         of D in directions of W_reference.
     reference: the digest of the identity of the reference model, or None.
@@ -131,8 +132,26 @@ class Calibrated(Protocol):
         ...
 
 
+class Derived(Protocol):
+    """The first-order changes of the loss of a task."""
+
+    def losses(
+        self, matrices: Sequence[Matrix], decompose: Decompose, of: str, operand: Callable[[Matrix], Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the first-order change of the loss if each value of a spectrum is removed: matrix -> float64 [r].
+
+        of: the name of the spectra that `decompose` returns. operand: returns the D [out, in] of which values are
+        removed. The model must hold its unedited weights.
+        """
+        ...
+
+
 class Compared(Protocol):
     """The matrices of the reference model beside those of the model, which must be unedited while it is asked."""
+
+    def change(self, matrix: Matrix) -> Tensor:
+        """Return D = W - B, float64 [out, in]."""
+        ...
 
     def spectrum(self, matrix: Matrix, region: Region, treatment: Treatment) -> Decomposition:
         """Return the spectrum of the change or of the reference, or that of a control."""
@@ -171,13 +190,15 @@ class Sources:
 
     weights: a function from a matrix to the decomposition of its weights. activations: the same in the metric of the
     activations. calibrated: the inputs of the matrices. Both are None without a calibration text. reference: the
-    matrices of the reference model, or None.
+    matrices of the reference model, or None. derived: the loss of the calibration where parts of a change are chosen by
+    it, or None.
     """
 
     weights: Decompose
     activations: Decompose | None = None
     calibrated: Calibrated | None = None
     reference: Compared | None = None
+    derived: Derived | None = None
 
     def prepare(self, matrices: Sequence[Matrix]) -> None:
         """Prepare what can only be measured while all weights are unedited."""
@@ -202,6 +223,12 @@ class Sources:
         if self.calibrated is None:
             raise ValueError("this treatment needs a calibration text")
         return self.calibrated
+
+    def require_derived(self) -> Derived:
+        """Return the loss of the calibration. Raises ValueError without one."""
+        if self.derived is None:
+            raise ValueError("this region needs a calibration")
+        return self.derived
 
     def require_reference(self) -> Compared:
         """Return the matrices of the reference model. Raises ValueError without one."""

@@ -8,6 +8,7 @@ a bias (1 - s) U_r U_r^T D <x> is then added to the output W' x (`bias_of`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,7 @@ class Operation:
     """What is done with the part of a matrix that a region picks: by default it is removed.
 
     scale: s in W + (s - 1) U_r (U_r^T D).
+    factors: float64 [n], one s for each of the values at the region's positions, in place of `scale`; or None.
     values: what the spectrum's singular values are: "own", those of the operand D itself; "output", those of D C^(1/2),
         in the metric of the activations; "other", those of another matrix.
     operand: D [out, in] of any dtype; None for W. If it is given, the spectrum must have `side` "left", unless it is
@@ -49,11 +51,12 @@ class Operation:
     without: Tensor | None = None
     whole: Tensor | None = None
     rest: bool = False
+    factors: Tensor | None = None
 
     @property
     def removes_own_values(self) -> bool:
         """Whether singular values of W itself are removed, so that their squares say what there was."""
-        return self.scale == 0 and self.values == "own" and self.operand is None
+        return self.scale == 0 and self.values == "own" and self.operand is None and self.factors is None
 
     def of(self, weight: Tensor) -> Tensor:
         """Return the operand for this weight, in float64 on its device."""
@@ -112,6 +115,8 @@ def ablate(weight: Tensor, decomposition: Decomposition, indices: Tensor, operat
     check(weight, decomposition, indices)
     matrix, scale = weight.detach().to(torch.float64), operation.scale
     n_values = len(decomposition.sigma)
+    if operation.factors is not None:
+        return matrix + _scaled(operation.of(matrix), decomposition, indices, operation.factors - 1)
     if operation.operand is not None:
         return _ablate_operand(matrix, decomposition, indices, operation)
     if len(indices) == 0:
@@ -205,11 +210,15 @@ def removal(
             torch.linalg.vector_norm(part if operation.rest else _coordinates(part, decomposition, indices))
             for part in parts
         ]
-    return describe_removal(
+    found = describe_removal(
         operation, known, n_removed, len(sigma),
         _numbers([energy_removed, energy, output_removed, output_energy, of_mean, *realised,
                   *(removed.aminmax() if n_removed else ())]),
     )
+    if operation.factors is None:
+        return found
+    exact = ablate(weight, decomposition, indices, operation) if exact is None else exact
+    return dataclasses.replace(found, norm_removed=float(torch.linalg.vector_norm(weight.to(exact) - exact)))
 
 
 def describe_removal(operation: Operation, known: bool, n_removed: int, n_values: int, numbers: list[float]) -> Removal:
@@ -326,6 +335,13 @@ def _vectors(decomposition: Decomposition, indices: Tensor, like: Tensor) -> Ten
 def _coordinates(matrix: Tensor, decomposition: Decomposition, indices: Tensor) -> Tensor:
     vectors = _vectors(decomposition, indices, matrix)
     return vectors.T @ matrix if decomposition.side == "left" else matrix @ vectors
+
+
+def _scaled(matrix: Tensor, decomposition: Decomposition, indices: Tensor, strengths: Tensor) -> Tensor:
+    """Return sum_i c_i u_i u_i^T D (or the same with right vectors), float64 [out, in]. strengths: c, float64 [n]."""
+    vectors = _vectors(decomposition, indices, matrix)
+    weighted = vectors * strengths.to(matrix)
+    return weighted @ (vectors.T @ matrix) if decomposition.side == "left" else (matrix @ weighted) @ vectors.T
 
 
 def _project(matrix: Tensor, decomposition: Decomposition, indices: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ _OF_REGION = {
     "random": "random, same count as {}", "random outside": "random outside {}, same count",
     "energy_matched": "random, same energy as {}", "energy_matched outside": "random outside {}, same energy",
     "lower_bulk": "lower bulk, same count as {}", "rotated": "random directions in place of {}",
+    "shuffled": "shuffled factors, {}",
     "rotated_output": "random directions with outputs as large as those of {}",
 }  # fmt: skip
 _WHOLE = {"none": "nothing removed", "other order": "other order of additions"}
 _SIZED = {"large": "top", "bulk": "middle", "small": "bottom"}
+_REWEIGHT = re.compile(r"(sensitivity|smooth|descent) .+?(?: of (\d+))?( energy)?")
 # How the words of a treatment begin, which stand behind the label of a region.
 _TREATMENT = re.compile(
     r", (?:of the (?:change|reference)|activations|centred|kept|scaled by [-+.\de]+|mean)(?=,|$)"
@@ -119,6 +121,9 @@ def _region(name: str, removal: bool) -> str:
         return f"value{'s' * (len(names) > 1)} {', '.join(names)}"
     if found := re.fullmatch(r"compression ([-.\de]+)( zero_sum)?", name):
         return f"{percent(float(found[1]))} % fewer parameters" + ", shared budget" * bool(found[2])
+    if kind == "reweight" and (found := _REWEIGHT.fullmatch(size)):
+        rank = f", rank {found[2]}" if found[2] else ""
+        return f"reweighted by {found[1]}{rank}" + ", same energy" * bool(found[3])
     if found := re.fullmatch(r"mp (above|inside|below) (\w+?)( tracy_widom)?", name):
         how = [*([found[2]] if found[2] != "gavish_donoho" else []), *(["Tracy-Widom margin"] if found[3] else [])]
         return f"{found[1]} the Marchenko-Pastur bulk" + (f" ({', '.join(how)})" if how else "")

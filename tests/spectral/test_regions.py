@@ -27,6 +27,8 @@ from harness.spectral.regions import (
     Nothing,
     OtherOrder,
     Random,
+    Reweight,
+    Shuffled,
     bulk,
     fraction_interval,
     from_plain,
@@ -289,6 +291,8 @@ REGIONS = [
       for estimator, margin in (("gavish_donoho", False), ("bulk_fit", True))),
     GavishDonoho("above"), GavishDonoho("below"), Component(573), Component(-1), Component(-2, "loss"),
     Named(("28.up_proj:573", "0.k_proj:-1")), Compression(0.4), Compression(0.4, "zero_sum"),
+    Reweight("sensitivity", "nuclear", 8, 0.2, 1.25, 0.8), Reweight("descent", "energy", step=0.2),
+    Shuffled(Reweight("smooth", share=0.2, amplify=1.25, damp=0.8), 3),
     Nothing(), OtherOrder(), OtherOrder(0.5), Random(small(0.1), 3), Random(Random(Index(0, 4), 1), 2),
     EnergyMatched(bulk(0.2, "energy"), 0), LowerBulk(MarchenkoPastur("above", "usvt", True)),
     CONTROLS["rotated"](small(0.1), 3), CONTROLS["rotated_output"](Component(2), 3),
@@ -316,7 +320,7 @@ def test_every_region_is_read_back_from_plain_values():
 @pytest.mark.parametrize("values, message", [
     ({"by": "rate", "kind": "large"}, "'rate' is not a region rule; use one of fraction, decile, index, laser, energy"),
     ({"by": "fractoin", "kind": "large"}, "'fractoin' is not a region rule; did you mean 'fraction'"),
-    ({"by": "control", "kind": "shuffled"}, "'shuffled' is not a control; known are random, energy_matched"),
+    ({"by": "control", "kind": "mixed"}, "'mixed' is not a control; known are random, energy_matched"),
     ({"by": "control", "kind": "random", "seed": 0, "reference": {"by": "rate", "kind": "x"}}, "'rate' is not a"),
 ])  # fmt: skip
 def test_plain_values_of_what_is_not_installed(values, message):

@@ -37,6 +37,10 @@ WORDS = {
     "values 0.k_proj:-1, 28.up_proj:573": regions.Named(("28.up_proj:573", "0.k_proj:-1")),
     "20 % fewer parameters": regions.Compression(0.2),
     "20 % fewer parameters, shared budget": regions.Compression(0.2, "zero_sum"),
+    "reweighted by sensitivity, rank 8": regions.Reweight("sensitivity", "nuclear", 8, 0.2, 1.25, 0.8),
+    "reweighted by descent, same energy": regions.Reweight("descent", "energy", step=0.2),
+    "shuffled factors, reweighted by smooth": regions.Shuffled(
+        regions.Reweight("smooth", share=0.2, amplify=1.25, damp=0.8), 0),
     "above the Marchenko-Pastur bulk": regions.MarchenkoPastur("above"),
     "below the Marchenko-Pastur bulk (usvt, Tracy-Widom margin)": regions.MarchenkoPastur("below", "usvt", True),
     "above the Gavish-Donoho threshold": regions.GavishDonoho("above"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from harness.errors import InputError
-from harness.measurements.ablation.cells import task_digest
+from harness.evaluation.requests import task_digest
 from tests.evaluation.reference import tiny
 from tests.tasks.asking import asked
 

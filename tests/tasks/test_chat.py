@@ -10,8 +10,7 @@ import pytest
 
 import harness as sh
 from harness.errors import InputError
-from harness.evaluation.requests import TaskContext
-from harness.measurements.ablation.cells import task_digest
+from harness.evaluation.requests import TaskContext, task_digest
 from harness.tasks.registry import TASKS, prepare_task
 from tests.checkpoints import WORDS, tokenizer
 from tests.models.tiny import tiny_config

@@ -7,8 +7,7 @@ import pytest
 
 from harness.errors import InputError
 from harness.evaluation.blank_scores import blank_measure
-from harness.evaluation.requests import ExampleScores, ScoredTask
-from harness.measurements.ablation.cells import task_digest
+from harness.evaluation.requests import ExampleScores, ScoredTask, task_digest
 from harness.tasks.clusters import BLOCK_CHARACTERS, block_count, by_column, window_clusters
 from tests.evaluation.reference import tiny
 from tests.tasks.asking import asked

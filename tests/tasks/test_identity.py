@@ -19,8 +19,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from harness.evaluation.requests import TaskContext
-from harness.measurements.ablation.cells import task_digest
+from harness.evaluation.requests import TaskContext, task_digest
 from harness.tasks.lm_eval.task import LmEvalTask
 from tests.evaluation.reference import tiny_model, tiny_tokenizer
 from tests.tasks.own_task import (

@@ -15,8 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import CTRLTokenizer, PreTrainedTokenizerFast
 
-from harness.evaluation.requests import TaskContext
-from harness.measurements.ablation.cells import task_digest
+from harness.evaluation.requests import TaskContext, task_digest
 from harness.models.recall import recall_config
 from harness.models.settings import RecallModelSettings
 from harness.tasks.registry import prepare_task

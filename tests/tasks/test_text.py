@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from harness.errors import InputError
-from harness.evaluation.requests import TaskContext
+from harness.evaluation.requests import TaskContext, task_digest
 from harness.evaluation.statistics import estimate
-from harness.measurements.ablation.cells import task_digest
 from harness.tasks.text import TextTask, windows
 from tests.evaluation.reference import TEXT, real, score, tiny, tiny_tokenizer
 from tests.tasks.asking import asked

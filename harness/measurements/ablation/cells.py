@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from harness.engine.plan import canonical, digest
 from harness.errors import InputError
-from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask
+from harness.evaluation.requests import PreparedTask, task_digest
 from harness.measurements.ablation.region_settings import (
     NO_REGION,
     OF_NO_TARGET,
@@ -230,21 +226,6 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
 def has_noise_floor(description: ModelDescription) -> bool:
     """Return whether a study of the model measures its noise floor, because its numbers depend on the batches."""
     return description.dtype != "float32"
-
-
-def task_digest(task: PreparedTask) -> str:
-    """Return a digest of what a task asks: its protocol, and all arrays of its requests or its inputs."""
-    found = hashlib.blake2b(json.dumps(dict(task.protocol), sort_keys=True, default=str).encode(), digest_size=16)
-    for array in task.inputs if isinstance(task, DirectTask) else _arrays(task):
-        found.update(len(array).to_bytes(8, "little"))
-        found.update(np.asarray(array, dtype="<i8").tobytes())
-    return found.hexdigest()
-
-
-def _arrays(task: ScoredTask) -> Iterator[np.ndarray]:
-    for request in task.requests:
-        yield from (request.tokens, request.positions, request.targets)
-        yield from (array for array in (request.source, request.segments) if array is not None)
 
 
 def distinct_digests(tasks: Mapping[str, PreparedTask]) -> dict[str, str]:

@@ -213,6 +213,8 @@ def _calibration(prepared: Prepared, cells: Sequence[Cell], cost: ModelCost) -> 
     last = max(matrix.block for matrix in edited)
     one_pass = sum(len(one.tokens) * sum(cost.block[: last + 1]) + len(one.tokens) ** 2 / 2 * cost.pair * (last + 1)
                    for one in text.requests)
+    if text.task is not None:  # the inputs are not measured; the metrics need a pass of their own
+        return 4.0 * sum(len(one.tokens) * (sum(cost.block) + cost.head) for one in text.requests), 0
     if any(by_loss(cell.ablation.region) for cell in cells):  # a forward and a backward pass for the loss
         one_pass += 3.0 * sum(len(one.tokens) * (sum(cost.block) + cost.head) for one in text.requests)
     shared = prepared.description.config.get_text_config()

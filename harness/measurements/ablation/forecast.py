@@ -180,7 +180,11 @@ def describe_study(study: Study) -> str:
         lines.append(f"task {name}: {len(task.example_ids)} examples, {len(task.requests)} requests, {tokens} tokens")
         if note := bos_note(name, task.protocol):
             lines.append(f"task {name}: {note}")
-    if (text := study.prepared.calibration) is not None:
+    text = study.prepared.calibration
+    if text is not None and text.task is not None:
+        lines.append(f"calibration: {len(text.task.example_ids)} examples, whose loss is derived to the singular values"
+                     f" of the change, {cost.calibration:.3g} floating-point operations")
+    elif text is not None:
         lines.append(
             f"calibration: {len(text.requests)} sequences, {text.n_tokens} tokens,"
             f" {'covariance' if text.centred else 'second moment'} of the inputs, {cost.calibration:.3g} floating-point"

@@ -173,7 +173,7 @@ class CellRun:
 
         If that fails, every cell that needs it becomes an error row.
         """
-        if self.sources.calibrated is None or not matrices:
+        if self.study.prepared.calibration is None or not matrices:
             return
         self.describe("calibration")
         try:

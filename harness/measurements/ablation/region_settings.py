@@ -26,6 +26,7 @@ from harness.spectral.regions import (
 from harness.spectral.regions.component import ComponentRule
 from harness.spectral.regions.fraction import FractionRule
 from harness.spectral.regions.named_components import NamedRule
+from harness.spectral.regions.reweight import ReweightRule
 
 NO_REGION = Nothing()
 OTHER_ORDER = OtherOrder()
@@ -67,6 +68,7 @@ class RegionSettings:
         if isinstance(self.rule, ComponentRule) and self.rule.top and self.treatment.calibration is None:
             right = "it needs a text for the loss: calibration=wikitext, or use region.all or region.ends without one"
             raise wrong("top", self.rule.top, right)
+        self._check_derived()
         useless = [control for control in self.controls if control not in ("none", "other_order")]
         if self.by == "none" and useless:
             raise wrong("controls", useless[0], "region=none has no region for which it could be a control")
@@ -79,6 +81,29 @@ class RegionSettings:
         for seed in self.random_seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
                 raise wrong("random_seeds", seed, "it must be at least 0")
+
+    def _check_derived(self) -> None:
+        """Check what depends on the loss of a calibration."""
+        treatment, reweights = self.treatment, isinstance(self.rule, ReweightRule)
+        by_loss = reweights or isinstance(self.rule, ComponentRule) and self.rule.top > 0
+        if treatment.of != "weight" and treatment.calibration is not None and not by_loss:
+            right = "for a part of a change only region=reweight and region.top read it; leave it out"
+            raise SettingError("calibration", right)
+        if "shuffled" in self.controls and not reweights:
+            raise wrong("controls", "shuffled", "it is the control of the factors of region=reweight")
+        if not reweights:
+            return
+        if treatment.of != "change":
+            raise wrong("of", treatment.of, "region=reweight gives factors to the values of a change; use change")
+        if treatment.calibration is None:
+            right = "must be set, because region=reweight derives its loss; for example calibration=label_words"
+            raise SettingError("calibration", right)
+        for key, value in (("keep", treatment.keep), ("scale", treatment.scale)):
+            if value:
+                raise wrong(key, value, "region=reweight has a factor for each value; leave it out")
+        drawn = [control for control in ("random", "energy_matched", "lower_bulk") if control in self.controls]
+        if drawn:
+            raise wrong("controls", drawn[0], "the controls of region=reweight are none, shuffled and rotated")
 
     def _check_rotations(self) -> None:
         treatment = self.treatment
@@ -109,8 +134,8 @@ class RegionSettings:
         if self.by == "none" and self.treatment != TreatmentSettings():
             yield wrong("by", self.by, "it removes nothing, so that metric, keep, scale, replace and of mean nothing")
         if self.random_seeds != [0] and not self._draws():
-            right = ("only the controls random, energy_matched, rotated and rotated_output read it; region.controls is"
-                     f" [{', '.join(self.controls)}]")
+            right = ("only the controls random, energy_matched, rotated, rotated_output and shuffled read it;"
+                     f" region.controls is [{', '.join(self.controls)}]")
             yield wrong("random_seeds", self.random_seeds, right)
 
     def targets(self, settings: TargetSettings, matrices: Sequence[Matrix]) -> list[Target]:

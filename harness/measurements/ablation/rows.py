@@ -23,6 +23,7 @@ from harness.measurements.ablation.outcomes import Failed, Outcome, Scored
 from harness.measurements.ablation.study import Study
 from harness.models.editing import RealisedAblation
 from harness.models.loading import LoadedModel
+from harness.spectral.regions import by_factors
 
 Baseline = Mapping[str, ExampleScores]
 
@@ -110,7 +111,8 @@ class RowMaker:
             "region_kind": None if cell.is_baseline else region.kind,
             "region_seed": getattr(region, "seed", None),
             **({} if cell.is_baseline or cell.in_other_order else {
-                "region_metric": treatment.metric, "region_keep": treatment.keep, "region_scale": treatment.scale,
+                "region_metric": treatment.metric, "region_keep": treatment.keep,
+                "region_scale": None if by_factors(region) else treatment.scale,
                 "region_replace": treatment.replace,
                 "calibration": treatment.calibration and self.calibration,
                 "region_of": treatment.of, "reference": treatment.reference and self.reference,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.evaluation.calibration import Calibration, CalibrationText
+from harness.evaluation.derived import DerivedTask
 from harness.evaluation.settings import RuntimeSettings
 from harness.models.decompositions import DecompositionCache, disk_cache
 from harness.models.loading import LoadedModel
@@ -25,7 +26,8 @@ def sources_of(
     budget = decomposition_bytes(runtime.decomposition_gib, loaded.device, stream)
     weights = DecompositionCache(loaded, budget, disk)
     if reference is not None:
-        return Sources(weights, reference=ComparedMatrices(loaded, reference, budget, disk))
+        derived = None if text is None or text.task is None else DerivedTask(loaded, text.task)
+        return Sources(weights, reference=ComparedMatrices(loaded, reference, budget, disk), derived=derived)
     if text is None:
         return Sources(weights)
     budget //= 2  # the factors of the inputs take the other half

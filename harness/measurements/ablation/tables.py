@@ -57,7 +57,10 @@ METRICS = (
     Column("region_seed", "int64", "Seed of a random region."),
     Column("region_metric", "string", "Spectrum of the region: `weight`, that of W; `activations`, that of W C^(1/2)."),
     Column("region_keep", "bool", "Whether the region is kept, and all other singular values are removed or scaled."),
-    Column("region_scale", "float64", "Factor of the removed values; 0 if they are really removed."),
+    Column(
+        "region_scale", "float64",
+        "Factor of the removed values; 0 if they are really removed, null if each has its own.",
+    ),
     Column("region_replace", "string", "What the removed part becomes: `zero`, or `mean`: its mean, as a bias."),
     Column("region_of", "string", "`weight`; `change`: part of D = W - W_reference; `reference`: D in its directions."),
     Column("reference", "string", "The model that was subtracted: its name or folder; null for parts of the weights."),

@@ -17,7 +17,7 @@ from harness.tasks.registry import prepare_task, task_of
 from harness.tasks.settings import Task
 
 KEY = "region.calibration"
-KINDS = ("text", "recall")  # the kinds of tasks whose tokens can be a calibration text
+KINDS = ("text", "recall")  # the kinds of tasks over whose tokens the inputs of matrices can be measured
 
 
 def calibration_of(values: Any) -> Task | None:
@@ -27,10 +27,7 @@ def calibration_of(values: Any) -> Task | None:
     if isinstance(values, Mapping) and values.get("kind") is None:
         right = "choose one with calibration=text and region.calibration.data_files=..., or calibration=wikitext"
         raise SettingError("", f"no kind; {right}")
-    task = task_of(values, "calibration")
-    if task.kind not in KINDS:
-        raise wrong("kind", task.kind, f"a calibration text is of kind {' or '.join(KINDS)}")
-    return task
+    return task_of(values, "calibration")
 
 
 @dataclass
@@ -43,7 +40,8 @@ class TreatmentSettings:
     replace: "mean" puts the mean of the part's output over the calibration text in its place, as a bias.
     centred: C is the covariance of the matrix's inputs, and not their second moment.
     calibration: the text over which the inputs are measured, as the settings of a task of kind text (or recall). With
-        metric=weight it may be given, too: every row then says what the part contributes to the outputs.
+        metric=weight it may be given, too: every row then says what the part contributes to the outputs. For parts of
+        a change it is a task of any kind, whose loss chooses them.
     of: what the region is a part of: the weight W; the change D = W - W_reference, by the spectrum of D; or the change
         in directions of the reference, by the spectrum of W_reference.
     """
@@ -59,8 +57,14 @@ class TreatmentSettings:
     def __post_init__(self) -> None:
         if self.scale == 1:
             raise wrong("scale", self.scale, "a scale of 1 changes nothing; 0 removes the region")
-        if self.of != "weight" and (self.metric == "activations" or self.calibration is not None):
-            raise wrong("of", self.of, "a change is taken in the metric of the weights, without a calibration text")
+        if self.of != "weight" and self.metric == "activations":
+            raise wrong("of", self.of, "a change is taken in the metric of the weights; use region.metric=weight")
+        if self.of != "weight" and (self.centred or self.replace == "mean"):
+            key, value = ("centred", True) if self.centred else ("replace", "mean")
+            raise wrong(key, value, f"the inputs of matrices are not measured for region.of={self.of}")
+        kind = None if self.calibration is None else self.calibration.kind
+        if self.of == "weight" and kind not in (None, *KINDS):
+            raise wrong("calibration.kind", kind, f"a calibration text is of kind {' or '.join(KINDS)}")
         for key, value, needs in (("metric", self.metric, "activations"), ("replace", self.replace, "mean")):
             if self.calibration is None and value == needs:
                 right = "it needs a text: calibration=wikitext, or calibration=text region.calibration.data_files=..."
@@ -86,8 +90,11 @@ class TreatmentSettings:
             task = prepare_task("calibration", self.calibration, context)
         except InputError as error:
             raise InputError(str(error).replace("tasks.calibration", KEY)) from error
-        assert not isinstance(task, DirectTask)  # no task of these kinds measures the model itself
-        return CalibrationText(task.requests, task.protocol.get("window") is not None, self.centred, task.protocol)
+        if isinstance(task, DirectTask):  # no task of the kinds for a weight measures the model itself
+            raise InputError(f"{KEY}: a task that measures the model directly has no loss; use another")
+        of_change = task if self.of != "weight" else None
+        windows = task.protocol.get("window") is not None
+        return CalibrationText(task.requests, windows or of_change is not None, self.centred, task.protocol, of_change)
 
     def treatment(self, text: CalibrationText | None, reference: Reference | None = None) -> Treatment:
         """Return the treatment of the regions of a study.

@@ -10,6 +10,7 @@ from typing import Any
 from harness.engine.manifest import MANIFEST, reading
 from harness.engine.plan import folder_of, run_id
 from harness.errors import InputError
+from harness.evaluation.requests import task_digest
 from harness.evaluation.tree_attention import check_flex
 from harness.measurements.ablation.cells import (
     Cell,
@@ -20,7 +21,6 @@ from harness.measurements.ablation.cells import (
     expand_ablations,
     has_noise_floor,
     numeric_settings,
-    task_digest,
 )
 from harness.measurements.ablation.forecast import describe_study
 from harness.measurements.ablation.preparation import Prepared, prepare
@@ -46,7 +46,8 @@ def plan(settings: StudySettings) -> Study:
     _require_own_task(settings)
     study = study_of(settings, prepare(settings))
     if any(by_loss(cell.ablation.region) for cell in study.units) and study.description.family.kind != "causal":
-        key, other = ("top", "all or ends") if settings.region.by == "component" else ("ranks", "uniform")
+        key, other = {"component": ("top", "all or ends"), "reweight": ("by", "region=change")}.get(
+            settings.region.by, ("ranks", "uniform"))
         raise InputError(f"region.{key}: the loss of a text is that of a causal language model only; use {other}")
     branch, to_mean = settings.runtime.edit == "branch", settings.region.treatment.replace == "mean"
     flex = settings.runtime.tree_attention == "flex"

@@ -16,7 +16,7 @@ from harness.engine.ranks import Ranks
 from harness.engine.run import error_row
 from harness.errors import InputError
 from harness.evaluation.blank_scores import blank_measure
-from harness.evaluation.gradients import SingularGradients, loss_changes, singular_gradients
+from harness.evaluation.gradients import SingularGradients, first_gradients, loss_changes
 from harness.evaluation.requests import ScoredTask
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements.ablation.sources import sources_of
@@ -87,8 +87,10 @@ class ComponentsRun:
     def __post_init__(self) -> None:
         settings = self.plan.settings
         runtime = RuntimeSettings(cache_dir=settings.cache_dir)
-        self.sources = sources_of(self.loaded, runtime, self.plan.text)
-        self.treatment = Treatment(settings.region.metric, centred=settings.region.centred)
+        of_change = settings.region.of == "change"
+        self.sources = sources_of(self.loaded, runtime, self.plan.text,
+                                  reference=self.plan.reference if of_change else None)
+        self.treatment = Treatment(settings.region.metric, centred=settings.region.centred, of=settings.region.of)
         self.losses: Mapping[str, torch.Tensor] = {}
         self.gradients: dict[str, SingularGradients] = {}
         self._leading: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -105,20 +107,20 @@ class ComponentsRun:
             self.gradients[name] = self._derived(task)
 
     def spectrum(self, matrix: Matrix) -> Decomposition:
-        """Return the spectrum of a matrix in the metric of the run."""
+        """Return the spectrum of a matrix, or of its change, in the metric of the run."""
         return spectrum_of(matrix, ANY, self.treatment, self.sources)
+
+    def operand(self, matrix: Matrix) -> torch.Tensor:
+        """Return what the components of a matrix make up: its weight, or its change as float64, [out, in]."""
+        if self.treatment.of == "change":
+            return self.sources.require_reference().change(matrix)
+        return matrix.read(self.loaded.model)
 
     def _derived(self, task: ScoredTask) -> SingularGradients:
         """Return the derivatives of the first wanted metric of a task that has one. Raises InputError without any."""
         there = list(blank_measure(task))
         wanted = [metric for metric in self.plan.settings.metrics if metric in there] or there
-        refused = []
-        for metric in wanted:
-            try:
-                return singular_gradients(self.loaded, task, [metric], self.matrices, self.spectrum)[metric]
-            except InputError as error:
-                refused.append(str(error).partition(": ")[2])
-        raise InputError(f"tasks.{task.name}: {'; '.join(refused)}")
+        return first_gradients(self.loaded, task, wanted, self.matrices, self.spectrum, self.operand)
 
     @cached_property
     def others(self) -> dict[str, MatrixSource]:
@@ -154,6 +156,7 @@ class ComponentsRun:
         return {
             "model": settings.model.label,
             "metric": settings.region.metric,
+            "of": settings.region.of,
             "calibration": text and json.dumps(
                 {**text.protocol, "centred": text.centred, "n_tokens": text.n_tokens}, sort_keys=True, default=str),
             "protocols": json.dumps({name: dict(task.protocol) for name, task in plan.tasks.items()}, sort_keys=True,
@@ -163,6 +166,7 @@ class ComponentsRun:
             "model_type": description.config.model_type,
             "dtype": description.dtype,
             "reference": plan.reference and plan.reference.settings.label,
+            "reference_digest": plan.reference and plan.reference.digest,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
 
@@ -184,7 +188,7 @@ class ComponentsRun:
             neurons = (of_down.covariance.diagonal() + of_down.mean**2).clamp(min=0).sqrt()
         inputs = None if calibrated is None else calibrated.inputs(matrix)
         leading = None if inputs is None else self._leading_of(inputs)
-        about = Described(self.loaded, matrix, decomposition, inputs, leading, neurons)
+        about = Described(self.loaded, matrix, self.operand(matrix), decomposition, inputs, leading, neurons)
         tokens = Named(settings.tokens, self._largest(matrix))
         columns = component_columns(about, tokens, self.others, "rounded" in settings.stability)
         if matrix.name in self.losses:

@@ -92,9 +92,11 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
 def _headline(matrices: pandas.DataFrame) -> list[str]:
     one = matrices.iloc[0]
     ok = matrices[matrices["status"] == "ok"]
+    spectrum = f"the {one['metric']}s".replace("activationss", "activations")
+    if one["of"] == "change":
+        spectrum = f"the change from {one['reference']}"
     lines = [f"{one['model']} ({one['model_type']}, {one['dtype']}): {int(ok['n_components'].sum())} components of"
-             f" {count(len(ok), 'matrix').replace('matrixs', 'matrices')}, spectrum of the {one['metric']}s".replace(
-                 "activationss", "activations")]
+             f" {count(len(ok), 'matrix').replace('matrixs', 'matrices')}, spectrum of {spectrum}"]
     if not is_missing(one["gguf_file"]):
         lines.append(f"The weights are quantised ({one['gguf_file']}): small singular values hold the error of that.")
     lines.append("An improvement is a change of the metric if the component is removed, positive where that is better.")

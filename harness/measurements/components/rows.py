@@ -25,13 +25,15 @@ from harness.spectral.decomposition import Decomposition
 class Described:
     """One matrix of a loaded model.
 
-    decomposition: its spectrum in the metric of the run. inputs, leading: the statistics of its inputs and their
-    leading directions; None without a calibration text. neurons: float64 [out], the root mean squares of the
-    activations of the neurons into which it writes; None if it writes into none, or without a text.
+    operand: what its components make up, [out, in]: its weight, or the change of it. decomposition: the spectrum of
+    that in the metric of the run. inputs, leading: the statistics of its inputs and their leading directions; None
+    without a calibration text. neurons: float64 [out], the root mean squares of the activations of the neurons into
+    which it writes; None if it writes into none, or without a text.
     """
 
     loaded: LoadedModel
     matrix: Matrix
+    operand: Tensor
     decomposition: Decomposition
     inputs: InputCovariance | None
     leading: Tensor | None
@@ -57,7 +59,7 @@ def component_columns(
     others: name -> the weights in which each component is
     looked for again. rounded: whether it is looked for in the weight rounded to 4 bits, too.
     """
-    weight = about.matrix.read(about.loaded.model)
+    weight = about.operand
     sigma = about.decomposition.sigma
     of = components.directions(weight, about.decomposition)
     square = (sigma**2).cpu()

@@ -23,20 +23,25 @@ CONFIG = "components"  # conf/components.yaml
 class SpectrumSettings:
     """Of which spectrum the components are. The keys are those of the same group of a study.
 
+    of: "weight", or "change": the components of W - W_reference, to whose values the metrics of tasks are derived.
     metric: that of the weights, W, or of the activations, W C^(1/2). centred: C is the covariance of the inputs, and
     not their second moment. calibration: the text over which the inputs are measured, and whose loss is derived.
     """
 
+    of: Literal["weight", "change"] = "weight"
     metric: Literal["weight", "activations"] = "weight"
     centred: bool = False
     calibration: Annotated[Task | None, ReadBy(calibration_of)] = None
 
     def __post_init__(self) -> None:
+        if self.of == "change" and self.calibration is not None:
+            right = "it is for the components of weights; give what is derived for a change as a task"
+            raise SettingError("calibration", right)
         self.treatment()
 
     def treatment(self) -> TreatmentSettings:
         """Return the settings of a study with this spectrum. Raises SettingError if a text is lacking."""
-        return TreatmentSettings(self.metric, centred=self.centred, calibration=self.calibration)
+        return TreatmentSettings(self.metric, centred=self.centred, calibration=self.calibration, of=self.of)
 
 
 @dataclass
@@ -70,6 +75,8 @@ class ComponentsSettings:
             raise wrong("blocks", [], "name at least one, for example [0]; null: every block")
         if len(set(self.stability)) < len(self.stability):
             raise wrong("stability", self.stability, "each may be named once")
+        if self.region.of == "change" and self.reference.of(self.model) is None:
+            raise SettingError("reference.name", "must be set, because region.of=change is about the change from it")
 
     def unread(self) -> Iterator[SettingError]:
         """Yield an error for each setting that nothing reads."""

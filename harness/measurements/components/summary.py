@@ -11,6 +11,7 @@ from harness.errors import InputError
 from harness.measurements.ablation.tables import read_metrics
 from harness.measurements.components.tables import read_components
 from harness.tables.frames import dicts_of
+from harness.tables.text import is_missing
 
 if TYPE_CHECKING:
     import pandas
@@ -51,14 +52,18 @@ def exact(study: str, folder: Path) -> pandas.DataFrame:
     about = read_components(folder, "matrices").iloc[0]
     rows = rows[(rows["status"] == "ok") & rows["component"].notna() & (rows["region_by"] == "component")
                 & ~rows["region_keep"].fillna(False).astype(bool) & (rows["region_scale"].fillna(0.0) == 0)
-                & (rows["region_replace"].fillna("zero") == "zero") & (rows["region_of"] == "weight")]
+                & (rows["region_replace"].fillna("zero") == "zero")]
     if rows.empty:
         raise InputError(f"exact: {study} has no cell that removes one component; run region=component there")
     if set(rows["model_digest"]) != {about["model_digest"]}:
         raise InputError(f"exact: {study} measured other weights than {folder}; name a study of the same model")
-    rows = rows[rows["region_metric"] == about["metric"]]
+    of = "weight" if is_missing(about["of"]) else about["of"]
+    rows = rows[(rows["region_metric"] == about["metric"]) & (rows["region_of"].fillna("weight") == of)]
     if rows.empty:
-        raise InputError(f"exact: no cell of {study} is of the spectrum of region.metric={about['metric']}")
+        raise InputError(f"exact: no cell of {study} is of the spectrum of region.metric={about['metric']} and"
+                         f" region.of={of}")
+    if of == "change" and set(rows["reference_digest"]) != {about["reference_digest"]}:
+        raise InputError(f"exact: {study} measured the change from another reference than {folder}")
     rows = rows.drop_duplicates(["component", "task", "metric"])
     place = rows["component"].str.rpartition(":")
     sign = rows["higher_is_better"].map({True: 1.0, False: -1.0})

@@ -9,8 +9,7 @@ from typing import Any
 from harness.engine.manifest import MANIFEST, manifest_there
 from harness.engine.plan import canonical, digest, folder_of, run_id
 from harness.errors import InputError
-from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask, TaskContext
-from harness.measurements.ablation.cells import task_digest
+from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask, TaskContext, task_digest
 from harness.measurements.components.forecast import price_lines
 from harness.measurements.components.plan import ComponentsPlan, Unit
 from harness.measurements.components.settings import ComponentsSettings
@@ -57,6 +56,7 @@ def plan(settings: ComponentsSettings) -> ComponentsPlan:
         "stability": sorted(settings.stability),
         "seed": settings.seed if "random" in settings.stability else None,
         "reference": reference and reference.digest,
+        **({"of": settings.region.of} if settings.region.of != "weight" else {}),
     }
     if settings.tokens_of is not None:
         depends_on["tokens_of"] = settings.tokens_of

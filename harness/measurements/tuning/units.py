@@ -14,8 +14,8 @@ import numpy as np
 from harness.engine.plan import Plan, canonical, digest, folder_of, run_id
 from harness.engine.ranks import Ranks
 from harness.errors import InputError
-from harness.evaluation.requests import PreparedTask, TaskContext
-from harness.measurements.ablation.cells import chosen_regions, expand_ablations, region_key, task_digest
+from harness.evaluation.requests import PreparedTask, TaskContext, task_digest
+from harness.measurements.ablation.cells import chosen_regions, expand_ablations, region_key
 from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.tuning.settings import TuneSettings
 from harness.models.description import ModelDescription

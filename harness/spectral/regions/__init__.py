@@ -25,6 +25,7 @@ from harness.spectral.regions.controls import (
     ReferenceModel,
     Rotated,
     RotatedOutput,
+    Shuffled,
     SwapValues,
     SwapVectors,
 )
@@ -36,7 +37,16 @@ from harness.spectral.regions.index import Index
 from harness.spectral.regions.laser import Laser
 from harness.spectral.regions.marchenko_pastur import MarchenkoPastur
 from harness.spectral.regions.named_components import Named
-from harness.spectral.regions.region import Region, by_loss, fraction_interval, per_matrix, select
+from harness.spectral.regions.region import (
+    Region,
+    by_factors,
+    by_loss,
+    factors_of,
+    fraction_interval,
+    per_matrix,
+    select,
+)
+from harness.spectral.regions.reweight import Reweight
 from harness.spectral.regions.rules import RULES, RegionRule, from_plain, to_plain
 
 
@@ -99,12 +109,16 @@ __all__ = [
     "ReferenceModel",
     "Region",
     "RegionRule",
+    "Reweight",
     "Rotated",
     "RotatedOutput",
+    "Shuffled",
     "SwapValues",
     "SwapVectors",
     "bulk",
+    "by_factors",
     "by_loss",
+    "factors_of",
     "fraction_interval",
     "from_plain",
     "interval",

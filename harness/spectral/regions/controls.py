@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.spectral.regions.marchenko_pastur import MarchenkoPastur
 from harness.spectral.regions.region import Region, select, stretch
+from harness.spectral.regions.reweight import Weighted
 from harness.spectral.seeding import generator_of
 
 
@@ -208,6 +209,42 @@ class RotatedOutput(Rotated):
 
 
 @dataclass(frozen=True)
+class Shuffled:
+    """The factors of the reference, given to the values of each matrix in a random order.
+
+    The reference gives each value a factor of its own by a loss. The draw depends on the seed and the matrix.
+    """
+
+    reference: Region
+    seed: int
+    by: ClassVar[str] = "control"
+    kind: ClassVar[str] = "shuffled"
+    rank_only: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, regions: Sequence[Region], seeds: Sequence[int]) -> list[Shuffled]:
+        """Return one control for each seed and region."""
+        return [cls(region, seed) for seed in seeds for region in regions]
+
+    @property
+    def label(self) -> str:
+        return f"shuffled ({self.reference.label}) seed {self.seed}"
+
+    def positions(self, sigma: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        return select(self.reference, sigma, shape)
+
+    def factors(self, sigma: Tensor) -> Tensor:
+        """Return the factor of the value at each position, float64 [n]. sigma: the singular values, float64 [r].
+
+        Raises ValueError if the reference is not that of one matrix.
+        """
+        if not isinstance(self.reference, Weighted):
+            raise ValueError(f"the factors of {self.label!r} depend on a loss")
+        return self.reference.factors(sigma, self.seed)
+
+
+@dataclass(frozen=True)
 class _Whole:
     """A control that puts something else in the place of whole matrices."""
 
@@ -261,7 +298,7 @@ OF_REFERENCE = ("swap_values", "swap_vectors", "reference_matrices", "reference_
 # Name in region.controls -> its class. A study measures them after its regions, in this order.
 CONTROLS: dict[str, Any] = {
     "random": Random, "energy_matched": EnergyMatched, "lower_bulk": LowerBulk, "rotated": Rotated,
-    "rotated_output": RotatedOutput, "swap_values": SwapValues, "swap_vectors": SwapVectors,
+    "rotated_output": RotatedOutput, "shuffled": Shuffled, "swap_values": SwapValues, "swap_vectors": SwapVectors,
     "reference_matrices": ReferenceMatrices, "reference_model": ReferenceModel, "none": Nothing,
     "other_order": OtherOrder,
 }  # fmt: skip

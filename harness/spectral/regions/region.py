@@ -73,6 +73,28 @@ def per_matrix(region: Region) -> PerMatrix | None:
     return region if isinstance(region, PerMatrix) and region.per_matrix else None
 
 
+@runtime_checkable
+class Weighing(Protocol):
+    """A region that gives each of its values a factor of its own."""
+
+    def factors(self, sigma: Tensor) -> Tensor:
+        """Return the factor of the value at each position, float64 [n]. sigma: the singular values, float64 [r]."""
+        ...
+
+
+def by_factors(region: Region) -> bool:
+    """Return whether a region, or the reference of a control, gives each of its values a factor of its own."""
+    return any(getattr(one, "own_factors", False) for one in (region, getattr(region, "reference", None)))
+
+
+def factors_of(region: Region, sigma: Tensor) -> Tensor | None:
+    """Return the factors of a region, or of the reference of a control: float64 [n]; None if all have the same one."""
+    for one in (region, getattr(region, "reference", None)):
+        if isinstance(one, Weighing):
+            return one.factors(sigma)
+    return None
+
+
 def by_loss(region: Region) -> bool:
     """Return whether the positions of a region, or of the reference of a control, depend on the changes of a loss."""
     found = per_matrix(region)

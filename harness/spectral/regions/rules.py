@@ -38,6 +38,7 @@ RULES: Registry[type[RegionRule]] = Registry("harness.regions", "a region rule",
     "component": "harness.spectral.regions.component:ComponentRule",
     "named": "harness.spectral.regions.named_components:NamedRule",
     "compression": "harness.spectral.regions.compression:CompressionRule",
+    "reweight": "harness.spectral.regions.reweight:ReweightRule",
     "none": "harness.spectral.regions.unedited:UneditedRule",
 })  # fmt: skip
 

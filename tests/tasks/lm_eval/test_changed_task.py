@@ -10,9 +10,8 @@ import pytest
 from harness.cli import main
 from harness.errors import InputError
 from harness.evaluation.division import Division
-from harness.evaluation.requests import TaskContext
+from harness.evaluation.requests import TaskContext, task_digest
 from harness.evaluation.settings import RuntimeSettings
-from harness.measurements.ablation.cells import task_digest
 from harness.measurements.ablation.tables import read_metrics
 from harness.models.description import generation_settings, generation_values
 from harness.models.loading import describe_model, load
