@@ -21,6 +21,7 @@ from harness.tables.drawing import MARKERS, SERIES_COLOURS, new_figure, save_fig
 
 SPECTRA = ("real", "full", "lora", "doubled")
 STUDIES = ("top", "undo", "graft", "lora-top")
+REWEIGHTED = ("reweight", "reweight-full")
 METRICS = {"sst2": "accuracy", "text": "nll"}
 LABELS = {"sst2": "accuracy on 436 sentences of SST-2", "text": "nats per token of TinyStories"}
 COMPONENTS = {"largest components": "index", "as many at random": "random",
@@ -42,6 +43,9 @@ def main(out: Path, folder: Path) -> None:
     rows = [rows_of(out / name) for name in STUDIES if complete(out / name)]
     if rows:
         pd.concat(rows)[COLUMNS].to_csv(folder / "behaviour.csv", index=False, float_format="%.5g")
+    found = [reweighted(out / name) for name in REWEIGHTED if complete(out / name)]
+    if found:
+        pd.concat(found)[COLUMNS].to_csv(folder / "reweight.csv", index=False, float_format="%.5g")
     for name in ("top", "lora-top"):
         if complete(out / name):
             components(rows_of(out / name), folder / f"{name}.png")
@@ -62,6 +66,13 @@ def rows_of(folder: Path) -> pd.DataFrame:
     wanted = metrics[metrics["metric"] == metrics["task"].map(METRICS)]
     wanted = wanted.assign(run=folder.name, region=wanted["region"].where(wanted["target"] != "baseline", "unedited"))
     return wanted.drop_duplicates(["task", "region"])
+
+
+def reweighted(folder: Path) -> pd.DataFrame:
+    """The accuracy and the cross-entropy of a study of factors, with the baseline first."""
+    metrics = sh.open(folder).metrics
+    wanted = metrics[metrics["metric"].isin(["accuracy", "cross_entropy"])]
+    return wanted.assign(run=folder.name, region=wanted["region"].where(wanted["target"] != "baseline", "unedited"))
 
 
 def components(rows: pd.DataFrame, path: Path) -> None:

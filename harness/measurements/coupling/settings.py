@@ -86,6 +86,9 @@ class CouplingSettings:
             raise wrong("revisions", self.revisions, "each may be named once")
         if self.revisions and self.model.revision is not None:
             raise wrong("model.revision", self.model.revision, "name it among the revisions")
+        if self.region is not None and self.region.treatment.of != "weight":
+            right = "harness coupling removes parts of the weights; leave it out"
+            raise wrong("region.of", self.region.treatment.of, right)
         if self.region is not None and self.region.treatment.calibration is not None:
             right = "harness coupling takes the spectra of weights alone; leave it and region.metric out"
             raise SettingError("region.calibration", right)

@@ -345,6 +345,7 @@ def test_bad_settings_are_one_line(words, tmp_path, capsys):
     assert refused(capsys, *recall, "target=type").startswith("target: nothing is removed from it")
     assert refused(capsys, *recall, "init=random", "region=fraction").startswith("region: ablations are of trained")
     assert refused(capsys, *recall, "region=fraction", "region.metric=activations").startswith("region.metric: 'act")
+    assert refused(capsys, *recall, "region=change").startswith("region.of: 'change' is wrong; harness coupling")
     assert refused(capsys, "model=recall").startswith("task: [] is wrong; choose one whose texts")
     assert refused(capsys, *words, "task=[text,ioi]").startswith("task: ['text', 'ioi'] is wrong")
     assert refused(capsys, *recall, "revisions=[0,0]").startswith("revisions: ['0', '0'] is wrong")
