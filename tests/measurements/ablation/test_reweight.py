@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from harness.models.compared import ComparedMatrices
 from safetensors.torch import load_file, save_file
 
 from harness.cli import main
@@ -21,6 +20,7 @@ from harness.measurements.components.tables import read_components
 from harness.models.editing import Ablation, ablated
 from harness.models.loading import describe_model, load
 from harness.models.reference import describe_reference
+from harness.models.reference_matrices import ComparedMatrices
 from harness.models.settings import ModelSettings, ReferenceSettings
 from harness.models.targets import Target
 from harness.models.treatment import Sources, Treatment
