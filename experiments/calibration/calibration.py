@@ -9,10 +9,13 @@ Effects. The mean effect of an ablation on the population is subtracted from its
 For accuracies, which must stay 0 or 1, the two models are exchanged in every other cluster at random instead.
 Documents, paradigms, passages and stories are drawn with replacement, with all of their examples, and the p-value of
 the sample is computed over clusters and, as if all examples were independent ("naive"), without them.
+Stories. Stories of known beginnings are drawn with replacement and put together to one text, which is cut into windows.
 Draws. One of 60 random draws of a control plays the best cell, against others of them, on examples that are drawn with
 replacement.
 Sequential. Adaptive cells are replayed in random orders: whether their intervals hold the delta of all examples, and
 whether their p-values are too small where the mean effect is zero.
+Rows. How alike neighbouring rows are, for documents and for pieces of documents.
+A row that is refused is drawn again with another seed and more samples.
 """
 
 from __future__ import annotations
@@ -26,13 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nulls import CONFIDENCES, Rows, controls, effects, intervals, sequential
-from populations import METRICS, measured
+from nulls import CONFIDENCES, Rows, controls, effects, intervals, packed, sequential
+from populations import METRICS, measured, measured_stories
+from rows import likeness_of_rows
 from scipy.stats import binomtest, kstest
 
 HERE = Path(__file__).parent
 LEVELS = (0.01, 0.05, 0.1)
 LEVEL = 0.05  # of all tests of this experiment together
+AGAIN = 5  # times as many samples of a row that is refused, with another seed
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -71,7 +76,7 @@ def coverage(rows: Rows) -> Rows:
         members = [row["held"] for row in rows if (row["null"], row["metric"]) == (name, metric)]
         line: dict[str, Any] = {"sample": name, "metric": metric, "samples": len(members)}
         line |= {f"{what} {confidence:.0%}": float(np.mean([one[what][confidence] for one in members]))
-                 for what in ("value", "delta") for confidence in CONFIDENCES}
+                 if what in members[0] else None for what in ("value", "delta", "ratio") for confidence in CONFIDENCES}
         lines.append(line)
     return lines
 
@@ -127,21 +132,35 @@ def write_csv(path: Path, rows: Rows) -> None:
         writer.writerows(rows)
 
 
-def write(output: Path, tested: list[Rows], held: Rows, used: str) -> None:
+def drawn_again(lines: Rows, studies: Path, repetitions: int) -> Rows:
+    """The rows that were refused, from samples of their own, so that chance can be told from a fault."""
+    refused = {(line["null"], line["metric"]) for line in lines if line["refused"] == "refused"}
+    parts = (part(studies, AGAIN * repetitions, 1, refused) for part in (effects, packed, controls) if refused)
+    return summary([row for part in parts for row in part])
+
+
+def write(
+    output: Path, tested: list[Rows], held: Rows, alike: Rows, used: str, again: Callable[[Rows], Rows]
+) -> None:
     """Write tables and picture, and print the tables.
 
-    tested: the rows of effects, controls and sequential. held: those of intervals. used: the first line of the page.
+    tested: the rows of effects, packed, controls and sequential. held: those of intervals. alike: those of
+    likeness_of_rows. used: the first line of the page. again: a function that draws refused lines again.
     """
     rows = [row for part in tested for row in part]
-    lines, of_exact, of_adaptive = summary(rows), coverage(tested[0]), adaptive_coverage(held)
+    lines, of_exact, of_adaptive = summary(rows), coverage(tested[0] + tested[1]), adaptive_coverage(held)
+    lines_again = again(lines)
     write_csv(output / "calibration.csv", lines)
     write_csv(output / "coverage.csv", of_exact)
     write_csv(output / "adaptive.csv", of_adaptive)
+    write_csv(output / "likeness.csv", alike)
     shown = ["null", "metric", "p-values", *(f"p < {level}" for level in LEVELS),
              *(f"naive < {level}" for level in LEVELS), "standard error over naive", "test", "Kolmogorov-Smirnov",
              "too many < 0.05", "refused"]
-    tables = [markdown(lines, shown), *(markdown(part, list(part[0])) for part in (of_exact, of_adaptive))]
-    text = "\n\n".join([used, *tables]) + "\n"
+    tables = [markdown(lines, shown), *(markdown(part, list(part[0])) for part in (of_exact, of_adaptive, alike))]
+    drawn = markdown(lines_again, shown) if lines_again else "none"
+    text = "\n\n".join([used, *tables, f"Refused rows, drawn again with another seed: {drawn}"]) + "\n"
+    text = text.replace("seed: |", "seed:\n\n|")
     (output / "calibration.md").write_text(text)
     draw_figure(rows, output / "calibration.png")
     print(text)
@@ -157,12 +176,14 @@ def main() -> None:
     args = parser.parse_args()
     with ProcessPoolExecutor(args.processes) as pool:
         studies = [pool.submit(timed, measured, study, args.assets, args.studies) for study in METRICS]
+        studies.append(pool.submit(timed, measured_stories, args.assets, args.studies))
         of_studies = sum(study.result()[1] for study in studies)
         parts = [pool.submit(timed, part, args.studies, args.repetitions)
-                 for part in (intervals, effects, controls, sequential)]
+                 for part in (intervals, effects, packed, controls, sequential)]
         (held, *tested), times = zip(*(part.result() for part in parts))
     used = f"Processor time: {of_studies:.0f} s for the studies, {sum(times):.0f} s for the resampling."
-    write(args.output, tested, held, used)
+    write(args.output, tested, held, likeness_of_rows(args.assets), used,
+          lambda lines: drawn_again(lines, args.studies, args.repetitions))
 
 
 if __name__ == "__main__":

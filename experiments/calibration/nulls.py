@@ -8,25 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from populations import COUNTS, METRICS, scores_of
+from populations import COUNTS, METRICS, STORIES, scores_of, stories
 from scipy.stats import t
 
 from harness.evaluation.adaptive import delta_interval
 from harness.evaluation.requests import ExampleScores
 from harness.evaluation.sequential import zero_mean_evidence
 from harness.evaluation.statistics import estimate, over_new_draw, paired, paired_interval
-from harness.tasks.clusters import block_count
+from harness.tasks.clusters import block_count, window_clusters
+from harness.tasks.documents import Documents
 
 CONFIDENCES = (0.9, 0.95, 0.99)
 QUESTIONS = 200  # of a sample of a task whose examples are independent
 SAMPLED = {"wikitext": 20, "blimp": 12, "masked": 40, "seq2seq": 40, "lm_eval": 40}  # clusters of a sample
-STRETCHES = (400, 1600, 3200)  # windows of a text without headings
+STRETCHES = (2400, 3200, 6400)  # windows of a text without headings: 3, 4 and 8 blocks
+PACKED = ((8, 512), (60, 512), (20, 1024), (10, 2048))  # windows of a text of stories, and the tokens of each
 SEQUENTIAL = ("wikitext", "blimp", "ioi", "masked")
 ADAPTIVE = ("wikitext", "blimp", "lambada", "masked", "recall")
 NEIGHBOURS = 1000  # windows of WikiText for the intervals of adaptive cells
 FIRST_LOOK, GROWTH = 32, 1.1  # of an adaptive cell of a large task, which looks most often
 
 Rows = list[dict[str, Any]]
+Kinds = set[tuple[str, str]]  # names of null hypotheses and of metrics
 Sample = tuple[np.ndarray, np.ndarray]  # the indices of examples, and the cluster of each
 
 
@@ -99,54 +102,116 @@ def populations(studies: Path) -> Iterator[tuple[int, str, str, ExampleScores, l
         yield number, task, metric, baseline, [one for one in ablations if (one.score != baseline.score).any()]
 
 
-def effects(studies: Path, repetitions: int) -> Rows:
+def stream(*parts: int, seed: int) -> np.random.Generator:
+    """The random numbers of one part of the experiment. seed: another one draws other samples."""
+    return np.random.default_rng([*parts, seed] if seed else list(parts))
+
+
+def effects(studies: Path, repetitions: int, seed: int = 0, only: Kinds | None = None) -> Rows:
     """One p-value under a true null for each population, way to draw a sample, ablation and repetition.
 
     With it the intervals of the same sample for the value and the delta of the real ablation: whether they hold those
-    of the population.
+    of the population. only: the names of the null hypotheses and metrics that are wanted; by default all.
     """
     found = []
     characters = float(scores_of(studies / "causal", "wikitext", "byte_perplexity")[0].weight.mean())
     for number, task, metric, baseline, ablations in populations(studies):
         for name, draw in ways(task, clusters_of(baseline), characters):
+            if only is not None and (name, metric) not in only:
+                continue
             for cell, ablated in enumerate(ablations):
                 # each way draws samples of its own
-                rng = np.random.default_rng([number, cell, *name.encode()])
-                truth = estimate(ablated).value, paired(ablated, baseline).delta
+                rng = stream(number, cell, *name.encode(), seed=seed)
+                truth = truths(ablated, baseline)
                 for _ in range(repetitions):
                     sample = draw(rng)
                     pair = null_pair(ablated, baseline, sample, rng)
-                    robust, naive = paired(*pair), paired(*(replace(scores, clusters=None) for scores in pair))
-                    found.append({
-                        "null": name, "metric": metric, "p": robust.p_value, "naive": naive.p_value,
-                        "ratio": robust.stderr / naive.stderr if naive.stderr else None,
-                        "discrete": metric.startswith(COUNTS), "held": held(ablated, baseline, sample, truth),
-                    })
+                    of_sample = [replace(scores.at(sample[0]), clusters=sample[1]) for scores in (ablated, baseline)]
+                    discrete = metric.startswith(COUNTS)
+                    found.append({"null": name, "metric": metric, **compared(pair), "discrete": discrete,
+                                  "held": held(*of_sample, truth)})
     return found
 
 
-def held(
-    ablated: ExampleScores, baseline: ExampleScores, sample: Sample, truth: tuple[float, float]
-) -> dict[str, dict[float, bool]]:
-    """Whether the intervals of a sample hold the value and the delta of the population, at each confidence."""
-    of_sample = [replace(scores.at(sample[0]), clusters=sample[1]) for scores in (ablated, baseline)]
-    value, slack = estimate(of_sample[0]), 1e-12
-    found: dict[str, dict[float, bool]] = {"value": {}, "delta": {}}
+def compared(pair: list[ExampleScores]) -> dict[str, float | None]:
+    """The p-value of a pair over clusters and without them, and the ratio of their standard errors."""
+    robust, naive = paired(*pair), paired(*(replace(scores, clusters=None) for scores in pair))
+    ratio = robust.stderr / naive.stderr if naive.stderr else None
+    return {"p": robust.p_value, "naive": naive.p_value, "ratio": ratio}
+
+
+def truths(ablated: ExampleScores, baseline: ExampleScores) -> dict[str, float]:
+    """The value, the delta and, of a perplexity, the logarithm of the ratio."""
+    found = {"value": estimate(ablated).value, "delta": paired(ablated, baseline).delta}
+    if ablated.transform == "exp":
+        found["ratio"] = paired(*(replace(scores, transform="identity") for scores in (ablated, baseline))).delta
+    return found
+
+
+def held(ablated: ExampleScores, baseline: ExampleScores, truth: dict[str, float]) -> dict[str, dict[float, bool]]:
+    """Whether the intervals of a sample hold the truth of the population, at each confidence.
+
+    That of a value is t times its standard error, for a perplexity on the scale of the logarithm (docs/precision.md).
+    That of a ratio of perplexities is the one in figures, t times the standard error of the logarithm.
+    """
+    value, slack = estimate(ablated), 1e-12
+    found: dict[str, dict[float, bool]] = {name: {} for name in truth}
     for confidence in CONFIDENCES:
-        half = t.ppf((1 + confidence) / 2, value.freedom) * value.stderr
-        found["value"][confidence] = bool(abs(value.value - truth[0]) <= half + slack)
-        low, high = paired_interval(*of_sample, confidence)
-        found["delta"][confidence] = bool(low - slack <= truth[1] <= high + slack)
+        quantile = t.ppf((1 + confidence) / 2, value.freedom)
+        half = quantile * value.stderr
+        if ablated.transform == "exp":
+            found["value"][confidence] = bool(abs(np.log(value.value / truth["value"])) <= half / value.value + slack)
+            log = paired(*(replace(scores, transform="identity") for scores in (ablated, baseline)))
+            found["ratio"][confidence] = bool(abs(log.delta - truth["ratio"]) <= quantile * log.stderr + slack)
+        else:
+            found["value"][confidence] = bool(abs(value.value - truth["value"]) <= half + slack)
+        low, high = paired_interval(ablated, baseline, confidence)
+        found["delta"][confidence] = bool(low - slack <= truth["delta"] <= high + slack)
     return found
 
 
-def controls(studies: Path, repetitions: int) -> Rows:
+def packed(studies: Path, repetitions: int, seed: int = 0, only: Kinds | None = None) -> Rows:
+    """As `effects`, for windows of a text of short documents, which are stories drawn with replacement.
+
+    Tokens keep the log-losses that they had in the text of all stories. A sample begins within a story, as a text may.
+    Those of one or two clusters have no p-value and are left out.
+    """
+    lengths, nll = stories(studies)
+    begins, found = np.cumsum([0, *lengths[:-1]]), []
+    total = np.full(nll.shape[1], 1.0)
+    whole = [ExampleScores(one, total, "exp") for one in nll]
+    for n, window in PACKED:
+        name = f"{STORIES}: {n} windows of {window} tokens"
+        if only is not None and (name, "token_perplexity") not in only:
+            continue
+        for cell, ablated in enumerate(whole[1:]):
+            rng, truth = stream(n, window, cell, seed=seed), truths(ablated, whole[0])
+            effect = float((nll[cell + 1] - nll[0]).mean())
+            for _ in range(repetitions):
+                drawn = rng.integers(0, len(lengths), 10 + 3 * n * window // int(lengths.mean()))
+                skipped = rng.integers(0, lengths[drawn[0]])
+                tokens = np.concatenate([np.arange(begins[i], begins[i] + lengths[i]) for i in drawn])
+                tokens = tokens[skipped : skipped + n * window]
+                starts = np.cumsum([0, *lengths[drawn[:-1]]]) - skipped
+                clusters, _ = window_clusters(Documents(np.maximum(starts, 0), "rows"), np.arange(n) * window)
+                scores = [ExampleScores(nll[which][tokens].reshape(n, window).sum(axis=1), np.full(n, float(window)),
+                                        "exp", clusters=clusters) for which in (cell + 1, 0)]
+                pair = [replace(scores[0], score=scores[0].score - effect * window), scores[1]]
+                if len(np.unique(clusters)) > 2:
+                    found.append({"null": name, "metric": "token_perplexity", **compared(pair), "discrete": False,
+                                  "held": held(*scores, truth)})
+    return found
+
+
+def controls(studies: Path, repetitions: int, seed: int = 0, only: Kinds | None = None) -> Rows:
     """p-values of one draw against others, by the test against a new draw and by that against their mean."""
     found = []
     for task, metric in METRICS["draws"]:
         _, cells = scores_of(studies / "draws", task, metric)
         for m in (3, 10):
-            rng = np.random.default_rng([m, len(task)])
+            if only is not None and (f"{task}: {m} draws", metric) not in only:
+                continue
+            rng = stream(m, len(task), seed=seed)
             for _ in range(4 * repetitions):
                 examples = rng.integers(0, len(cells[0].score), QUESTIONS)
                 model, *draws = (cells[i].at(examples) for i in rng.permutation(len(cells))[: m + 1])

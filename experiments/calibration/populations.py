@@ -15,6 +15,7 @@ from harness.measurements import ABLATION, compose_settings
 from harness.measurements.ablation.tables import read_examples, read_metrics
 
 SEEDS = 60  # draws of the control
+STORIES, STORY_WINDOW = "stories", 256  # a text of short documents, and the tokens of the windows that measure it
 # Study -> (task, metric) of which p-values are tested.
 METRICS = {
     "causal": (
@@ -136,6 +137,41 @@ def measured(study: str, assets: Path, folder: Path) -> Path:
     done = run(ABLATION, compose_settings(ABLATION, words), RunOptions(False, lambda line: None))
     assert done.failed == 0, f"harness status {folder / study} --failed"
     return folder / study
+
+
+def measured_stories(assets: Path, folder: Path) -> None:
+    """Measure the log-loss of every token of a text of stories, with and without ablations, and keep it."""
+    import harness
+    from harness.evaluation.requests import ScoredTask, continuation_request
+    from harness.evaluation.scoring import Scorer, ScoringOptions
+
+    if (folder / f"{STORIES}.npz").exists():
+        return
+    model = harness.load(str(assets / "models/stories260K"))
+    rows = lines(assets / "data/tinystories/tinystories_1000_train.jsonl")
+    tokens = [model.tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"] for row in rows]
+    text = [token for story in tokens for token in story]
+    requests = [continuation_request([model.tokenizer.bos_token_id], text[i : i + STORY_WINDOW])
+                for i in range(0, len(text), STORY_WINDOW)]
+    task = ScoredTask(STORIES, {}, requests, [str(i) for i in range(len(requests))], lambda scores: {})
+
+    def nll() -> np.ndarray:
+        options = ScoringOptions(8192, reuse=False)
+        return -Scorer(model.loaded, {STORIES: task}, options).score(STORIES).logprob
+
+    found = [nll()]
+    for rule in (harness.regions.large, harness.regions.small):
+        for share in (0.1, 0.3):
+            with model.ablated("down_proj", rule(share), blocks=[3]):
+                found.append(nll())
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"{STORIES}.npz", lengths=[len(story) for story in tokens], nll=np.stack(found))
+
+
+def stories(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of each story, and the log-loss of every token: of the model itself, then of each ablation."""
+    with np.load(folder / f"{STORIES}.npz") as found:
+        return found["lengths"], found["nll"]
 
 
 def scores_of(folder: Path, task: str, metric: str) -> tuple[ExampleScores, list[ExampleScores]]:

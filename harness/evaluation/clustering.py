@@ -16,6 +16,10 @@ cluster change alike, so that the sum over a cluster varies as its weight does. 
 within clusters it has the fewest degrees of freedom. For clusters of equal weight they are G - 1, and the test of a
 mean is Student's.
 
+Fewer than FEWEST clusters have a standard error, which says how much they differ, but neither degrees of freedom nor a
+p-value. Two clusters are two halves of a short text. As they are neighbours, they are more alike than two other texts
+would be, and nothing in them shows by how much (experiments/calibration).
+
 No p-value comes from a variance of zero. If all clusters change by the same amount, p is that of the sign test,
 2^(1 - G). The p-value of a count, whose changes are whole numbers, is exact (see `counts`).
 """
@@ -29,6 +33,7 @@ import numpy as np
 
 from harness.evaluation.counts import are_counts, sign_flip_p
 
+FEWEST = 3  # clusters from which a p-value may come
 EQUAL = 1e-12  # a standard error of so small a share of the delta is that of equal changes, apart from rounding
 SMALLEST = float(np.finfo(np.float64).tiny)  # stands for every p-value that is smaller, so that none is 0
 
@@ -46,13 +51,13 @@ class Clusters:
 
     @cached_property
     def freedom(self) -> float | None:
-        """The degrees of freedom of `stderr`; None for a single cluster.
+        """The degrees of freedom of `stderr`; None for fewer than FEWEST clusters.
 
         With the shares h of the clusters, the sums of the influences are e = (I - h 1') u, where the working model says
         that u has the covariance diag(h^2). The variance is a quadratic form in u. Of the matrix C of that form, which
         is diagonal plus rank two, the degrees of freedom are (tr C)^2 / tr C^2.
         """
-        if self.count < 2:
+        if self.count < FEWEST:
             return None
         h = self.share
         x, y, s = h / (1 - h), h**2 / (1 - h), float(h @ h)
@@ -63,7 +68,7 @@ class Clusters:
         return float(np.clip(trace**2 / of_square, 1.0, self.count - 1)) if of_square > 0 else 1.0
 
     def stderr(self, influence: np.ndarray) -> float | None:
-        """Return the standard error of the mean of influences, float64 [n], which sum to zero."""
+        """Return the standard error of the mean of influences, float64 [n], which sum to zero; None for one cluster."""
         n = len(influence)
         if self.count < 2:
             return None
@@ -73,7 +78,10 @@ class Clusters:
         return float(np.sqrt(np.square(totals).sum() * (self.count - 1) / self.count) / n)
 
     def p_value(self, delta: float, stderr: float | None, changes: np.ndarray | None = None) -> float | None:
-        """Return the two-sided p-value of a delta. changes: float64 [n], what changed, if it may be a count."""
+        """Return the two-sided p-value of a delta; None for fewer than FEWEST clusters.
+
+        changes: float64 [n], what changed, if it may be a count.
+        """
         if stderr is None or self.freedom is None:
             return None
         if math.isnan(delta) or math.isnan(stderr):

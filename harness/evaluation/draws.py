@@ -20,7 +20,7 @@ ORDER_STREAM = 71  # a number beside the study's seed, so that no other use of t
 # with which the groups are cheap enough.
 GROWTHS = (1.1, 1.2, 1.35, 1.5, 2.0, 3.0, 5.0, 10.0)
 MOST_OVERHEAD = 0.06  # of the cost of scoring the task as a whole
-LOOK_OVERHEAD = 128  # the cost of a test after a group, in tokens
+LOOK_OVERHEAD = 256  # the cost of a test after a group, in tokens; 2.5 ms where a token costs 0.01 ms (ADAPTIVE.md)
 
 
 @dataclass(frozen=True)

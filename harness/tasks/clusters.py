@@ -1,22 +1,25 @@
 """Clusters: the examples of a task that depend on each other, such as the windows of one document.
 
 Neighbouring windows of a text are alike. The standard error of their mean is larger than that of as many independent
-windows, and a p-value that forgets this is too small. The clusters of a text are, in this order:
+windows, and a p-value that forgets this is too small. A text is made of documents if one knows where they begin (see
+`documents`). The clusters of a text are, in this order:
 
-1. its documents, if there are at least DOCUMENTS of them and they have two windows or more on average. A document is an
-   article of WikiText, which begins with a heading such as " = Robert Boulter = ", or else a row of the data;
-2. otherwise stretches of consecutive windows of equal length (Ibragimov and Mueller, t-Statistic Based Correlation and
-   Heterogeneity Robust Inference, Journal of Business and Economic Statistics 28, 2010, who recommend 8 or 16). There
-   are as many as have BLOCK_CHARACTERS each, at least 2 and at most 8. The windows of a document are alike, so that
-   blocks are nearly independent only if they are much longer than documents. If the documents of a text are not known,
-   their length is taken from WikiText: a block is eight of its articles long. Eight blocks of a shorter text give
-   p-values that are far too small (experiments/calibration). Two blocks hardly ever give a small one, because a text of
-   a few documents cannot say what other documents would show.
+1. its documents, if there are at least DOCUMENTS of them and they have two windows or more on average;
+2. stretches of whole documents, if there are at least DOCUMENTS of shorter ones. Each has so many documents that there
+   are at most MOST_STRETCHES of them, and at least two documents. A window belongs to the document in which it begins.
+   So neighbouring clusters share at most one document, and the longer a stretch is, the less that matters: for
+   many documents of equal length, of which all tokens change alike, the variance of a mean is by (1/3) / (m - 1/3)
+   larger than its estimate if a stretch has m documents: 20 % for two of them and 9 % for four;
+3. otherwise blocks: stretches of consecutive windows of equal length (Ibragimov and Mueller, t-Statistic Based
+   Correlation and Heterogeneity Robust Inference, Journal of Business and Economic Statistics 28, 2010, who recommend 8
+   or 16). There are as many as have BLOCK_CHARACTERS each, at least 2 and at most 8. The windows of a document are
+   alike, so that blocks are nearly independent only if they are much longer than documents. As the documents are not
+   known, their length is taken from WikiText: a block is eight of its articles long. Two blocks have no p-value (see
+   `clustering`), because a text of a few documents cannot say what other documents would show.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,30 +29,36 @@ import numpy as np
 from harness.errors import InputError
 from harness.evaluation.requests import DirectTask, ExampleScores, PreparedTask
 from harness.tasks import data
+from harness.tasks.documents import Documents
 
 DOCUMENTS = 4
+MOST_STRETCHES = 16
 FEWEST_BLOCKS, MOST_BLOCKS = 2, 8
 BLOCK_CHARACTERS = 160_000  # an article of WikiText-2 has 20,000 on average
-# An article of WikiText; its sections have two equals signs or more.
-HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 
 
-def window_clusters(
-    rows: Sequence[str], separator: str, starts: np.ndarray
-) -> tuple[np.ndarray, dict[str, str]]:
+def window_clusters(found: Documents, starts: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
     """Return the cluster of each window of a text, int64 [n], and what the protocol says of the clusters.
 
-    rows: the rows that `separator` joins to the text. starts: int64 [n], the character of the text at which the scored
-    part of each window begins.
+    starts: int64 [n], the character of the text at which the scored part of each window begins.
     """
-    headings = [match.start() for match in HEADING.finditer(separator.join(rows))]
-    begins = headings or np.cumsum([0, *(len(row) + len(separator) for row in rows[:-1])])
     n = len(starts)
-    clusters, called = np.searchsorted(begins, starts, side="right"), "articles" if headings else "rows"
-    if not DOCUMENTS <= len(np.unique(clusters)) <= n / 2:
-        characters = int(starts[-1] - starts[0]) * n // max(n - 1, 1)
-        clusters, called = np.arange(n) * min(block_count(characters), n) // n, "blocks"
-    return clusters, described(clusters, called)
+    clusters = np.searchsorted(found.begins, starts, side="right")
+    within = int(clusters[-1] - clusters[0]) + 1
+    if within >= DOCUMENTS and DOCUMENTS <= len(np.unique(clusters)) <= n / 2:
+        return clusters, described(clusters, found.called)
+    if within >= DOCUMENTS:
+        size = stretch_size(within)
+        clusters = (clusters - clusters[0]) // size
+        return clusters, described(clusters, f"stretches of {size} {found.called}")
+    characters = int(starts[-1] - starts[0]) * n // max(n - 1, 1)
+    clusters = np.arange(n) * min(block_count(characters), n) // n
+    return clusters, described(clusters, "blocks")
+
+
+def stretch_size(documents: int) -> int:
+    """Return how many documents a cluster has if documents are shorter than two windows."""
+    return max(2, -(-documents // MOST_STRETCHES))
 
 
 def block_count(characters: int) -> int:
@@ -65,15 +74,20 @@ def by_column(
     key: "tasks.<name>". column: None leaves the task as it is. rows: the row of each example. Raises InputError if a
     row has no such column.
     """
-    return task if column is None else clustered(task, _labels(key, column, rows), column)
+    labels = column_labels(key, column, rows)
+    return task if column is None or labels is None else clustered(task, labels, column)
 
 
 def cluster_numbers(key: str, column: str | None, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
     """Return the clusters of `by_column`, int64 [n], or None. Arguments and errors as there."""
-    return None if column is None else numbered(_labels(key, column, rows))
+    labels = column_labels(key, column, rows)
+    return None if labels is None else numbered(labels)
 
 
-def _labels(key: str, column: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def column_labels(key: str, column: str | None, rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the value of a column in each row, or None for no column. Arguments and errors as of `by_column`."""
+    if column is None:
+        return None
     for row in rows:
         if column not in row:
             raise InputError(f"{key}.cluster_column: no column {column!r}; its columns are {', '.join(map(str, row))}")

@@ -37,7 +37,8 @@ from harness.evaluation.requests import (
 from harness.settings.constraints import at_least
 from harness.tasks import chat, data, token_cache, tokenization
 from harness.tasks.chat import ChatTask
-from harness.tasks.clusters import window_clusters
+from harness.tasks.clusters import column_labels, window_clusters
+from harness.tasks.documents import documents
 from harness.tasks.settings import DataTask, LimitedTask, check_bos
 
 DEFAULT_WINDOW = 2048
@@ -55,6 +56,8 @@ class TextTask(ChatTask, DataTask, LimitedTask):
     separator: str = "\n\n"
     window: Annotated[int, at_least(2)] | None = None  # tokens; null: the smaller of 2048 and the model's context
     stride: Annotated[int, at_least(1)] | None = None  # tokens; null: window (no overlap)
+    # The column whose value says to which document a row belongs (see documents.py); null: the rows say it themselves.
+    cluster_column: str | None = None
     # Whether every window begins with BOS. auto: as the tokenizer begins a text; true: with EOS if there is no BOS.
     bos: bool | str = "auto"
     user_prompt: str = "Write a text."  # the user's turn in a chat, to which each window is an answer
@@ -107,9 +110,9 @@ class TextTask(ChatTask, DataTask, LimitedTask):
             if not count.sum() > 0:
                 raise InputError(f"tasks.{name}: the text that is scored has no {unit}; use a longer text")
         covered = text[: scored[-1, 1]]
-        clusters, described = window_clusters(
-            [row[self.column] for row in found], self.separator, scored[:, 0] + cut
-        )
+        of_row = column_labels(f"tasks.{name}", self.cluster_column, found)
+        made_of = documents([row[self.column] for row in found], self.separator, self.cluster_column, of_row)
+        clusters, described = window_clusters(made_of, scored[:, 0] + cut)
         protocol = {
             "data": self.source(),
             "column": self.column,

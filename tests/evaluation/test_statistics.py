@@ -208,7 +208,7 @@ def test_p_against_a_new_draw_is_not_too_small_where_the_draws_do_not_differ():
     p = np.array([over_new_draw(*_crossed(rng, 40, 5, 0.0, 1.0)).p_value for _ in range(1000)])
     for level in (0.01, 0.05, 0.2):
         assert np.mean(p < level) < level + 3 * np.sqrt(level / 1000)
-    assert np.mean(p < 0.2) > 0.1
+    assert np.mean(p < 0.2) > 0.07  # the price of degrees of freedom that are those of the draws
 
 
 def test_the_advantage_over_draws_on_so_many_examples_that_these_add_nothing_is_crawford_and_howells():
@@ -243,9 +243,11 @@ def test_p_of_a_perplexity_against_a_new_draw_is_that_of_its_logarithm():
 
 
 def test_what_too_few_draws_or_examples_cannot_say():
-    model, draw = _mean([1.0, 2.0]), _mean([0.5, 1.0])
+    model, draw = _mean([1.0, 2.0, 1.5]), _mean([0.5, 1.0, 0.75])
     assert over_new_draw(model, [draw]) == Advantage(0.75, None, None)
-    assert over_new_draw(_mean([1.0]), [_mean([0.5]), _mean([0.0])]) == Advantage(0.75, None, np.std([0.5, 0], ddof=1))
+    for n in (1, 2):
+        few = [_mean([score] * n) for score in (1.0, 0.5, 0.0)]
+        assert over_new_draw(few[0], few[1:]) == Advantage(0.75, None, np.std([0.5, 0], ddof=1))
     assert over_new_draw(model, [model, model]) == Advantage(0.0, 1.0, 0.0)
     with pytest.raises(ValueError, match="no draws"):
         over_new_draw(model, [])
@@ -288,12 +290,12 @@ def _freedom_by_matrices(weights):
     return np.trace(product) ** 2 / np.trace(product @ product)
 
 
-@pytest.mark.parametrize("weights", [np.ones(9), [1.0, 9.0], [1.0, 1.0, 1.0, 40.0], np.arange(1.0, 30.0) ** 2])
+@pytest.mark.parametrize("weights", [np.ones(9), [1.0, 9.0, 1.0], [1.0, 1.0, 1.0, 40.0], np.arange(1.0, 30.0) ** 2])
 def test_the_degrees_of_freedom_are_those_of_the_quadratic_form(weights):
     weights = np.asarray(weights)
     found = estimate(ExampleScores(weights, weights, clusters=np.arange(len(weights)))).freedom
     assert found == pytest.approx(_freedom_by_matrices(weights), rel=1e-9)
-    assert (found == pytest.approx(len(weights) - 1)) == (len(set(weights)) == 1 or len(weights) == 2)
+    assert (found == pytest.approx(len(weights) - 1)) == (len(set(weights)) == 1)
 
 
 @pytest.mark.parametrize("transform", ["identity", "exp"])
@@ -356,7 +358,7 @@ def test_p_over_few_very_unequal_clusters_is_not_too_small():
     assert np.mean(by_count) > 0.07
 
 
-@pytest.mark.parametrize("clusters", [2, 3])
+@pytest.mark.parametrize("clusters", [3, 4])
 def test_a_few_clusters_that_change_equally_do_not_prove_anything(clusters):
     """p was 0. Where nothing but the sign of the change is known, p is that of the sign test."""
     groups = np.arange(clusters).repeat(4)
@@ -486,3 +488,51 @@ class TestDifferenceOfDeltas:
             difference_of_deltas(*four[:3], self.four(n=59)[3])
         with pytest.raises(ValueError, match="not the same metric"):
             difference_of_deltas(*four[:3], self.four("exp")[3])
+
+
+@pytest.mark.parametrize("transform", ["identity", "exp"])
+def test_two_clusters_have_a_standard_error_and_neither_p_nor_interval(transform):
+    rng = np.random.default_rng(6)
+    scores = [ExampleScores(rng.normal(size=8), np.ones(8), transform, clusters=np.arange(8) // 4) for _ in range(2)]
+    found, value = paired(*scores), estimate(scores[0])
+    assert found.stderr > 0 and value.stderr > 0 and value.n_clusters == 2
+    assert (found.p_value, found.freedom, value.freedom) == (None, None, None)
+    assert np.isnan(paired_interval(*scores, 0.95)).all()
+
+
+def test_the_interval_of_a_small_change_of_a_perplexity_is_that_of_the_delta_method():
+    rng = np.random.default_rng(8)
+    weight, clusters = rng.integers(5, 50, 400).astype(float), np.arange(400) // 10
+    baseline = ExampleScores(2 * weight + 1e-3 * rng.normal(size=400), weight, "exp", clusters=clusters)
+    ablated = replace(baseline, score=baseline.score + 1e-4 * weight * rng.normal(1, 3, 400))
+    found = paired(ablated, baseline)
+    half = scipy.stats.t.ppf(0.975, found.freedom) * found.stderr
+    assert paired_interval(ablated, baseline, 0.95) == pytest.approx((found.delta - half, found.delta + half), rel=1e-2)
+    assert paired_interval(baseline, baseline, 0.95) == (0.0, 0.0)
+
+
+@given(st.integers(0, 10**6), st.floats(-0.5, 0.5))
+@settings(max_examples=60, deadline=None)
+def test_the_interval_of_a_perplexity_contains_zero_exactly_if_p_is_not_small(seed, shift):
+    rng = np.random.default_rng(seed)
+    score = rng.gamma(0.5, 6, 60)
+    scores = [ExampleScores(one, np.ones(60), "exp") for one in (score + rng.normal(shift, 1, 60), score)]
+    low, high = paired_interval(*scores, 0.95)
+    assert (low <= 0 <= high) == (paired(*scores).p_value >= 0.05)
+    assert low <= paired(*scores).delta <= high
+
+
+def test_intervals_of_perplexities_hold_where_log_probabilities_differ_much():
+    """The delta method held 84 % here. 1000 samples of 75 of a population like LAMBADA's last words."""
+    rng = np.random.default_rng(9)
+    base = rng.gamma(1.5, 7, 20_000)
+    moved = base + rng.normal(0.5, 3, 20_000)
+    truth, held, straight = np.exp(moved.mean()) - np.exp(base.mean()), [], []
+    for _ in range(1000):
+        examples = rng.integers(0, 20_000, 75)
+        scores = [ExampleScores(one[examples], np.ones(75), "exp") for one in (moved, base)]
+        low, high = paired_interval(*scores, 0.95)
+        found = paired(*scores)
+        held.append(low <= truth <= high)
+        straight.append(abs(found.delta - truth) <= scipy.stats.t.ppf(0.975, 74) * found.stderr)
+    assert np.mean(straight) < 0.9 < 0.93 < np.mean(held) < 0.98

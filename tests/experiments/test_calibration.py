@@ -16,7 +16,7 @@ def modules():
     """The modules of the experiment by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "experiments" / "calibration"))
-        yield {name: importlib.import_module(name) for name in ("nulls", "calibration", "small_models")}
+        yield {name: importlib.import_module(name) for name in ("nulls", "calibration", "small_models", "rows")}
 
 
 @pytest.fixture
@@ -49,12 +49,14 @@ def test_samples_keep_clusters_whole(modules, scores):
 
 def test_the_sample_of_everything_holds_the_truth_and_another_truth_is_missed(modules, scores):
     ablated, baseline = scores
-    everything = np.arange(300), baseline.clusters
-    truth = np.exp(ablated.score.sum() / ablated.weight.sum()), paired(ablated, baseline).delta
-    held = modules["nulls"].held
-    assert held(ablated, baseline, everything, truth) == {name: {0.9: True, 0.95: True, 0.99: True}
-                                                          for name in ("value", "delta")}
-    assert not any(held(ablated, baseline, everything, (truth[0] * 9, truth[1] * 9))["delta"].values())
+    log = (ablated.score.sum() - baseline.score.sum()) / baseline.weight.sum()
+    truth = {"value": np.exp(ablated.score.sum() / ablated.weight.sum()), "delta": paired(ablated, baseline).delta,
+             "ratio": pytest.approx(log)}
+    assert modules["nulls"].truths(ablated, baseline) == truth
+    truth["ratio"], held = log, modules["nulls"].held
+    assert held(ablated, baseline, truth) == {name: {0.9: True, 0.95: True, 0.99: True} for name in truth}
+    wrong = held(ablated, baseline, {name: 9 * one for name, one in truth.items()})
+    assert not any(one for of_name in wrong.values() for one in of_name.values())
 
 
 @pytest.mark.parametrize(("discrete", "power", "refused"), [
@@ -75,3 +77,25 @@ def test_sentences_and_words_of_stories(modules):
     asked = modules["small_models"].last_words([story], 2)
     assert [(one["question"], one["answer"]) for one in asked] == [
         ("Tim had a", "dog"), ("Tim had a dog. The dog ran", "away")]
+
+
+def test_windows_of_drawn_stories_are_a_true_null(modules, tmp_path):
+    """Without dependence within stories and with many windows, p-values are uniform and intervals hold."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(20, 60, 50)
+    nll = rng.standard_normal((2, lengths.sum())) + 2
+    np.savez(tmp_path / "stories.npz", lengths=lengths, nll=nll)
+    rows = modules["nulls"].packed(tmp_path, 25)
+    assert {row["null"] for row in rows} == {f"stories: {n} windows of {w} tokens" for n, w in modules["nulls"].PACKED}
+    p = np.array([row["p"] for row in rows])
+    assert 0.35 < p.mean() < 0.65 and 0 < len(p) <= 100
+    assert np.mean([row["held"]["delta"][0.95] for row in rows]) > 0.85
+    name = rows[0]["null"], "token_perplexity"
+    again = modules["nulls"].packed(tmp_path, 25, 1, {name})
+    assert {row["null"] for row in again} == {name[0]} and again[0]["p"] != rows[0]["p"]
+
+
+def test_every_sample_of_rows_has_the_size_that_is_asked_for(modules):
+    samples = list(modules["rows"].samples_of([str(i) for i in range(40)], 10))
+    assert len(samples) == 8 and all(len(one) == 10 for one in samples)
+    assert (samples[0][0], samples[-1][-1]) == ("0", "39")

@@ -27,7 +27,7 @@ from harness.models.treatment import REMOVE, Treatment
 from harness.spectral.regions import Region, select
 from harness.spectral.regions.named_components import NamedRule, parse_name
 
-NUMBERS_VERSION = 3  # must be raised when a change of the code changes the numbers of cells
+NUMBERS_VERSION = 4  # must be raised when a change of the code changes the numbers of cells
 ADAPTIVE_VERSION = 2  # the same for those that only adaptive cells have
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas
 
 INTERVAL = 0.95
+FEWEST = 3  # clusters that an interval needs (evaluation/clustering.py)
 SMALLEST = 1e-300  # a smaller p-value may be one that no float holds (evaluation/clustering.py)
 LEVEL = 0.05  # of q, below which an effect has a star
 # All that an effect is computed from.
@@ -52,7 +53,8 @@ def is_ratio(one: MeasuredMetric) -> bool:
 def effects(one: MeasuredMetric) -> Effects:
     """Return the effects of all cells of a metric, NaN for those without baseline.
 
-    With adaptive precision the interval is that of the rows, over all examples. A single cluster has no interval.
+    With adaptive precision the interval is that of the rows, over all examples. In exact mode fewer than FEWEST
+    clusters have no interval.
     """
     import numpy as np
     import pandas
@@ -63,7 +65,7 @@ def effects(one: MeasuredMetric) -> Effects:
         for name in ("value", "baseline", "delta", "delta_stderr", "p_value", "ci_low", "ci_high")
     )
     clusters = cells["n_clusters"].fillna(cells["n"]).to_numpy(float)
-    degrees = _of(cells, "delta_freedom", clusters - 1)
+    degrees = np.where(clusters < FEWEST, np.nan, _of(cells, "delta_freedom", clusters - 1))
     adaptive = (cells["precision"] == "adaptive").to_numpy()
     with np.errstate(all="ignore"):
         if not ratio:

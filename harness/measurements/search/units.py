@@ -27,7 +27,7 @@ from harness.tasks.settings import SplitTask
 STUDIES = "studies"
 SELECTION: Final = "selection"
 REPORT: Final = "report"
-VERDICT_VERSION = 2  # part of the id of the stage; raised when the rule of the verdict changes
+VERDICT_VERSION = 3  # part of the id of the stage; raised when the rule of the verdict changes
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ def judge(table: Sequence[dict[str, Any]]) -> None:
     The verdict is "no" if the best cell does not improve the metric on the report part at 5 % (corrected for the number
     of rows by Holm), "below the noise floor" if rounding alone explains as large a delta, "yes" if it is also better
     than each control at 5 %, and otherwise "no more than its controls". It is "failed" if the cell or the measurement
-    of its noise floor failed, or if fewer than two draws of a control were measured.
+    of its noise floor failed, if fewer than two draws of a control were measured, or if the examples are in fewer than
+    three clusters, which have no p-value.
     """
     for row, p in zip(table, holm([row["p_value"] for row in table])):
         row["p_holm"] = float(p)
