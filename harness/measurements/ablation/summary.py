@@ -71,8 +71,8 @@ class MeasuredMetric:
         It is |d| + t sqrt(2) s. Here d is the delta of the unablated model with another order of additions, s its
         standard error, and t the 97.5 % quantile of Student's t with the degrees of freedom of that error. Other
         roundings would give another delta, and the difference of the two has the standard error sqrt(2) s. So at least
-        95 % of such deltas are smaller than the floor, also if they are not zero on average. Without a standard error,
-        which a single cluster lacks, the floor is |d|.
+        95 % of such deltas are smaller than the floor, also if they are not zero on average. Two clusters count as one
+        degree of freedom. Without a standard error, which a single cluster lacks, the floor is |d|.
         """
         row = self.other_order
         if row is None or is_missing(row["delta"]) or not _in_other_order(row):
