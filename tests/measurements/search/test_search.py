@@ -154,7 +154,7 @@ def test_the_verdict_is_what_scipy_says_of_the_reported_examples(done):
         (paid,) = beside[beside.metric == row.metric].itertuples()
         assert (paid.task, paid.beside_task, paid.beside_metric) == ("ioi", "text", "token_perplexity")
         assert (paid.baseline, paid.value, paid.delta) == (price.baseline, price.value, price.delta)
-        assert paid.p_value == price.p_value
+        assert price.n_clusters == 2 and np.isnan(price.p_value) and np.isnan(paid.p_value)  # a short text
         improved = row.delta > 0 and row.p_holm < 0.05
         assert (row.verdict == "no") == (not improved)
         assert (row.verdict == "yes") == (improved and row.beats_controls)
