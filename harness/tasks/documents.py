@@ -20,8 +20,8 @@ import numpy as np
 # An article of WikiText; its sections have two equals signs or more.
 HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
 SHORTEST = 200  # characters of a document, on average over the rows; a sentence has about 100
-# The likeness of neighbours from which rows are pieces: of samples of 100 rows and more, documents have 0.44 to 0.59, and
-# paragraphs, sentences and equal pieces of one text 0.62 to 0.87 (experiments/calibration).
+# The likeness of neighbours from which rows are pieces: in samples of 100 rows and more, documents have 0.44 to 0.59,
+# and paragraphs, sentences and equal pieces of one text 0.62 to 0.87 (experiments/calibration).
 ALIKE = 0.6
 COMPARED_ROWS, COMPARED_CHARACTERS = 500, 2000  # how many rows, and how much of each, are compared at most
 WORD = re.compile(r"\w+")
