@@ -76,6 +76,7 @@ def test_only_equal_removals_are_taken_together() -> None:
     assert batched._alike([one, two])
     assert not batched._alike([one, replace(two, indices=two.indices[:1])])
     assert not batched._alike([one, replace(two, operation=Operation(scale=0.5))])
+    assert not batched._alike([one, replace(two, operation=Operation(factors=torch.ones(2, dtype=torch.float64)))])
     assert not batched._alike([one, replace(two, operation=Operation(inputs=torch.eye(8, dtype=torch.float64)))])
 
 
