@@ -14,6 +14,7 @@ from harness.errors import InputError, printable
 from harness.files import replacing, write_text
 from harness.measurements.ablation import gallery
 from harness.measurements.ablation.damage import per_removed, tables
+from harness.measurements.ablation.effects import FEWEST
 from harness.measurements.ablation.page import write_study_page
 from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.summary import (
@@ -64,6 +65,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 CELL_DIGITS = 10  # of the id of a cell, which are enough for `harness export --cell`
 Q = "q is p adjusted for the {} of this metric (Benjamini-Hochberg)"
+NO_P = "no p-values: the examples are in fewer than three clusters (docs/precision.md)"
 
 
 def report(folder: str | os.PathLike, write: Callable[[str], object] = print, figures: bool = True) -> Path | None:
@@ -144,6 +146,8 @@ def terminal_summary(
             lines += [f"  worst {n}{ties(order[::-1], n)}:", *_text_table(one, order[::-1].head(n), width)]
         if width >= WIDE and one.cells["q_value"].notna().any():
             lines.append(f"  {Q.format(count(int(one.cells['q_value'].notna().sum()), 'ablation'))}")
+        if one.cells["p_value"].isna().all() and (one.cells["n_clusters"].dropna() < FEWEST).any():
+            lines.append(f"  {NO_P}")
     if problems:
         lines += ["", *(line[: max(width, 40)] for line in problems)]
     return "\n".join(map(printable, lines))
