@@ -76,9 +76,12 @@ class TreatmentSettings:
                 if getattr(self, one.name) != one.default}
 
     def unread(self) -> Iterator[SettingError]:
-        """Yield an error if `centred` is set and nothing reads it."""
+        """Yield an error for each setting that nothing reads."""
         if self.centred and self.calibration is None:
             yield wrong("centred", True, "only a calibration text is centred; choose one with calibration=...")
+        column = getattr(self.calibration, "cluster_column", None)
+        if column is not None:
+            yield wrong("calibration.cluster_column", column, "a calibration has no p-value, which clusters are for")
 
     def prepared(self, context: TaskContext) -> CalibrationText | None:
         """Return the calibration text prepared for one model; None without one. Raises InputError as a task does."""
