@@ -61,6 +61,11 @@ class InnerOutputs:
         """Give up what is kept of a batch, if anything."""
         self._left += _size(self._kept.pop(key, {}))
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything may be kept."""
+        return self._budget > 0
+
     def stop(self) -> None:
         """Keep nothing from now on, because memory ran out."""
         self._budget = 0
@@ -70,11 +75,8 @@ class InnerOutputs:
     def resumed(self, key: Any, block: int, edited: Sequence[Matrix]) -> Iterator[None]:
         """Reuse what is kept of a batch in a pass that resumes at `block`, and keep what is not kept yet.
 
-        edited: the matrices that may be edited. They must be all of those in this block, and none is in an earlier one.
+        Something may be kept (`keeps`). edited: the matrices that may be edited. They must be all of those in this block, and none is in an earlier one.
         """
-        if self._budget <= 0:
-            yield
-            return
         if block != self._block:
             self.clear()
             self._block, self._modules = block, _modules_of(self._loaded, block)

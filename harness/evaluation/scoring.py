@@ -33,6 +33,7 @@ from harness.models.attention import flex_attention
 from harness.models.families import Family
 from harness.models.loading import LoadedModel, require_head
 from harness.models.matrices import Matrix
+from harness.models.memory import is_out_of_memory, release_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -248,6 +249,10 @@ class Scorer:
         """Keep no stream on the device any more, because memory ran out; what fits goes to host memory."""
         self._give_up_graphs()
         self._store.leave_device()
+        self.keep_nothing_inside()
+
+    def keep_nothing_inside(self) -> None:
+        """Keep no outputs inside the block at the frontier any more, because memory ran out."""
         self._inner.stop()
 
     def _give_up_graphs(self) -> None:
@@ -332,10 +337,25 @@ class Scorer:
 
     @torch.inference_mode()
     def _score_batch(self, key: tuple[str, int], needs_rank: bool, edited: Sequence[Matrix] = ()) -> Results:
-        kept, reading = self._store.get(key), self._readings[key]
-        inner = any(one.block == kept.block for one in edited) and all(one.block >= kept.block for one in edited)
-        with self._inner.resumed(key, kept.block, edited) if inner else nullcontext():
-            hidden = self._final_hidden(self._batches[key], kept)
+        """Score a batch. If memory runs out beside the outputs kept inside the block, do it once more without them."""
+        block = self._store.get(key).block
+        inside = any(one.block == block for one in edited) and all(one.block >= block for one in edited)
+        if not inside or not self._inner.keeps:
+            return self._pass(key, needs_rank)
+        try:
+            with self._inner.resumed(key, block, edited):
+                return self._pass(key, needs_rank)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # This is outside of the except clause, in which the traceback would keep the tensors of the failed pass.
+        self._inner.stop()
+        release_memory()
+        return self._pass(key, needs_rank)
+
+    def _pass(self, key: tuple[str, int], needs_rank: bool) -> Results:
+        reading = self._readings[key]
+        hidden = self._final_hidden(self._batches[key], self._store.get(key))
         hidden = hidden.to(self._reading_device, non_blocking=True)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, reading.rows)
         return read(self._read_head, rows, reading, needs_rank)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
 from harness.evaluation.inner import forward_replaced
 from harness.evaluation.scoring import Scorer
@@ -93,3 +94,22 @@ def test_nothing_is_kept_where_it_does_not_fit_or_nothing_is_reused() -> None:
     assert scorer._inner._kept
     scorer.leave_device()  # memory ran out
     assert scorer.score("task", 1, [down]).logprob.tolist() == expected and not scorer._inner._kept
+
+
+def test_a_pass_without_memory_beside_what_is_kept_is_done_without_it(monkeypatch) -> None:
+    model, tasks = loaded("llama"), {"task": task(requests_for("llama"))}
+    down = next(one for one in model.matrices if (one.block, one.layer_type) == (1, "down_proj"))
+    scorer = Scorer(model, tasks)
+    scorer.advance(1)
+    expected = [scorer.score("task", 1, [down]).logprob.tolist() for _ in range(3)][-1]
+    tried, real = [], scorer._pass
+
+    def short(key, needs_rank):
+        tried.append(scorer._inner.keeps)
+        if scorer._inner.keeps:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(key, needs_rank)
+
+    monkeypatch.setattr(scorer, "_pass", short)
+    assert scorer.score("task", 1, [down]).logprob.tolist() == expected
+    assert tried.count(True) == 1 and not scorer._inner._kept

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,8 +126,10 @@ def process(words: str, before: str = "", cwd: Path | None = None) -> subprocess
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment = {**inherited, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "CODE": code}
     words = words.replace("$HARNESS", '"$PYTHON" -c "$CODE"')
+    # A shell lets what it starts in the background ignore interrupts, these tests too, and this is inherited.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.run(["bash", "-c", words], env=environment, cwd=cwd, text=True, capture_output=True, timeout=120,
-                          check=False)
+                          check=False, preexec_fn=heed)
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], status: int, words: str) -> None:

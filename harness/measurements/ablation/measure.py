@@ -224,9 +224,12 @@ class CellRun:
             yield self.rows.measured(cell, Failed(problem), self.baseline_of.get(cell.task), None, 0.0)
 
     def _edit(self, undo: ExitStack, ablation: Ablation) -> RealisedAblation | None:
-        """Apply an ablation. If memory runs out, try again without kept decompositions, and then without a stream."""
+        """Apply an ablation. If memory runs out, keep less and try again.
+
+        The outputs inside a block go first, then decompositions, then the stream.
+        """
         self.sources.expect(ablation.target.matrices)
-        for give_up in (self.sources.shrink, self.scorers.leave_device, None):
+        for give_up in (self.scorers.keep_nothing_inside, self.sources.shrink, self.scorers.leave_device, None):
             try:
                 return self.division.agree("editing", lambda: undo.enter_context(self._edited(ablation)))
             except Exception as error:

@@ -52,6 +52,11 @@ class Scorers:
         for scorer in (self._usual, *self._small.values()):
             scorer.leave_device()
 
+    def keep_nothing_inside(self) -> None:
+        """Keep no outputs inside the block at the frontier any more."""
+        for scorer in (self._usual, *self._small.values()):
+            scorer.keep_nothing_inside()
+
     def advance(self, block: int) -> None:
         """Move the frontier to a block. If memory runs out, go on without a frontier, which gives the same numbers."""
         for scorer in (self._usual, *self._small.values()):

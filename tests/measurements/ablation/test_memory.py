@@ -118,16 +118,16 @@ def _fail_edits(monkeypatch, failures: int, where: str) -> list[str]:
 
 
 @pytest.mark.parametrize("where", ["edit", "decomposition"])
-@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("failures", [1, 2, 3])
 def test_an_edit_without_memory_is_tried_again(clean_small, tmp_path, monkeypatch, where: str, failures: int) -> None:
-    """First without the decompositions that are kept, then without the stream; no number changes."""
+    """First without outputs inside the block, then without kept decompositions and stream; no number changes."""
     tried = _fail_edits(monkeypatch, failures, where)
     assert_same_tables(run_here(SMALL, tmp_path / "study"), clean_small)
     assert len(set(tried[: failures + 1])) == 1
 
 
 def test_an_edit_that_never_fits_is_an_error_row(tmp_path, monkeypatch) -> None:
-    tried = _fail_edits(monkeypatch, 3, "decomposition")
+    tried = _fail_edits(monkeypatch, 4, "decomposition")
     folder = run_here(SMALL, tmp_path / "study")
     table = read_metrics(folder)
     failed = table[table["status"] == "error"]

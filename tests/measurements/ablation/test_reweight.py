@@ -212,7 +212,7 @@ def test_a_study_with_its_controls(place, tmp_path, capsys):
     assert controls["shuffled"] == controls["rotated"] == 6 and controls["none"] == 1
     assert rows[rows["region_kind"] == "none"]["delta"].eq(0).all()
     assert main(["report", str(tmp_path / "out")]) == 0
-    assert "reweighted by sensitivity, rank 4, of the change" in capsys.readouterr().out
+    assert "reweighted by sensitivity, rank 4, of the change" in (tmp_path / "out" / "report" / "report.md").read_text()
 
 
 def test_everything_is_in_the_id(place):
