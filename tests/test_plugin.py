@@ -88,7 +88,8 @@ def test_settings_of_another_package_are_checked_like_ours(run):
     assert "region.stepp: unknown key; did you mean 'step'?" in run(*base, "region.stepp=3", status=2)
     assert "region.step: 1 is wrong; it must be at least 2" in run(*base, "region.step=1", status=2)
     assert "region.firsts: 7 is wrong; it must be within 0..1" in run(*base, "region.firsts=[7]", status=2)
-    assert "only region.by=reweight or every_nth reads it" in run("plan", *MODEL, "region=decile", "region.step=3", status=2)
+    said = run("plan", *MODEL, "region=decile", "region.step=3", status=2)
+    assert "only region.by=reweight or every_nth reads it" in said
     task = ["plan", *MODEL, "task=[]", "+tasks.copy.kind=repetition"]
     assert "tasks.copy.lenght: unknown key; did you mean 'length'?" in run(*task, "+tasks.copy.lenght=3", status=2)
     assert "tasks.copy.length: two halves of 20" in run(*task, "+tasks.copy.length=20", status=2)

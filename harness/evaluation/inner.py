@@ -75,7 +75,8 @@ class InnerOutputs:
     def resumed(self, key: Any, block: int, edited: Sequence[Matrix]) -> Iterator[None]:
         """Reuse what is kept of a batch in a pass that resumes at `block`, and keep what is not kept yet.
 
-        Something may be kept (`keeps`). edited: the matrices that may be edited. They must be all of those in this block, and none is in an earlier one.
+        Something may be kept (`keeps`). edited: the matrices that may be edited. They must be all of those in this
+        block, and none is in an earlier one.
         """
         if block != self._block:
             self.clear()
