@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -86,10 +87,12 @@ def status_from(server: socket.socket) -> int:
 
 def _behave_as(arguments: list[str], place: str) -> int:
     """Be the executable: have the arguments executed, pass signals on, and end as the process does."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # the process may run before its id is here
     pid, server = ask(place, arguments, [0, 1, 2], os.environ)
     for number in _PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     status = status_from(server)
     if status < 0:
         if -status != signal.SIGKILL:
@@ -139,10 +142,11 @@ def _serve(place: str, parent: int) -> None:
                 if pid is None:
                     connection.close()
                     continue
-                connection.sendall(pid.to_bytes(8, "big"))
                 running[process := os.pidfd_open(pid)] = pid, connection
                 waiting.register(process, selectors.EVENT_READ)
                 waiting.register(connection, selectors.EVENT_READ, process)
+                with suppress(OSError):  # whoever asked has ended already; then the process is killed below
+                    connection.sendall(pid.to_bytes(8, "big"))
             elif key.data is None:  # a process has ended
                 pid, connection = running.pop(key.fd)
                 status = os.waitpid(pid, 0)[1]
@@ -150,10 +154,8 @@ def _serve(place: str, parent: int) -> None:
                 os.close(key.fd)
                 if connection in waiting.get_map():
                     waiting.unregister(connection)
-                try:
+                with suppress(OSError):
                     connection.sendall(status.to_bytes(8, "big"))
-                except OSError:
-                    pass
                 connection.close()
             elif key.data in running:  # whoever asked for a process has ended before it
                 waiting.unregister(key.fileobj)
