@@ -56,10 +56,26 @@ def singular_gradients(
 
     decompose: a function from a matrix to its decomposition. operand: a function from a matrix to the D [out, in] whose
     singular values are meant, such as the change W - W_reference, of which `decompose` then returns a spectrum; None
-    for the weights. The cost is one forward pass over the examples for the
-    scores, and one forward and one backward pass for each metric. Raises InputError for a model that is not a causal
-    language model, a task that measures the model directly, more than MAX_ENTRIES scored tokens, a metric that the task
-    does not have, and a metric that does not change with the log-probabilities, as an accuracy.
+    for the weights. The cost is one forward pass over the examples for the scores, and one forward and one backward
+    pass for each metric. Raises InputError for a model that is not a causal language model, a task that measures the
+    model directly, more than MAX_ENTRIES scored tokens, a metric that the task does not have, and a metric that does
+    not change with the log-probabilities, as an accuracy.
+    """
+    found: dict[str, SingularGradients] = {}
+    for metric, one in each_gradient(loaded, task, metrics, matrices, decompose, operand):
+        if isinstance(one, InputError):
+            raise one
+        found[metric] = one
+    return found
+
+
+def each_gradient(
+    loaded: LoadedModel, task: PreparedTask, metrics: Sequence[str], matrices: Sequence[Matrix],
+    decompose: Callable[[Matrix], Decomposition], operand: Callable[[Matrix], Tensor] | None = None,
+) -> Iterator[tuple[str, SingularGradients | InputError]]:
+    """Yield each metric with its derivatives, or with the error that says why it has none. All share one scoring pass.
+
+    Arguments as in `singular_gradients`. Raises InputError as it does, if the reason is the model or the task.
     """
     key = f"tasks.{task.name}"
     if loaded.description.family.kind != "causal":
@@ -75,17 +91,14 @@ def singular_gradients(
     batches = _batches(task.requests, BATCH_TOKENS)
     with torch.no_grad():
         scores = _scores(loaded, task, batches)
-    found = {}
     for metric in metrics:
-        value, slopes = metric_slopes(task, scores, metric)
-        gradients = _weight_gradients(loaded, batches, slopes, matrices)
-        products = {}
-        for matrix in matrices:
-            gradient = matrix.view(gradients).reshape(matrix.shape).to(torch.float64)
-            weight = (matrix.read(loaded.model) if operand is None else operand(matrix)).to(torch.float64)
-            products[matrix.name] = _products(gradient, weight, decompose(matrix)).cpu()
-        found[metric] = SingularGradients(metric, value, products)
-    return found
+        try:
+            value, slopes = metric_slopes(task, scores, metric)
+        except InputError as error:
+            yield metric, error
+            continue
+        products = _all_products(loaded, batches, slopes, matrices, decompose, operand)
+        yield metric, SingularGradients(metric, value, products)
 
 
 def loss_changes(
@@ -101,13 +114,8 @@ def loss_changes(
     if loaded.description.family.kind != "causal":
         raise InputError("region.calibration: the loss of a text is that of a causal language model only")
     n = sum(len(request.targets) for request in requests)
-    gradients = _weight_gradients(loaded, _batches(requests, BATCH_TOKENS), np.full(n, -1.0 / n), matrices)
-    found = {}
-    for matrix in matrices:
-        gradient = matrix.view(gradients).reshape(matrix.shape).to(torch.float64)
-        weight = matrix.read(loaded.model).to(torch.float64)
-        found[matrix.name] = -_products(gradient, weight, decompose(matrix)).cpu()
-    return found
+    products = _all_products(loaded, _batches(requests, BATCH_TOKENS), np.full(n, -1.0 / n), matrices, decompose)
+    return {name: -of_matrix for name, of_matrix in products.items()}
 
 
 def first_gradients(
@@ -119,11 +127,10 @@ def first_gradients(
     Raises InputError if none has, and as `singular_gradients`.
     """
     refused = []
-    for metric in metrics:
-        try:
-            return singular_gradients(loaded, task, [metric], matrices, decompose, operand)[metric]
-        except InputError as error:
-            refused.append(str(error).partition(": ")[2])
+    for _, found in each_gradient(loaded, task, metrics, matrices, decompose, operand):
+        if isinstance(found, SingularGradients):
+            return found
+        refused.append(str(found).partition(": ")[2])
     raise InputError(f"tasks.{task.name}: {'; '.join(refused)}")
 
 
@@ -268,6 +275,19 @@ def _differentiable(model: torch.nn.Module, parameters: Mapping[str, Tensor]) ->
         for parameter, required, grad in before:
             parameter.requires_grad_(required)
             parameter.grad = grad
+
+
+def _all_products(
+    loaded: LoadedModel, batches: Sequence[_PaddedBatch], slopes: np.ndarray, matrices: Sequence[Matrix],
+    decompose: Callable[[Matrix], Decomposition], operand: Callable[[Matrix], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return s_i u_i^T G v_i for all i of each matrix, float64 [r] on the CPU, after one backward pass."""
+    gradients, found = _weight_gradients(loaded, batches, slopes, matrices), {}
+    for matrix in matrices:
+        gradient = matrix.view(gradients).reshape(matrix.shape).to(torch.float64)
+        weight = (matrix.read(loaded.model) if operand is None else operand(matrix)).to(torch.float64)
+        found[matrix.name] = _products(gradient, weight, decompose(matrix)).cpu()
+    return found
 
 
 def _products(gradient: Tensor, weight: Tensor, decomposition: Decomposition) -> Tensor:

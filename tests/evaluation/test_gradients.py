@@ -5,7 +5,7 @@ import torch
 
 from harness.errors import InputError
 from harness.evaluation import gradients
-from harness.evaluation.gradients import singular_gradients
+from harness.evaluation.gradients import first_gradients, singular_gradients
 from harness.evaluation.requests import DirectTask
 from harness.evaluation.statistics import estimate
 from harness.models.loading import loaded_from
@@ -110,6 +110,15 @@ def test_what_has_no_derivative_is_refused(setting):
     direct = DirectTask("generated", {}, [], lambda loaded, division, share: {})
     with pytest.raises(InputError, match="generated: a task that measures the model directly has no derivative"):
         singular_gradients(loaded, direct, ["accuracy"], matrix, lambda m: decompose(m.read(loaded.model)))
+
+
+def test_metrics_share_one_scoring_pass(setting, monkeypatch):
+    loaded, task = setting
+    passes, real = [], gradients._scores
+    monkeypatch.setattr(gradients, "_scores", lambda *arguments: passes.append(1) or real(*arguments))
+    wanted = ["loss", "accuracy", "logprob"]
+    found = first_gradients(loaded, task, wanted, loaded.matrices[:1], lambda m: decompose(m.read(loaded.model)))
+    assert found.metric == "logprob" and len(passes) == 1
 
 
 def test_candidates_that_share_a_prompt(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.errors import InputError
 from harness.evaluation.blank_scores import blank_measure
-from harness.evaluation.gradients import SingularGradients, singular_gradients
+from harness.evaluation.gradients import SingularGradients, each_gradient
 from harness.evaluation.requests import PreparedTask
 from harness.measurements.ablation.sources import sources_of
 from harness.measurements.ablation.study import Study
@@ -82,11 +82,14 @@ def _smooth(
     """Return the gradients of those of `metrics` that the task has and that have a derivative."""
     found: dict[str, SingularGradients] = {}
     refused = []
-    for metric in metrics:
-        try:
-            found |= singular_gradients(loaded, task, [metric], matrices, decompose)
-        except InputError as error:
-            refused.append(str(error))
+    try:
+        for metric, one in each_gradient(loaded, task, metrics, matrices, decompose):
+            if isinstance(one, InputError):
+                refused.append(str(one))
+            else:
+                found[metric] = one
+    except InputError as error:
+        refused.append(str(error))
     if not found:
         raise InputError(f"search.choice: gradients say nothing about task {task.name}: {'; '.join(refused)}")
     return found
