@@ -24,8 +24,9 @@ from harness.engine.measurement import Context
 from harness.engine.ranks import Ranks
 from harness.evaluation.scoring import Scorer
 from harness.measurements import ABLATION, compose_settings
+from harness.measurements.ablation.cell_run import CellRun
 from harness.measurements.ablation.cells import Cell
-from harness.measurements.ablation.measure import CellRun, open_session
+from harness.measurements.ablation.measure import open_session
 from harness.measurements.ablation.outcomes import Failed
 from harness.measurements.ablation.study import Study
 from harness.measurements.ablation.units import plan

@@ -57,7 +57,7 @@ from harness.evaluation.requests import Request, TaskContext, scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import RuntimeSettings
 from harness.measurements import ABLATION
-from harness.measurements.ablation import forecast, measure, rates
+from harness.measurements.ablation import cell_run, forecast, measure, rates
 from harness.measurements.ablation.cells import group_by_ablation
 from harness.measurements.ablation.region_settings import RegionSettings
 from harness.measurements.ablation.settings import StudySettings
@@ -146,7 +146,7 @@ class Directly:
 def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None]) -> Iterator[None]:
     """The runner with its parts timed; `after_ablation` runs with the clock of the harness stopped."""
     start, outcome, ablation, apply = (
-        measure.CellRun.__init__, measure.CellRun.outcome, measure.CellRun.ablation, measure.ablated
+        cell_run.CellRun.__init__, cell_run.CellRun.outcome, cell_run.CellRun.ablation, cell_run.ablated
     )
 
     def start_timed(self, *args):
@@ -181,13 +181,13 @@ def instrumented(clock: Clock, after_ablation: Callable[[Ablation, Scorer], None
             (Scorer, "_final_hidden", _method(clock, "forward", Scorer._final_hidden)),
             (Scorer, "advance", _method(clock, "forward", Scorer.advance)),
             (scoring, "read", clock.wrap("head", scoring.read)),
-            (measure.RowMaker, "measured", _method(clock, "I/O", measure.RowMaker.measured)),
+            (cell_run.RowMaker, "measured", _method(clock, "I/O", cell_run.RowMaker.measured)),
             (engine_run, "_write", clock.wrap("I/O", engine_run._write)),
             (engine_run, "Writer", Directly),
-            (measure, "ablated", ablated_timed),
-            (measure.CellRun, "__init__", start_timed),
-            (measure.CellRun, "outcome", outcome_timed),
-            (measure.CellRun, "ablation", ablation_timed),
+            (cell_run, "ablated", ablated_timed),
+            (cell_run.CellRun, "__init__", start_timed),
+            (cell_run.CellRun, "outcome", outcome_timed),
+            (cell_run.CellRun, "ablation", ablation_timed),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         yield

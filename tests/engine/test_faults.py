@@ -21,7 +21,7 @@ from harness.engine import run as engine_run
 from harness.errors import InputError
 from harness.evaluation.scoring import Scorer
 from harness.measurements import compose_settings
-from harness.measurements.ablation import measure
+from harness.measurements.ablation import cell_run, measure
 from harness.measurements.ablation.tables import cell_states, read_metrics
 from harness.models.memory import is_out_of_memory
 from harness.tasks.recall_probes import RecallProbesTask
@@ -68,13 +68,13 @@ def test_killed_rank(clean_long, tmp_path):
     program = f"""
 import os
 from pathlib import Path
-from harness.measurements.ablation import measure
+from harness.measurements.ablation import cell_run
 from tests.studies import n_rows, run_here
-real = measure.CellRun.ablation
+real = cell_run.CellRun.ablation
 def ablation(*arguments):
     if os.environ["RANK"] == "1" and n_rows(Path({str(folder)!r})) >= 5: os.kill(os.getpid(), 9)
     return real(*arguments)
-measure.CellRun.ablation = ablation
+cell_run.CellRun.ablation = ablation
 run_here({LONG!r}, Path({str(folder)!r}))
 """
     assert run_ranks(program, 2, tmp_path / "log").returncode != 0
@@ -239,7 +239,7 @@ def trouble(monkeypatch):
     output is multiplied with what it returns."""
 
     def install(label, act):
-        now, real_ablated, real_load = [], measure.ablated, measure.load
+        now, real_ablated, real_load = [], cell_run.ablated, measure.load
 
         @contextmanager
         def ablated(loaded, ablation, *arguments):
@@ -262,7 +262,7 @@ def trouble(monkeypatch):
             )
             return loaded
 
-        monkeypatch.setattr(measure, "ablated", ablated)
+        monkeypatch.setattr(cell_run, "ablated", ablated)
         monkeypatch.setattr(measure, "load", load)
 
     yield install

@@ -95,7 +95,7 @@ import torch
 from harness.engine import run
 from harness.evaluation.scoring import Scorer
 from harness.measurements import ABLATION
-from harness.measurements.ablation import measure
+from harness.measurements.ablation import cell_run, measure
 from tests.studies import config_of
 RANK, FOLDER = os.environ["RANK"], Path({str(folder)!r})
 real, calls = Scorer._score_batch, []
@@ -173,7 +173,7 @@ def test_one_of_several_ranks_that_cannot_edit(tmp_path):
     program = """
 if RANK == "2":
     def ablated(*arguments): raise ValueError("a torn cache file")
-    measure.ablated = ablated
+    cell_run.ablated = ablated
 """
     done = launched_program(program, FEW, folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -200,7 +200,7 @@ def test_a_rank_that_skips_a_step_is_noticed_by_all(tmp_path):
     """Also where it waits at the end already, while the others wait for its part of a cell."""
     program = """
 if RANK == "1":
-    measure.CellRun.ablation = lambda *arguments: ()
+    cell_run.CellRun.ablation = lambda *arguments: ()
 """
     done = launched_program(program, FEW, tmp_path / "study")
     assert done.returncode != 0 and "LostStep" in done.stderr

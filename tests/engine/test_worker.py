@@ -17,7 +17,7 @@ from harness.engine.submission import Record, Submission, write_record, write_su
 from harness.engine.worker import run_shard, work
 from harness.errors import InputError
 from harness.measurements import ABLATION, compose_settings, find
-from harness.measurements.ablation.measure import CellRun
+from harness.measurements.ablation.cell_run import CellRun
 from harness.tables.store import list_table
 from tests.studies import (
     N_SMALL,

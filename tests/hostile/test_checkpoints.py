@@ -432,7 +432,7 @@ def faults(when: str) -> list:
 @pytest.mark.parametrize("change", faults("while a study runs"))
 def test_weights_that_change_while_a_study_runs(model, undisturbed, tmp_path, monkeypatch, change):
     """The rows are those of the weights that were planned, whatever happens to the file once it is loaded."""
-    from harness.measurements.ablation.measure import CellRun
+    from harness.measurements.ablation.cell_run import CellRun
 
     text, real, seen = undisturbed.parent / "text.txt", CellRun._measure, []
 
@@ -493,7 +493,7 @@ def test_weights_that_change_while_spectra_stream_them(model, tmp_path, monkeypa
 @pytest.mark.fault("weights that change in memory during a run")
 def test_weights_that_change_in_memory_make_every_row_of_the_run_an_error(model, undisturbed, tmp_path, monkeypatch):
     """As a fault of this program or of the memory would do it."""
-    from harness.measurements.ablation.measure import CellRun
+    from harness.measurements.ablation.cell_run import CellRun
 
     text, real, seen = undisturbed.parent / "text.txt", CellRun._measure, []
 

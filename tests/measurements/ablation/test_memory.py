@@ -13,7 +13,7 @@ import torch
 from harness.evaluation.batch_size import _kept_bytes
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import GIB, RuntimeSettings
-from harness.measurements.ablation import measure
+from harness.measurements.ablation import cell_run, measure
 from harness.measurements.ablation.tables import cell_states, read_metrics
 from harness.models import decompositions
 from harness.models.decompositions import DecompositionCache, size_of
@@ -97,7 +97,7 @@ def test_the_default_budget_follows_the_free_memory_of_a_gpu(monkeypatch) -> Non
 def _fail_edits(monkeypatch, failures: int, where: str) -> list[str]:
     """Let the first edits of 0.up_proj run out of memory, before it or in a decomposition."""
     tried: list[str] = []
-    real = measure.ablated
+    real = cell_run.ablated
 
     def ablated(loaded, ablation, decompose, edit):
         if ablation.target.label != "0.up_proj":
@@ -113,7 +113,7 @@ def _fail_edits(monkeypatch, failures: int, where: str) -> list[str]:
 
         return real(loaded, ablation, fail, edit)
 
-    monkeypatch.setattr(measure, "ablated", ablated)
+    monkeypatch.setattr(cell_run, "ablated", ablated)
     return tried
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harness.measurements import ABLATION
-from harness.measurements.ablation import measure
+from harness.measurements.ablation import cell_run, measure
 from harness.measurements.ablation.settings import StudySettings
 from harness.settings.compose import checked
 from tests.encoders import save, tiny_classifier
@@ -101,14 +101,14 @@ def test_every_byte_of_a_classifier_is_what_it_was(model_type: str, tmp_path, mo
 def test_every_byte_is_what_it_was_after_cells_that_failed(tmp_path, monkeypatch) -> None:
     """Scoring that fails under an edit leaves through the same door."""
     config = settings(tmp_path, "llama", "float32", "text")
-    real = measure.CellRun._measure
+    real = cell_run.CellRun._measure
 
-    def failing(cell_run, cell, *arguments):
+    def failing(run_of_cells, cell, *arguments):
         if cell.ablation.target.kind == "block" and cell.ablation.region.kind == "small":
             raise FloatingPointError("made to fail")
-        return real(cell_run, cell, *arguments)
+        return real(run_of_cells, cell, *arguments)
 
-    monkeypatch.setattr(measure.CellRun, "_measure", failing)
+    monkeypatch.setattr(cell_run.CellRun, "_measure", failing)
     table = run(config, monkeypatch)
     failed = table[table.status == "error"]
     assert set(failed.region_kind) == {"small"} and failed.error.str.contains("made to fail").all()

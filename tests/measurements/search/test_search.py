@@ -23,7 +23,7 @@ from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import ScoringOptions
 from harness.evaluation.statistics import estimate, over_new_draw
 from harness.measurements import ABLATION, SEARCH, compose_settings
-from harness.measurements.ablation.measure import CellRun
+from harness.measurements.ablation.cell_run import CellRun
 from harness.measurements.ablation.settings import StudySettings
 from harness.measurements.ablation.summary import measured as measured_metrics
 from harness.measurements.ablation.tables import read_examples, read_metrics
