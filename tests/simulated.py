@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from harness.evaluation.requests import Request
 from harness.models.loading import LoadedModel
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
@@ -150,3 +152,11 @@ def on_two_devices(loaded: LoadedModel) -> None:
         device = SECOND if module in second else FIRST
         add_hook_to_module(module, AlignDevicesHook(device, io_same_device=module is model))
     loaded.device = FIRST
+
+
+def tree_requests() -> list[Request]:
+    """Return four continuations of one long context, which share a row."""
+    rng = np.random.default_rng(0)
+    context = rng.integers(3, 60, 40)
+    return [Request(np.concatenate([context, rng.integers(3, 60, 3)]), np.array([40, 42]), rng.integers(0, 67, 2))
+            for _ in range(4)]

@@ -241,7 +241,7 @@ class Scorer:
     def stop_keeping(self) -> None:
         """Keep no stream from now on, so that every pass runs every block, which gives the same numbers."""
         self._store.clear()
-        self._inner.stop()
+        self.keep_nothing_inside()
         self._give_up_graphs()
         self.reuse, self.block = False, 0
 

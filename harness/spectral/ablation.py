@@ -217,7 +217,7 @@ def removal(
     )
     if operation.factors is None:
         return found
-    exact = ablate(weight, decomposition, indices, operation) if exact is None else exact
+    assert exact is not None  # `removes_own_values` is false
     return dataclasses.replace(found, norm_removed=float(torch.linalg.vector_norm(weight.to(exact) - exact)))
 
 

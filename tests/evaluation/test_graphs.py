@@ -27,9 +27,9 @@ from harness.models.loading import LoadedModel, loaded_from
 from harness.models.targets import TargetSettings, expand_targets
 from harness.spectral.regions import small
 from tests.evaluation.test_scoring import requests_for, task
-from tests.evaluation.test_synchronisation import CAUSAL, _moved, _trees
+from tests.evaluation.test_synchronisation import CAUSAL, _moved
 from tests.models.tiny import tiny_model
-from tests.simulated import simulated
+from tests.simulated import simulated, tree_requests
 
 
 @dataclass
@@ -207,7 +207,7 @@ def test_graphs_are_given_up_where_memory_runs_out_and_with_their_task() -> None
 def test_what_is_captured_does_not_wait_for_the_device(trees: bool) -> None:
     """Capturing fails where the host waits; the copy of the results comes after all batches."""
     with simulated() as devices:
-        requests = _trees() if trees else requests_for("llama")
+        requests = tree_requests() if trees else requests_for("llama")
         scorer = Scorer(_moved(loaded_from(tiny_model("llama"))), {"task": task(requests, not trees)},
                         ScoringOptions(400 if trees else 60))
         for block in (0, 1):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +19,7 @@ from harness.models.targets import TargetSettings, expand_targets
 from harness.spectral.regions import small
 from tests.evaluation.test_scoring import requests_for, task
 from tests.models.tiny import tiny_model
-from tests.simulated import FIRST, moved, simulated
+from tests.simulated import FIRST, moved, simulated, tree_requests
 
 CAUSAL = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma2")
 
@@ -29,13 +28,6 @@ def _moved(loaded: LoadedModel) -> LoadedModel:
     moved(loaded.model)
     loaded.device = FIRST
     return loaded
-
-
-def _trees() -> list[Request]:
-    rng = np.random.default_rng(0)
-    context = rng.integers(3, 60, 40)
-    return [Request(np.concatenate([context, rng.integers(3, 60, 3)]), np.array([40, 42]), rng.integers(0, 67, 2))
-            for _ in range(4)]
 
 
 @pytest.mark.parametrize("model_type, needs_rank", [("llama", True), *((name, False) for name in CAUSAL)])
@@ -61,7 +53,7 @@ def test_the_host_waits_once_for_all_batches_of_a_pass(model_type: str, needs_ra
 
 def test_and_once_for_trees() -> None:
     with simulated() as devices:
-        scorer = Scorer(_moved(loaded_from(tiny_model("llama"))), {"task": task(_trees())}, ScoringOptions(400))
+        scorer = Scorer(_moved(loaded_from(tiny_model("llama"))), {"task": task(tree_requests())}, ScoringOptions(400))
         assert [batch.last is not None for batch in scorer.packed["task"].batches] == [True]
         devices.waits.clear()
         scorer.score("task")
@@ -143,7 +135,7 @@ def test_plain_rows_take_the_flash_kernel_without_a_mask(model_type: str) -> Non
 
 
 def test_trees_have_a_mask() -> None:
-    (taken,) = _attention(loaded_from(tiny_model("llama")), _trees(), ScoringOptions(400))
+    (taken,) = _attention(loaded_from(tiny_model("llama")), tree_requests(), ScoringOptions(400))
     assert taken == (FLASH, False, False)
 
 

@@ -18,7 +18,7 @@ from harness.models.targets import Target
 from harness.spectral.regions import small
 from tests.evaluation.test_scoring import classifier, requests_for, task
 from tests.models.tiny import tiny_model
-from tests.simulated import FIRST, SECOND, on_two_devices, simulated
+from tests.simulated import FIRST, SECOND, on_two_devices, simulated, tree_requests
 
 FAMILIES = ("llama", "gpt_neox", "gemma2", "bert", "t5")
 
@@ -45,14 +45,6 @@ def _scores(loaded: LoadedModel, options: ScoringOptions, requests: list[Request
     return found
 
 
-def _trees() -> list[Request]:
-    """Four continuations of one long context: they share a row."""
-    rng = np.random.default_rng(0)
-    context = rng.integers(3, 60, 40)
-    return [Request(np.concatenate([context, rng.integers(3, 60, 3)]), np.array([40, 42]), rng.integers(0, 67, 2))
-            for _ in range(4)]
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_plain_rows(model_type: str) -> None:
     """With the stream of every second family on the host."""
@@ -69,12 +61,12 @@ def test_plain_rows(model_type: str) -> None:
 @pytest.mark.parametrize("edit", ["weight", "branch"])
 def test_trees_and_edits(edit: str) -> None:
     one, two = _eager("llama"), _eager("llama")
-    expected = _scores(one, ScoringOptions(400), _trees(), edit)
+    expected = _scores(one, ScoringOptions(400), tree_requests(), edit)
     with simulated():
         on_two_devices(two)
-        scorer = Scorer(two, {"task": task(_trees())}, ScoringOptions(400))
+        scorer = Scorer(two, {"task": task(tree_requests())}, ScoringOptions(400))
         assert [batch.last is not None for batch in scorer.packed["task"].batches] == [True]
-        assert _scores(two, ScoringOptions(400), _trees(), edit) == expected
+        assert _scores(two, ScoringOptions(400), tree_requests(), edit) == expected
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])

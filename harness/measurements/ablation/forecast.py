@@ -11,7 +11,7 @@ from harness.evaluation.requests import DirectTask, Request, ScoredTask, scored_
 from harness.evaluation.scoring import Scorer
 from harness.measurements.ablation.cells import Cell, group_by_ablation
 from harness.measurements.ablation.costs import CostTable, cost_of_pass, edit_flops, is_one_component
-from harness.measurements.ablation.rates import Rates, rates_of
+from harness.measurements.ablation.rates import Rates, rates_for
 from harness.measurements.ablation.study import Study
 from harness.measurements.ablation.summary import bos_note
 from harness.models.editing import Ablation
@@ -124,8 +124,7 @@ def announce(study: Study, cells: Sequence[Cell], loaded: LoadedModel) -> str:
     if not scored:
         return f"{counted}; the time is not known, because the model writes its answers"
     passes = [_seconds_per_operation(study, task, loaded) for task in scored.values()]
-    cost, shape = forecast(study, cells), Counter(matrix.shape for matrix in study.matrices).most_common(1)[0][0]
-    rates = rates_of(loaded.device, TORCH_DTYPES[study.description.dtype], shape)
+    cost, rates = forecast(study, cells), rates_for(loaded.device, study.description.dtype, study.matrices)
     fast, slow = (
         Rates(1 / seconds, rates.decomposition, rates.edit)
         for seconds in (min(low for low, _ in passes), max(high for _, high in passes))
@@ -204,8 +203,7 @@ def describe_study(study: Study) -> str:
     )
     if cost.n_matrices:
         device = pick_device(settings.model.device)
-        shape = Counter(matrix.shape for matrix in study.matrices).most_common(1)[0][0]
-        rates = rates_of(device, TORCH_DTYPES[description.dtype], shape)
+        rates = rates_for(device, description.dtype, study.matrices)
         when = "once" if device.type == "cuda" else "now"
         lines.append(
             f"time {duration(cost.seconds(rates))} at least, on {device.type} at {rates.product / 1e9:.3g} GFLOP/s as"

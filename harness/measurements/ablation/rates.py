@@ -12,7 +12,8 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import torch
 
 from harness.files import replacing, user_cache
 from harness.measurements.ablation.costs import edit_flops
+from harness.models.loading import TORCH_DTYPES
+from harness.models.matrices import Matrix
 from harness.spectral.ablation import edit
 from harness.spectral.decomposition import decompose, decomposition_flops
 
@@ -47,6 +50,12 @@ def rates_of(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -
     if device.type != "cuda":
         return measure_rates(device, dtype, shape)
     return kept_rates(torch.cuda.get_device_name(device), dtype, shape, lambda: measure_rates(device, dtype, shape))
+
+
+def rates_for(device: torch.device, dtype: str, matrices: Iterable[Matrix]) -> Rates:
+    """Return the rates of a device for the most common shape of some matrices. dtype: its name in the settings."""
+    shape = Counter(matrix.shape for matrix in matrices).most_common(1)[0][0]
+    return rates_of(device, TORCH_DTYPES[dtype], shape)
 
 
 def kept_rates(

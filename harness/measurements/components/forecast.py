@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from harness.measurements.ablation.forecast import duration
-from harness.measurements.ablation.rates import rates_of
+from harness.measurements.ablation.rates import rates_for
 from harness.measurements.components.plan import ComponentsPlan
 from harness.models.cost import model_cost
 from harness.models.families import skeleton
-from harness.models.loading import TORCH_DTYPES, pick_device
+from harness.models.loading import pick_device
 from harness.models.unembedding import INTO_STREAM, THROUGH_NEURONS
 from harness.spectral.activations import metric_flops
 from harness.spectral.decomposition import decomposition_flops
@@ -62,8 +61,7 @@ def price_lines(plan: ComponentsPlan) -> list[str]:
     """Return the price in words, with the least time at the rates of the device."""
     found, settings = price(plan), plan.settings
     device = pick_device(settings.model.device)
-    shape = Counter(unit.matrix.shape for unit in plan.units).most_common(1)[0][0]
-    rates = rates_of(device, TORCH_DTYPES[plan.description.dtype], shape)
+    rates = rates_for(device, plan.description.dtype, (unit.matrix for unit in plan.units))
     seconds = (found.passes + found.directions) / rates.product + found.decompositions / rates.decomposition
     return [
         f"cost {found.passes:.3g} floating-point operations of passes, {found.decompositions:.3g} for"
