@@ -172,8 +172,10 @@ class ReweightRule:
             raise wrong("step", self.step, "it must be above 0")
         if self.step != 0.2 and "descent" not in self.weights:
             raise wrong("step", self.step, "only region.weights=[descent] reads it")
-        if (self.share, self.amplify, self.damp) != (0.2, 1.25, 0.8) and self.weights == ["descent"]:
-            raise wrong("share", self.share, "region.weights=[descent] reads neither share nor amplify nor damp")
+        for key, usual in (("share", 0.2), ("amplify", 1.25), ("damp", 0.8)):
+            if getattr(self, key) != usual and self.weights == ["descent"]:
+                right = "region.weights=[descent] reads neither share nor amplify nor damp"
+                raise wrong(key, getattr(self, key), right)
 
     def regions(self) -> list[Reweight]:
         """Return one region for each way to choose the factors."""

@@ -236,6 +236,7 @@ def test_everything_is_in_the_id(place):
     (["region.scale=2"], "region.scale: 2.0 is wrong; region=reweight has a factor for each value"),
     (["region.controls=[random]"], "the controls of region=reweight are none, shuffled and rotated"),
     (["region.step=1"], "only region.weights=[descent] reads it"),
+    (["region.weights=[descent]", "region.amplify=2"], "region.amplify: 2.0 is wrong; region.weights=[descent] reads"),
     (["region.rank=1"], "one value alone keeps its norm"),
     (["region.share=0.5"], "above 0 and below 0.5"),
     (["region.damp=2"], "below region.amplify, which is 1.25"),
