@@ -20,8 +20,8 @@ from harness.measurements.ablation.cells import numeric_settings
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.loading import loaded_from
 from tests.evaluation.test_scoring import task
-from tests.evaluation.test_synchronisation import _trees
 from tests.models.tiny import tiny_model
+from tests.simulated import tree_requests
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma2")
 
@@ -40,7 +40,7 @@ def eager(monkeypatch) -> list[Any]:
 
 
 def _score(model: Any, how: str, block: int = 0) -> tuple[np.ndarray, Scorer]:
-    scorer = Scorer(loaded_from(model), {"task": task(_trees())}, ScoringOptions(400, tree_attention=how))
+    scorer = Scorer(loaded_from(model), {"task": task(tree_requests())}, ScoringOptions(400, tree_attention=how))
     assert [batch.last is not None for batch in scorer.packed["task"].batches] == [True]
     scorer.advance(block)
     return scorer.score("task", block).logprob, scorer
