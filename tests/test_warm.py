@@ -2,8 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
+
+import pytest
 
 from tests import warm
 from tests.studies import wait_until
@@ -35,3 +38,13 @@ time.sleep(1000)
         process.send_signal(number)
         assert process.wait(60) == status
         wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), lambda: "the process outlives the executable", 60)
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0\0", (10).to_bytes(8, "big"), (10).to_bytes(8, "big") + b"{"])
+def test_whoever_ends_before_it_has_asked_ends_nobody_else(sent):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as killed:
+        killed.connect(warm.listening())
+        if sent:
+            socket.send_fds(killed, [sent], [0, 1, 2])
+    done = subprocess.run([warm.python(), "-c", "print('there')"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "there\n"), done.stderr

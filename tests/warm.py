@@ -133,7 +133,7 @@ def _serve(place: str, parent: int) -> None:
     server.listen(64)
     os.rename(place + ".new", place)
     waiting.register(server, selectors.EVENT_READ)
-    running: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor of a process
+    running: dict[int, tuple[int, socket.socket]] = {}  # by the id of a process: its descriptor and who asked for it
     while os.path.exists(place) and _is_alive(parent):
         for key, _ in waiting.select(timeout=1):
             if key.fileobj is server:
@@ -142,25 +142,27 @@ def _serve(place: str, parent: int) -> None:
                 if pid is None:
                     connection.close()
                     continue
-                running[process := os.pidfd_open(pid)] = pid, connection
-                waiting.register(process, selectors.EVENT_READ)
-                waiting.register(connection, selectors.EVENT_READ, process)
+                running[pid] = os.pidfd_open(pid), connection
+                waiting.register(running[pid][0], selectors.EVENT_READ, pid)
+                waiting.register(connection, selectors.EVENT_READ, pid)
                 with suppress(OSError):  # whoever asked has ended already; then the process is killed below
                     connection.sendall(pid.to_bytes(8, "big"))
-            elif key.data is None:  # a process has ended
-                pid, connection = running.pop(key.fd)
-                status = os.waitpid(pid, 0)[1]
-                waiting.unregister(key.fd)
-                os.close(key.fd)
+            elif key.data not in running:  # it ended in this round
+                continue
+            elif key.fileobj == running[key.data][0]:  # a process has ended
+                process, connection = running.pop(key.data)
+                status = os.waitpid(key.data, 0)[1]
+                waiting.unregister(process)
+                os.close(process)
                 if connection in waiting.get_map():
                     waiting.unregister(connection)
                 with suppress(OSError):
                     connection.sendall(status.to_bytes(8, "big"))
                 connection.close()
-            elif key.data in running:  # whoever asked for a process has ended before it
+            else:  # whoever asked for a process has ended before it
                 waiting.unregister(key.fileobj)
-                os.kill(running[key.data][0], signal.SIGKILL)
-    for pid, _ in running.values():
+                os.kill(key.data, signal.SIGKILL)
+    for pid in running:
         os.kill(pid, signal.SIGKILL)
 
 
@@ -173,11 +175,17 @@ def _is_alive(pid: int) -> bool:
 
 
 def _fork(connection: socket.socket, others: list[socket.socket]) -> int | None:
-    """Return the id of a process that executes what the connection asks for, or None if it asks for nothing."""
+    """Return the id of a process that executes what the connection asks for.
+
+    None if whoever connected ended before it had asked.
+    """
+    streams: list[int] = []
     try:
         size, streams, _, _ = socket.recv_fds(connection, 8, 3)
         asked = json.loads(_receive(connection, int.from_bytes(size, "big")))
-    except (EOFError, OSError):
+    except (EOFError, OSError, ValueError):
+        for stream in streams:
+            os.close(stream)
         return None
     if pid := os.fork():
         for stream in streams:
