@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from harness.commands.outcome import exit_status, ignore
+from harness.commands.outcome import exit_status, ignore, reports_as
 from harness.errors import InputError, one_line, printable
 
 TYPE_CHECKING = False  # as in harness/__init__.py
@@ -47,7 +47,7 @@ def _measure(measurement: Measurement, plan: Plan, arguments: argparse.Namespace
     quiet = arguments.quiet
     outcome = run_plan(measurement, plan, RunOptions(not quiet, ignore if quiet else to_stderr, tidy=True))
     if not quiet and is_main_process():
-        with told_in_one_line(outcome.folder):
+        with told_in_one_line(outcome.folder), reports_as(plan.settings):
             measurement.report.report(outcome.folder)
     status = exit_status(outcome)
     if is_main_process() and not _track(measurement, plan, outcome.folder):
@@ -200,6 +200,8 @@ def _unread(command: str, overrides: Sequence[str], settings: Any) -> Iterator[s
             yield f"{key}: harness {command} does not read it; harness submit does"
         if key.split(".")[0] == "tracker" and command == "submit":
             yield f"{key}: harness submit does not read it; harness run with the same settings does, when all is done"
+        if key.split(".")[0] == "report" and command == "submit":
+            yield f"{key}: harness submit does not read it; harness report does, when all is done"
     model = getattr(settings, "model", None)
     if model is not None and model.revision is not None and os.path.isdir(os.path.expanduser(model.name)):
         yield (f"model.revision: nothing reads {model.revision!r}, because the local folder {model.name!r} has no"

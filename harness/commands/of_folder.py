@@ -75,33 +75,38 @@ def status(arguments: argparse.Namespace) -> int:
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
-    parser.add_argument("overrides", nargs="*", metavar="figures.KEY=VALUE", help="figures.format=pdf or svg beside the"
-                        " PNG files; figures.width=column (3.5 inches) or page (7.2 inches)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="figures.format=pdf or svg beside the PNG"
+                        " files; figures.width=column (3.5 inches) or page (7.2 inches); report.figures=none: none")
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Report on a run from its tables."""
     from harness.files import told_in_one_line
-    from harness.tables.drawing import drawn_as
+    from harness.tables.drawing import drawn_as, reports_with
 
-    settings = _figure_settings(arguments.overrides)
+    settings, wanted = _figure_settings(arguments.overrides)
     (measurement, folder), *_ = _runs_in(arguments.folder)
-    with told_in_one_line(folder), drawn_as(settings):
+    with told_in_one_line(folder), drawn_as(settings), reports_with(wanted):
         measurement.report.report(folder)
     return 0
 
 
-def _figure_settings(overrides: Sequence[str]) -> FigureSettings:
+def _figure_settings(overrides: Sequence[str]) -> tuple[FigureSettings, str]:
+    """Return how figures are drawn, and whether "all" or "none" are."""
     from harness.errors import InputError
     from harness.tables.drawing import FigureSettings
 
-    values = {}
+    values, wanted = {}, "all"
     for override in overrides:
         key, equals, value = override.partition("=")
-        if key not in ("figures.format", "figures.width") or not equals:
-            raise InputError(f"report: {override!r} is wrong; figures.format=... and figures.width=... can be set")
-        values[key.removeprefix("figures.")] = value
-    return FigureSettings(**values)
+        if key == "report.figures" and value in ("all", "none"):
+            wanted = value
+        elif key in ("figures.format", "figures.width") and equals:
+            values[key.removeprefix("figures.")] = value
+        else:
+            raise InputError(f"report: {override!r} is wrong; figures.format=..., figures.width=... and"
+                             " report.figures=all or none can be set")
+    return FigureSettings(**values), wanted
 
 
 def add_push(parser: argparse.ArgumentParser) -> None:

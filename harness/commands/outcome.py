@@ -6,7 +6,18 @@ import sys
 
 TYPE_CHECKING = False  # as in harness/__init__.py
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from typing import Any
+
     from harness.engine.run import Outcome
+
+
+def reports_as(settings: Any) -> AbstractContextManager[None]:
+    """Return a context in which reports have the figures that the settings of a run want."""
+    from harness.engine.settings import ReportSettings
+    from harness.tables.drawing import reports_with
+
+    return reports_with(getattr(settings, "report", ReportSettings()).figures)
 
 
 def exit_status(outcome: Outcome) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.commands.outcome import reports_as
 from harness.errors import InputError, complain, printable
 
 TYPE_CHECKING = False  # as in harness/__init__.py
@@ -103,9 +104,11 @@ def _shortened(error: str) -> str:
 def _compare(measurement: Measurement, runs: Sequence[_Run]) -> None:
     """Compare the studies of different models with the first of them."""
     found: dict[tuple[Any, ...], Path] = {}
+    settings: Any = None
     for run in runs:
         if run.folder is not None and not isinstance(run.plan, InputError) and measurement.name == "ablation":
-            model = run.plan.settings.model
+            settings = run.plan.settings
+            model = settings.model
             found.setdefault((model.label, model.revision, model.gguf_file), run.folder)
     if len(found) < 2:
         return
@@ -113,6 +116,7 @@ def _compare(measurement: Measurement, runs: Sequence[_Run]) -> None:
 
     print()
     try:
-        compare(list(found.values()))
+        with reports_as(settings):
+            compare(list(found.values()))
     except InputError as error:
         complain(error)

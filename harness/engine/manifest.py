@@ -37,7 +37,7 @@ KEYS = ("manifest_version", "kind", "id", "working_directory", "title", "setting
 UNSEALED = ("manifest_version", "kind", "working_directory", "title", "settings", "checksum")
 MAX_DEPTH = 50  # of lists and mappings inside each other; what the harness writes has fewer than ten
 # Settings that no number depends on: two runs that differ in them alone differ in nothing that a message should name.
-_NUMBERLESS = ("output", "cluster.", "tracker.", "runtime.threads", "runtime.cache")
+_NUMBERLESS = ("output", "cluster.", "tracker.", "report.", "runtime.threads", "runtime.cache")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,22 @@
-"""The settings of the Slurm jobs of `harness submit`."""
+"""The settings of the Slurm jobs of `harness submit`, and of the report at the end of a run."""
 
 from __future__ import annotations
 
 import math
 import signal
 from dataclasses import dataclass, field, fields
-from typing import Annotated
+from typing import Annotated, Literal
 
 from harness.errors import wrong
 from harness.settings.constraints import at_least
 from harness.settings.plain_values import refuse_lines
+
+
+@dataclass
+class ReportSettings:
+    """The report at the end of a run, which `harness report` writes again; nothing here changes a number."""
+
+    figures: Literal["all", "none"] = "all"
 
 
 @dataclass

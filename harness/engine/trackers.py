@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from harness.engine.measurement import Measurement
 
-NOT_OF_THE_RUN = ("tracker", "cluster", "output")  # settings that say nothing of what was measured
+NOT_OF_THE_RUN = ("tracker", "cluster", "report", "output")  # settings that say nothing of what was measured
 
 
 @dataclass

@@ -29,6 +29,7 @@ FORMATS = ("png", "pdf", "svg")
 WIDTHS = {"screen": None, "column": 3.5, "page": 7.2}  # inches: one column of a journal, and both
 _FONT = {"screen": 10.0, "column": 6.5, "page": 8.0}  # points
 NO_FIGURES = "no figures: they need matplotlib, pip install 'spectral-ablation-harness[plots]'"
+NOT_WANTED = "no figures, because of report.figures=none; harness report <folder> draws them"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class FigureSettings:
 
 
 _SETTINGS: ContextVar[FigureSettings | None] = ContextVar("figures", default=None)
+_WANTED: ContextVar[bool] = ContextVar("figures_wanted", default=True)
 
 
 def figure_settings() -> FigureSettings:
@@ -72,9 +74,24 @@ def drawn_as(settings: FigureSettings) -> Iterator[None]:
         _SETTINGS.reset(before)
 
 
+@contextmanager
+def reports_with(figures: str) -> Iterator[None]:
+    """Let the reports of the block have "all" of their figures, or "none"."""
+    before = _WANTED.set(figures != "none")
+    try:
+        yield
+    finally:
+        _WANTED.reset(before)
+
+
 def can_draw() -> bool:
-    """Return whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
+    """Return whether reports are to have figures, and matplotlib is installed."""
+    return _WANTED.get() and find_spec("matplotlib") is not None
+
+
+def why_no_figures() -> str:
+    """Return the sentence of a report that has no figures."""
+    return NO_FIGURES if _WANTED.get() else NOT_WANTED
 
 
 def colour_map(name: str) -> Colormap:
@@ -107,14 +124,17 @@ def wrapped(figure: Figure, text: str) -> str:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file, and beside it in the format of the settings. Missing folders are created."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    # By itself savefig would lay the figure out twice, which takes most of the time for a figure of many panels.
+    # By itself savefig would lay the figure out twice and draw it twice, which takes most of the time for a figure of
+    # many panels.
     figure.set_dpi(DPI)
     layout = figure.get_layout_engine()
     if layout is not None:
         layout.execute(figure)
     figure.set_layout_engine("none")
-    figure.savefig(path, dpi=DPI, format="png", pil_kwargs={"compress_level": 3})
+    FigureCanvasAgg(figure).print_png(path, pil_kwargs={"compress_level": 3, "dpi": (DPI, DPI)})
     for other in FORMATS[1:]:
         if figure_settings().format == other:
             figure.savefig(path.with_suffix(f".{other}"), format=other)

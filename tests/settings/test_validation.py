@@ -92,7 +92,7 @@ def test_the_values_handed_in_are_left_alone():
 @pytest.mark.parametrize("values, message", [
     # unknown keys, at every depth, with the nearest
     ({"sed": 1}, "sed: unknown key; did you mean 'seed'? known here: model, reference, target, region, tasks, runtime,"
-                 " cluster, tracker, output, seed"),
+                 " cluster, report, tracker, output, seed"),
     ({"model": {"recall": {"stepps": 1}}}, "model.recall.stepps: unknown key; did you mean 'steps'? known here: dim,"
      " hidden_dim, context_length, feed_forward, n_triggers, noise, noise_token, optimizer, learning_rate, momentum,"
      " weight_decay, batch_size, steps, checkpoint, seed, cache_dir"),

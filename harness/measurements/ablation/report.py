@@ -30,7 +30,7 @@ from harness.measurements.ablation.summary import (
 )
 from harness.measurements.ablation.tables import TABLES, read_metrics
 from harness.optional import require
-from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.drawing import can_draw, why_no_figures
 from harness.tables.failures import failure_count
 from harness.tables.frames import rows_of
 from harness.tables.labels import nominal_interval, percent, region_words
@@ -85,7 +85,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print, fi
     found = measured(metrics)
     problems = _problems(folder, metrics)
     if figures and not can_draw():
-        figures, problems = False, [*problems, NO_FIGURES]
+        figures, problems = False, [*problems, why_no_figures()]
     out = folder / "report"
     out.mkdir(exist_ok=True)
     _write_csv(metrics, found, out / "metrics.csv")

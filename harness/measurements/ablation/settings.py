@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from harness.engine.settings import ClusterSettings
+from harness.engine.settings import ClusterSettings, ReportSettings
 from harness.engine.trackers import TrackerSettings
 from harness.errors import SettingError, wrong
 from harness.evaluation.settings import RuntimeSettings
@@ -33,6 +33,7 @@ class StudySettings:
     tasks: Annotated[dict[str, Task], ReadBy(tasks_of)] = field(default_factory=dict)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     tracker: TrackerSettings = field(default_factory=TrackerSettings)
     output: str | None = None  # folder of the study; null: results/<model>-<study id>
     seed: Annotated[int, at_least(0)] = 0

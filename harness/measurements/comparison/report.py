@@ -13,7 +13,7 @@ from harness.files import replacing, told_in_one_line, write_text
 from harness.measurements.comparison.page import page_of
 from harness.measurements.comparison.pairing import Joined, StudyOf, join, read_studies
 from harness.measurements.comparison.tables import TABLES
-from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
+from harness.tables.drawing import can_draw, remove_figures, why_no_figures
 from harness.tables.labels import region_words
 from harness.tables.page import write_page
 from harness.tables.text import count, file_stem, is_missing, markdown_text, p_text, plus_minus, safe_for_csv, signed
@@ -58,7 +58,7 @@ def compare(
     folder = Path(output) if output is not None else Path("results") / f"compare-{run_id(_ids(studies))[:8]}"
     problems = [*joined.notes]
     if figures and not can_draw():
-        figures, problems = False, [*problems, NO_FIGURES]
+        figures, problems = False, [*problems, why_no_figures()]
     with told_in_one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tables = {"compare": pandas.DataFrame(joined.rows), "left_out": pandas.DataFrame(joined.left_out)}

@@ -15,7 +15,7 @@ from harness.measurements.ablation.tables import read_examples, read_metrics
 from harness.measurements.components import figures, summary
 from harness.measurements.components.page import Effect, components_page
 from harness.measurements.components.tables import TABLES, read_components
-from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
+from harness.tables.drawing import can_draw, remove_figures, why_no_figures
 from harness.tables.failures import failure_lines
 from harness.tables.text import (
     aligned,
@@ -52,7 +52,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     remove_figures(out)
     problems = failure_lines(matrices, lambda row: row["matrix"])
     if not can_draw():
-        problems.append(NO_FIGURES)
+        problems.append(why_no_figures())
     lines = ["# Components", "", *(markdown_text(line) for line in _headline(matrices)), ""]
     components, predictions = read_components(folder), summary.predicted(folder)
     study = summary.exact_study(folder)

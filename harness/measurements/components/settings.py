@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from harness.engine.settings import ClusterSettings
+from harness.engine.settings import ClusterSettings, ReportSettings
 from harness.errors import SettingError, wrong
 from harness.measurements.ablation.treatment_settings import TreatmentSettings, calibration_of
 from harness.models.settings import ModelSettings, ReferenceSettings
@@ -65,6 +65,7 @@ class ComponentsSettings:
     cache_dir: str | None = None  # of decompositions; null: spectral-harness in the user's cache
     threads: Annotated[int, at_least(1)] | None = None  # CPU threads; null: as torch decides
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     output: str | None = None  # folder of the run; null: results/components-<model>-<id>
     seed: Annotated[int, at_least(0)] = 0  # of newly initialised weights
 

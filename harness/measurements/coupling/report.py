@@ -15,7 +15,7 @@ from harness.measurements.coupling import figures
 from harness.measurements.coupling.summary import of_blocks, of_trajectories, summarise, with_label
 from harness.measurements.coupling.tables import TABLES, read_coupling
 from harness.optional import require
-from harness.tables.drawing import NO_FIGURES, can_draw, remove_figures
+from harness.tables.drawing import can_draw, remove_figures, why_no_figures
 from harness.tables.failures import failure_lines
 from harness.tables.page import Page, Section, frame_table
 from harness.tables.text import (
@@ -67,7 +67,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         if can_draw():
             drawn = _draw(folder, out, _Shown(jacobians, couplings, summary, ways, blocks))
         else:
-            problems.append(NO_FIGURES)
+            problems.append(why_no_figures())
         sections = [Section("Coupling", tables=[frame_table("Coupling", summary)]),
                     Section("Trajectories", tables=[frame_table("Trajectories", ways)]),
                     Section("Blocks", tables=[frame_table("Blocks", blocks)]),

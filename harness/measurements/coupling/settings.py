@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from harness.engine.settings import ClusterSettings
+from harness.engine.settings import ClusterSettings, ReportSettings
 from harness.errors import SettingError, wrong
 from harness.measurements.ablation.region_settings import RegionSettings, read_region, region_keys
 from harness.models.settings import ModelSettings, ReferenceSettings
@@ -65,6 +65,7 @@ class CouplingSettings:
     region: Annotated[RegionSettings | None, ReadBy(read_optional_region, _no_region)] = None
     threads: Annotated[int, at_least(1)] | None = None  # CPU threads; null: as torch decides
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     output: str | None = None  # folder of the run; null: results/coupling-<model>-<id>
     seed: Annotated[int, at_least(0)] = 0  # of newly initialised weights and of the first vectors of the Krylov method
 

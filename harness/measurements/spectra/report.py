@@ -15,7 +15,7 @@ from harness.measurements.spectra.figures import checkpoint_figure, outlier_figu
 from harness.measurements.spectra.tables import TABLES, read_spectra
 from harness.optional import require
 from harness.tables.charts import block_maps
-from harness.tables.drawing import NO_FIGURES, can_draw
+from harness.tables.drawing import can_draw, why_no_figures
 from harness.tables.failures import failure_lines
 from harness.tables.figure_record import FigureRecord, clear, digest_of
 from harness.tables.page import Chart, Page, Section, frame_table
@@ -62,7 +62,7 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
         figures = _draw(folder, ok, changes, out)
     else:
         clear(out)
-        problems.append(NO_FIGURES)
+        problems.append(why_no_figures())
     changes.write_csv(out)
     lines = ["# Spectra", "", *map(markdown_text, _headline(ok)), "", *markdown_lines(_cells(summary)), ""]
     lines += changes.markdown()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from harness.engine.settings import ClusterSettings
+from harness.engine.settings import ClusterSettings, ReportSettings
 from harness.errors import SettingError, wrong
 from harness.models.settings import ModelSettings, ReferenceSettings
 from harness.settings.constraints import ReadBy, at_least
@@ -54,6 +54,7 @@ class SpectraSettings:
     threads: Annotated[int, at_least(1)] | None = None  # CPU threads; null: as torch decides
     changes: ChangeSettings = field(default_factory=ChangeSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     output: str | None = None  # folder of the run; null: results/spectra-<model>-<id>
     seed: Annotated[int, at_least(0)] = 0  # seed of newly initialised weights
 

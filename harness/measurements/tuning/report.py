@@ -15,7 +15,15 @@ from harness.measurements.ablation.summary import region_order
 from harness.measurements.tuning.effects import AFTER, BEFORE, ORDER, UNPRUNED, effects
 from harness.measurements.tuning.tables import TABLES
 from harness.tables.charts import Axes, Points, interval_points
-from harness.tables.drawing import MARKERS, NO_FIGURES, SERIES_COLOURS, can_draw, new_figure, save_figure
+from harness.tables.drawing import (
+    MARKERS,
+    SERIES_COLOURS,
+    can_draw,
+    new_figure,
+    remove_figures,
+    save_figure,
+    why_no_figures,
+)
 from harness.tables.failures import failure_count
 from harness.tables.frames import rows_of
 from harness.tables.labels import region_words
@@ -48,11 +56,12 @@ def report(folder: str | os.PathLike, write: Callable[[str], object] = print) ->
     regions = region_order(tunings[tunings["order"] != UNPRUNED])
     rows = sorted(effects(results), key=lambda row: regions.index(row["region"]))
     out = folder / "report"
+    remove_figures(out)
     with replacing(out / "effects.csv") as temporary:
         safe_for_csv(pandas.DataFrame(rows)).to_csv(temporary, index=False)
     problems = _problems(folder, tunings)
     if not can_draw():
-        problems.append(NO_FIGURES)
+        problems.append(why_no_figures())
     lines = [f"# Fine-tuning of {markdown_text(tunings['model'].iloc[0])} and removals", "",
              *(f"> {markdown_text(line)}" for line in problems), "",
              "Each effect is a mean over seeds of differences within a seed, with the 95 % interval of Student's t over"

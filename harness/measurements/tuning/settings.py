@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from harness.engine.settings import ClusterSettings
+from harness.engine.settings import ClusterSettings, ReportSettings
 from harness.errors import SettingError, wrong
 from harness.measurements.ablation.region_settings import RegionSettings, read_region, region_keys
 from harness.models.settings import ModelSettings
@@ -98,6 +98,7 @@ class TuneSettings:
     cache_gib: Annotated[float, at_least(0)] = 10.0  # disk space for the decompositions of all runs; 0: no cache
     cache_dir: str | None = None  # null: spectral-harness/decompositions in $XDG_CACHE_HOME or ~/.cache
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
     output: str | None = None  # folder of the run; null: results/tune-<model>-<id>
 
     def __post_init__(self) -> None:

@@ -276,7 +276,8 @@ def test_figures_in_other_formats_and_widths(tmp_path, capsys):
     run_report(tmp_path)  # the format is another: drawn again, and no figure of the earlier report stays
     assert not list(path.parent.glob("*.pdf"))
     assert struct.unpack(">II", pdf.with_suffix(".png").read_bytes()[16:24])[0] > width
-    for wrong, said in (("figures.format=gif", "one of png, pdf, svg is right"), ("figures.size=3", "can be set")):
+    for wrong, said in (("figures.format=gif", "one of png, pdf, svg is right"), ("figures.size=3", "can be set"),
+                        ("report.figures=some", "report.figures=all or none can be set")):
         assert main(["report", str(tmp_path), wrong]) == 2
         assert said in capsys.readouterr().err
 

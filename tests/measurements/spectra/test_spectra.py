@@ -187,6 +187,19 @@ def test_report_of_a_folder_of_spectra(model, tmp_path, capsys):
     assert (tmp_path / "report" / "spectra.md").exists()
 
 
+def test_the_same_run_with_and_without_figures_at_its_end(model, tmp_path, capsys):
+    settings = ["spectra", "model=pretrained", f"model.name={model}", "model.device=cpu", "layer_types=[o_proj]",
+                "blocks=[1]", "vectors=false", f"output={tmp_path}"]
+    assert main([*settings, "report.figures=none"]) == 0
+    assert (tmp_path / "report" / "spectra.md").exists() and not list((tmp_path / "report").glob("*.png"))
+    assert "report.figures=none" in capsys.readouterr().out
+    assert main(settings) == 0
+    assert len(list((tmp_path / "report").glob("*.png"))) == 2 and "1 done" in capsys.readouterr().err
+    for word, left in (("report.figures=none", 0), ("report.figures=all", 2)):
+        assert main(["report", str(tmp_path), word]) == 0
+        assert len(list((tmp_path / "report").glob("*.png"))) == left
+
+
 def test_revisions_are_steps_of_the_embedded_model(tmp_path):
     settings = ["model.recall.steps=4", "model.recall.dim=16", "model.recall.hidden_dim=24", "model.device=cpu",
                 f"model.recall.cache_dir={tmp_path / 'cache'}", "model.recall.batch_size=4", "revisions=[0,4]",

@@ -17,6 +17,7 @@ from harness.measurements.spectra import report as report_module
 from harness.measurements.spectra.report import label, report, summarise
 from harness.measurements.spectra.tables import TABLES, read_spectra
 from harness.tables import writer
+from harness.tables.drawing import reports_with
 from harness.tables.schema import SchemaVersionError
 from harness.tables.store import quarantine, unit_states, write_unit
 from tests.pages import page_data
@@ -233,6 +234,18 @@ def test_the_figure_of_changes_shows_both_sides_whole(tmp_path, monkeypatch):
 def test_panels_are_spread_over_the_blocks():
     rows = pd.DataFrame([matrix_row(block, "q_proj") for block in range(31)])
     assert [line[0]["block"] for line in figures._panels(rows)] == [0, 10, 20, 30]
+
+
+def test_figures_of_before_do_not_stay_where_none_are_wanted(tmp_path):
+    fill(tmp_path)
+    path = report(tmp_path, lambda text: None)
+    assert list(path.parent.glob("*.png"))
+    with reports_with("none"):
+        report(tmp_path, lambda text: None)
+    assert not list(path.parent.glob("*.png")) and not (path.parent / "figures.json").exists()
+    assert "report.figures=none" in path.read_text()
+    report(tmp_path, lambda text: None)
+    assert list(path.parent.glob("*.png"))
 
 
 def test_without_matplotlib_a_report_has_no_figures_and_says_so(tmp_path, monkeypatch):
