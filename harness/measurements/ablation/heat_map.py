@@ -149,5 +149,5 @@ def _annotate(panel: Axes, grid: _Grid, decimals: int | None) -> None:
     for (y, x), value in np.ndenumerate(grid.deltas):
         if not np.isnan(value):
             text = f"{value:+.{decimals}f}" if abs(value) >= 0.5 * 10**-decimals else "0"
-            panel.text(x, y, text + "*" * bool(grid.sure[y, x]), ha="center", va="center", fontsize=6,
+            panel.text(x, y, text + "*" * bool(grid.sure[y, x]), ha="center", va="center", fontsize=6, in_layout=False,
                        color=grid.ink(value))

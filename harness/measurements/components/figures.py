@@ -36,7 +36,7 @@ def atlas(extremes: pandas.DataFrame, path: Path, title: str) -> None:
                 if (block, layer_type) in which.index:
                     dark = values[y, x] > 0.6 * top
                     panel.text(x, y, str(which[block, layer_type]), ha="center", va="center", fontsize="x-small",
-                               color="white" if dark else "0.2")
+                               in_layout=False, color="white" if dark else "0.2")
         panel.set_xticks(range(len(types)), [figure_text(one) for one in types], rotation=45, ha="right",
                          rotation_mode="anchor", fontsize="small")
         panel.set_yticks(range(len(blocks)), [str(one) for one in blocks], fontsize="small")

@@ -82,7 +82,7 @@ def relative_figure(changes: pandas.DataFrame, path: Path, title: str) -> None:
             if not np.isnan(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
                 dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-                panel.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7,
+                panel.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7, in_layout=False,
                            color="white" if dark else "black")
     bar = figure.colorbar(image, ax=panel, pad=0.02)
     bar.set_label("relative change |D| / |B| in %", fontsize="small")

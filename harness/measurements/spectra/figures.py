@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from harness.tables.drawing import MARKERS, SERIES_COLOURS, colour_map, new_figure, save_figure
 from harness.tables.text import figure_text, layer_key
@@ -55,6 +55,8 @@ def spectrum_figure(matrices: pandas.DataFrame, values: pandas.DataFrame, path: 
     path: a PNG file in which the figure is saved too.
     """
     import numpy as np
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import StepPatch
 
     grid = _panels(matrices)
     figure, axes = _panel_figure(grid)
@@ -64,19 +66,24 @@ def spectrum_figure(matrices: pandas.DataFrame, values: pandas.DataFrame, path: 
         shape, upper = (int(matrix.n_out), int(matrix.n_in)), float(matrix.edge_upper)
         reach = min(float(sigma.max()), HISTOGRAM_REACH * upper) * 1.03 if upper > 0 else 1.0
         edges = np.linspace(0, max(reach, 1.1 * upper), N_BINS + 1)
-        position = of_matrix[matrix.matrix]["position"]
+        position = of_matrix[matrix.matrix]["position"].to_numpy()
         weight = 1 / (len(sigma) * (edges[1] - edges[0]))
         below = np.zeros(N_BINS)
         for name, colour in (("inside", BULK), ("above", ABOVE), ("below", BELOW)):
             counts, _ = np.histogram(np.minimum(sigma[position == name], edges[-1]), edges)
-            # one patch for all bars: a histogram of matplotlib has one for each, which takes most of the drawing
-            panel.stairs(below + weight * counts, edges, baseline=below, fill=True, color=colour)
-            below = below + weight * counts
-        at = np.linspace(0, edges[-1], 600)
+            # One patch for all bars, because a histogram of matplotlib has one for each. The methods of axes would also
+            # look for the limits of each artist, which takes most of the time and is known here.
+            heights = below + weight * counts
+            panel.add_artist(StepPatch(heights, edges, baseline=cast(Any, below), linewidth=0, color=colour))
+            below = heights
+        at, top = np.linspace(0, edges[-1], 600), below.max()
         if matrix.noise > 0:
-            panel.plot(at, marchenko_pastur_density(at, matrix.noise, shape), color="black", linewidth=1.1)
-        for edge in (matrix.edge_lower, matrix.edge_upper):
-            panel.axvline(edge, color="0.35", linestyle="--", linewidth=0.8)
+            density = marchenko_pastur_density(at, matrix.noise, shape)
+            panel.add_artist(Line2D(at, density, color="black", linewidth=1.1))
+            top = max(top, density.max())
+        lower, upper = matrix.edge_lower, matrix.edge_upper
+        panel.add_artist(Line2D([lower, lower, math.nan, upper, upper], [0, 1, math.nan, 0, 1], color="0.35",
+                                linestyle="--", linewidth=0.8, transform=panel.get_xaxis_transform()))
         beyond = int((sigma > edges[-1]).sum())
         note = f"{int(matrix.n_above)} above, {int(matrix.n_below)} below"
         if beyond:
@@ -85,6 +92,7 @@ def spectrum_figure(matrices: pandas.DataFrame, values: pandas.DataFrame, path: 
         panel.set_yticks([])
         panel.tick_params(labelsize=7)
         panel.set_xlim(0, edges[-1])
+        panel.set_ylim(0, 1.05 * top)
     handles = {
         "inside the edges": _patch(BULK), "above": _patch(ABOVE), "below": _patch(BELOW),
         "Marchenko-Pastur density": _line("black", "-"), "its edges": _line("0.35", "--"),
@@ -203,7 +211,9 @@ def _write_counts(panel: Axes, image: AxesImage, counts: np.ndarray, shares: np.
         if not np.isnan(count):
             red, green, blue, _ = image.cmap(image.norm(shares[y, x]))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            panel.text(x, y, f"{count:g}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            # They are inside the panel, so that the layout needs not measure them.
+            panel.text(x, y, f"{count:g}", ha="center", va="center", fontsize=7, color="white" if dark else "black",
+                       in_layout=False)
 
 
 def _panels(matrices: pandas.DataFrame) -> list[list[Any]]:
