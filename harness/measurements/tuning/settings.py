@@ -38,7 +38,7 @@ class TuningSettings:
     method: "full" trains all weights of the blocks and the head, and the embeddings if `embeddings` says so. "lora"
         trains an adapter on the matrices of the blocks, which is merged afterwards, and a new head in full.
     schedule: of the learning rate after the warm-up. batch_size: examples per step. max_tokens: longer texts are cut to
-        so many tokens for training; null: the model's context.
+        so many tokens for training, of a pair of sentences the longer one first; null: the model's context.
     checkpoint_every: steps between two checkpoints, from which an interrupted training goes on. keep_models: whether
         the weights of each fine-tuning stay in <folder>/trainings.
     """

@@ -141,21 +141,16 @@ def _examples(settings: TuneSettings, name: str, context: TaskContext) -> list[L
     assert isinstance(task, RowsTask)  # as every kind that can be trained on is
     of_training = dataclasses.replace(task, **changes, part=None)
     assert isinstance(of_training, Trainable)  # `trained_task` has found it
-    found = of_training.labelled(name, context)
-    if tune.max_tokens is None:
-        return found
-    return [_cut(text, tune.max_tokens) for text in found]
-
-
-def _cut(text: LabelledText, most: int) -> LabelledText:
-    """Return a text of at most `most` tokens: a classifier loses those in front of its last one, others the first."""
-    if len(text.tokens) <= most:
-        return text
-    if text.words:
-        return dataclasses.replace(text, tokens=text.tokens[-most:])
-    kept = np.r_[0 : most - 1, len(text.tokens) - 1]
-    return dataclasses.replace(text, tokens=text.tokens[kept],
-                               segments=None if text.segments is None else text.segments[kept])
+    most = tune.max_tokens
+    if most is None:
+        return of_training.labelled(name, context)
+    if context.kind != "classification":
+        return [dataclasses.replace(text, tokens=text.tokens[-most:]) for text in of_training.labelled(name, context)]
+    shorter = dataclasses.replace(context, context_length=min(most, context.context_length))
+    found = of_training.labelled(name, shorter)  # of a pair the tokenizer shortens the longer sentence
+    if any(len(text.tokens) > most for text in found):
+        raise InputError(f"tune.max_tokens: {most} is too small; the marks of the sentences leave no room for text")
+    return found
 
 
 def _digest(examples: Sequence[LabelledText]) -> str:

@@ -204,6 +204,19 @@ def test_kept_and_scaled_regions_are_other_units(encoder, data):
     assert {unit.id for unit in plans[0].units if unit.order == "tune"} <= {unit.id for unit in plans[1].units}
 
 
+def test_of_a_pair_the_longer_sentence_is_cut_for_training(encoder, tmp_path):
+    rows = [{"premise": " ".join(WORDS[:8]), "hypothesis": "the big house", "label": 1}] * 8
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pairs = of_encoder(encoder, tmp_path, "tasks.classification.text_column=premise",
+                       "tasks.classification.pair_column=hypothesis")
+    whole, cut = (TUNING.units.plan(compose_settings(TUNING, [*pairs, *more])).examples[0]
+                  for more in ([], ["tune.max_tokens=10"]))
+    assert [len(whole.tokens), len(cut.tokens)] == [14, 10]
+    ends = {segment: [text.tokens[text.segments == segment].tolist() for text in (whole, cut)] for segment in (0, 1)}
+    assert ends[1][0] == ends[1][1] and ends[0][1] == [*ends[0][0][:5], ends[0][0][-1]]
+
+
 def test_effects_are_the_paired_t_test_over_seeds():
     rng = np.random.default_rng(0)
     rows = [{"task": "t", "metric": "m", "order": order, "target": "all", "region": region, "seed": seed,
@@ -258,6 +271,7 @@ def test_a_training_that_fails_is_rows_and_the_others_go_on(encoder, data, tmp_p
     (["model.dtype=bfloat16"], "weights are trained in float32"),
     (["model.name=recall"], "the embedded model has no text"),
     (["tune.data_files=/no/such.jsonl"], "no such file"),
+    (["tune.max_tokens=2", "tasks.classification.pair_column=sentence"], "tune.max_tokens: 2 is too small"),
 ])
 def test_wrong_settings_are_one_line(more, message, encoder, data, capsys):
     assert main(["tune", *of_encoder(encoder, data), *more]) == 2
