@@ -17,7 +17,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from harness.engine.plan import Plan, canonical, digest
 from harness.errors import InputError
 from harness.files import write_json
 from harness.settings.validation import plain
-from harness.tables.identity import MANIFEST, load_manifest, said_by
+from harness.tables.identity import MANIFEST, load_manifest, manifest_text, parsed_manifest, said_by
 from harness.tables.schema import UNIT_ID, TableSet
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ class Manifest:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The settings as plain values."""
-        return self.content["settings"]
+        """The settings as plain values. It is a copy, because others share the content."""
+        return deepcopy(self.content["settings"])
 
     def enter(self) -> None:
         """Change into the working directory in which the run was frozen, so that relative paths have their meaning."""
@@ -152,11 +154,16 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
 
     Raises InputError if there is none, if it cannot be read, and if it is not as the harness wrote it.
     """
-    path = Path(folder) / MANIFEST
-    content = load_manifest(Path(folder))
-    if content is None:
+    text = manifest_text(Path(folder))
+    if text is None:
         raise InputError(f"{folder}: holds nothing that harness can read (no {MANIFEST}); give the folder that harness"
                          " run, spectra or search wrote")
+    return _checked(Path(folder), text)
+
+
+@lru_cache(maxsize=2)  # of the text, so that a manifest that was changed is checked again
+def _checked(folder: Path, text: str) -> Manifest:
+    path, content = folder / MANIFEST, parsed_manifest(folder, text)
     version = content.get("manifest_version") if isinstance(content, dict) else None
     if version is not None and version != MANIFEST_VERSION:
         raise InputError(

@@ -33,11 +33,9 @@ from pathlib import Path
 from harness.tables.identity import (
     MERGED_PREFIX,
     SUFFIX,
-    BadPart,
     Part,
     part_units,
     problem,
-    read,
     run_of,
     said_by,
     units_file,
@@ -52,6 +50,7 @@ from harness.tables.parts import (
     recover,
     sort_names,
 )
+from harness.tables.rows import read_loose
 from harness.tables.schema import TableSet
 
 ROWS_PER_GROUP = 200_000
@@ -133,21 +132,15 @@ def _merged_units(live: Path, tables: TableSet, table: str, run: str) -> frozens
 
 
 def _merge(loose: dict[str, Part], merged: Part) -> list[str]:
-    """Write the rows of the loose parts into the part `merged`, sorted by unit, and return the units in it."""
-    from multiprocessing.pool import ThreadPool
+    """Write the rows of the loose parts into the part `merged`, sorted by unit, and return the units in it.
 
+    Bad parts stay loose.
+    """
     import pyarrow as pa
 
     units: list[str] = []
     pending: list[pa.Table] = []
-
-    def rows(unit: str) -> pa.Table | None:
-        try:
-            return read(loose[unit])
-        except BadPart:
-            return None  # it stays loose
-
-    with open_writer(merged.path, merged) as writer, ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+    with open_writer(merged.path, merged) as writer:
 
         def flush() -> None:
             if pending:
@@ -155,14 +148,12 @@ def _merge(loose: dict[str, Part], merged: Part) -> list[str]:
                 pending.clear()
 
         order = sorted(loose)
-        # Files are read in slices, because imap would read all of them before they are written, and memory may not
-        # hold all examples.
+        # Files are read in slices, because memory may not hold all examples.
         for start in range(0, len(order), 64):
             chunk = order[start : start + 64]
-            for unit, content in zip(chunk, pool.map(rows, chunk)):
-                if content is not None:
-                    units.append(unit)
-                    pending.append(content)
+            content, bad = read_loose([loose[unit] for unit in chunk])
+            units += [unit for unit in chunk if loose[unit].path not in bad]
+            pending.append(content)
             if sum(content.num_rows for content in pending) >= ROWS_PER_GROUP:
                 flush()
         flush()

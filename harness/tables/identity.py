@@ -7,7 +7,7 @@ moves it to corrupt/ and measures its unit again.
 
 The label is compared as text with the last bytes of the file. This takes some microseconds, a hundredth of what it
 takes to parse the footer, so that `harness status` can compare thousands of parts. The rows are compared with the label
-when a part is read (`read_part`).
+when a part is read (rows.py).
 
 The run of a folder is the one that its manifest names. Without a manifest a part may be of any run.
 """
@@ -22,13 +22,10 @@ import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.errors import InputError
 from harness.tables.schema import UNIT_ID, VERSION_KEY, TableSet
-
-if TYPE_CHECKING:
-    import pyarrow
 
 MANIFEST = "manifest.json"
 OK, ERROR, MERGED = "ok", "error", "merged"
@@ -36,7 +33,7 @@ SUFFIX, ERROR_SUFFIX, MERGED_PREFIX = ".parquet", ".error.parquet", "merged-"
 PART_KEY, UNITS_KEY = b"harness.part", b"harness.units"
 NOT_PARQUET = "truncated or not a parquet file"
 _TAIL = 1 << 16  # bytes; most footers are shorter
-_DESCRIPTION = {OK: "done", ERROR: "failed", MERGED: "merged"}
+DESCRIPTION = {OK: "done", ERROR: "failed", MERGED: "merged"}
 
 
 class BadPart(Exception):
@@ -78,20 +75,49 @@ class Part:
 def load_manifest(folder: Path) -> Any:
     """Return the content of a folder's manifest as JSON; None if there is none. Raises InputError if it is unreadable.
 
-    What the content must be is known to the engine, which reads the manifest with `read_manifest`.
+    What the content must be is known to the engine, which reads the manifest with `read_manifest`. Nobody may alter the
+    content, see `parsed_manifest`.
     """
+    text = manifest_text(folder)
+    return None if text is None else parsed_manifest(folder, text)
+
+
+def manifest_text(folder: Path) -> str | None:
+    """Return the text of a folder's manifest as it is now; None if there is none. Raises InputError."""
     path = folder / MANIFEST
     if not path.is_file():
         if os.path.lexists(path):
             raise InputError(f"{path}: not a file; move it away, restore the manifest or run the study anew")
         return None
     try:
-        content = json.loads(path.read_text())
-        return {} if content is None else content
+        return path.read_text()
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); restore it or run the study anew") from error
+        raise _unreadable(path, error) from error
+
+
+def parsed_manifest(folder: Path, text: str) -> Any:
+    """Return the content of the text of a folder's manifest, an empty one for null. Raises InputError.
+
+    Equal texts give the same object, because to parse the manifest of 100,000 units takes a sixth of a second and a
+    report asks for it many times. So nobody may alter it.
+    """
+    try:
+        content = _json(text)
+    except ValueError as error:
+        raise _unreadable(folder / MANIFEST, error) from error
     except RecursionError:
-        raise InputError(f"{path}: nested too deeply for a manifest; restore it or run the study anew") from None
+        raise InputError(f"{folder / MANIFEST}: nested too deeply for a manifest; restore it or run the study anew"
+                         ) from None
+    return {} if content is None else content
+
+
+@functools.lru_cache(maxsize=2)
+def _json(text: str) -> Any:
+    return json.loads(text)
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: not readable as JSON ({error}); restore it or run the study anew")
 
 
 def run_of(folder: Path) -> str | None:
@@ -137,61 +163,8 @@ def problem(part: Part) -> str | None:
     if said.get("table") != table:
         return f"it holds the table {said.get('table')!r}, not {table}"
     part.tables.check_version(part.path, said.get("version"))
-    return (f"it holds {said.get('holds')!r}, {_DESCRIPTION.get(str(said.get('state')), 'of no known state')},"
-            f" not {part.holds}, {_DESCRIPTION[part.state]}")
-
-
-def read(part: Part, units: Iterable[str] | None = None) -> pyarrow.Table:
-    """Return the rows of a part, of some units or of all (None). The rows are compared with the label and the schema.
-
-    Raises BadPart, SchemaVersionError and FileNotFoundError.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    reason = problem(part)
-    if reason is not None:
-        raise BadPart(reason)
-    try:
-        if units is None:
-            # For the few rows of one unit it is quicker to read the file at once, not ahead, and not in threads.
-            merged = part.state == MERGED
-            source = part.path if merged else pa.BufferReader(part.path.read_bytes())
-            file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=merged)
-            content = file.read(use_threads=merged)
-        else:  # merged parts are sorted by unit, so that most row groups are skipped by their statistics
-            filters = [(part.tables.key, "in", set(units))]
-            content = pq.read_table(part.path, filters=filters, partitioning=None, page_checksum_verification=True)
-        whole = units is None
-        _check_rows(part, content, whole)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise BadPart((str(error).splitlines() or [type(error).__name__])[0]) from error
-    return content.replace_schema_metadata(part.tables.arrow_schema(part.table).metadata)
-
-
-def _check_rows(part: Part, content: pyarrow.Table, whole: bool) -> None:
-    """Raise BadPart unless the columns are those of the schema, and the rows those of the label."""
-    import pyarrow.compute as pc
-
-    schema = part.tables.arrow_schema(part.table)
-    if not content.schema.equals(schema):
-        differing = sorted({*content.schema} ^ {*schema}, key=lambda field: field.name)
-        names = ", ".join(dict.fromkeys(field.name for field in differing)) or "their order"
-        raise BadPart(f"its columns are not those of the table: {names}")
-    there = set(pc.unique(content[part.tables.key]).to_pylist())
-    if part.state != MERGED and there - {part.holds}:
-        raise BadPart(f"its rows belong to {', '.join(sorted(there - {part.holds})[:3])}, not to {part.holds}")
-    if part.state == MERGED and whole:
-        listed = part_units(part.path, part.tables.key)
-        if there - listed or (part.table == part.tables.primary.name and there != listed):
-            raise BadPart("its rows are not those of its units")
-    if part.table == part.tables.primary.name:
-        states = set(pc.unique(content["status"]).to_pylist())
-        if not (ERROR in states if part.state == ERROR else states == {OK} or not whole and not states):
-            raise BadPart(f"its rows have the status {', '.join(sorted(states)) or 'of nothing'}, which is not that of"
-                          f" a {_DESCRIPTION[part.state]} part")
+    return (f"it holds {said.get('holds')!r}, {DESCRIPTION.get(str(said.get('state')), 'of no known state')},"
+            f" not {part.holds}, {DESCRIPTION[part.state]}")
 
 
 def units_digest(units: Iterable[str]) -> bytes:

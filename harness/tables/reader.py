@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.tables.identity import ERROR, OK, BadPart, Part, part_units, problem, read, run_of
+from harness.tables.identity import ERROR, MERGED, OK, BadPart, Part, part_units, problem, run_of
 from harness.tables.parts import list_table, locked, mark_redo, redo_units, set_aside
+from harness.tables.rows import read_loose, read_merged
 from harness.tables.schema import TableSet
 
 if TYPE_CHECKING:
@@ -109,8 +110,10 @@ def corrupt_parts(
 def _damage(part: Part, deep: bool) -> str | None:
     if not deep:
         return problem(part)
+    if part.state != MERGED:
+        return read_loose([part])[1].get(part.path)
     try:
-        read(part)
+        read_merged(part)
     except BadPart as bad:
         return str(bad)
     return None
@@ -158,13 +161,11 @@ def read_table(
 def _read_once(
     folder: Path, tables: TableSet, table: str, units: set[str] | None, where: Mapping[str, str]
 ) -> pyarrow.Table:
-    from multiprocessing.pool import ThreadPool
-
     import pyarrow as pa
     import pyarrow.compute as pc
 
     listing, schema = list_table(folder, table), tables.arrow_schema(table)
-    run, skipped = run_of(folder), list[str]()
+    run, skipped, contents = run_of(folder), list[str](), list[pa.Table]()
 
     def keep(content: Any, seen: set[str] | None) -> Any:
         mask = None
@@ -176,17 +177,17 @@ def _read_once(
                 mask = inside if mask is None else pc.and_(mask, inside)
         return content if mask is None else content.filter(mask)
 
-    def load(names: list[str], units: set[str] | None = None) -> dict[str, Any]:
-        def one(name: str) -> Any:
-            try:
-                return read(Part(listing.folder / name, tables, table, run), units)
-            except BadPart as bad:
-                skipped.append(f"{listing.folder / name}: {bad}")
-                return None
+    def part(name: str) -> Part:
+        return Part(listing.folder / name, tables, table, run)
 
-        with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-            parts = pool.map(one, names)
-        return {name: part for name, part in zip(names, parts) if part is not None}
+    def loose(files: dict[str, str]) -> set[str]:
+        """Read the files of some units, and return the units of those that are not bad."""
+        if not files:
+            return set()
+        content, bad = read_loose([part(name) for name in files])
+        skipped.extend(f"{path}: {reason}" for path, reason in bad.items())
+        contents.append(keep(content, None))
+        return set(files.values()) - {files[path.name] for path in bad}
 
     def chosen(files: dict[str, str], seen: set[str]) -> dict[str, str]:
         wanted = files.keys() - seen if units is None else (files.keys() & units) - seen
@@ -194,13 +195,16 @@ def _read_once(
 
     if units is not None and not units:
         return schema.empty_table()
-    done = chosen(listing.done, set())
-    loaded = load(list(done))
-    contents, seen = [keep(part, None) for part in loaded.values()], {done[name] for name in loaded}
-    for part in load(list(listing.merged), units).values():
-        contents.append(keep(part, seen))
-        seen |= set(pc.unique(part[tables.key]).to_pylist())
-    contents += [keep(part, None) for part in load(list(chosen(listing.failed, seen))).values()]
+    seen = loose(chosen(listing.done, set()))
+    for name in listing.merged:
+        try:
+            content = read_merged(part(name), units)
+        except BadPart as bad:
+            skipped.append(f"{listing.folder / name}: {bad}")
+            continue
+        contents.append(keep(content, seen))
+        seen |= set(pc.unique(content[tables.key]).to_pylist())
+    loose(chosen(listing.failed, seen))
     if skipped:
         more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         warnings.warn(f"{min(skipped)}{more}; skipped: run the study again to replace what is missing", SkippedParts,

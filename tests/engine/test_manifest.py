@@ -11,6 +11,7 @@ from harness.engine.manifest import MANIFEST, freeze, read_manifest
 from harness.engine.plan import Plan
 from harness.errors import InputError
 from harness.measurements import ABLATION, SEARCH, SPECTRA, compose_settings, find
+from harness.tables import identity
 from tests.checkpoints import ioi_file, save_checkpoint, text_file
 
 RECALL = ["model.recall.dim=16", "model.recall.hidden_dim=32", "model.recall.context_length=32", "model.recall.steps=1",
@@ -178,3 +179,24 @@ def test_units_that_are_none_are_refused(tmp_path, break_it, message):
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest, **break_it}))
     with pytest.raises(InputError, match=f"manifest.json: not a manifest, {message}"):
         read_manifest(tmp_path)
+
+
+def test_a_manifest_that_changed_is_checked_anew_and_an_equal_one_is_not_parsed_again(tmp_path, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(identity.json, "loads", lambda text, loads=json.loads: parsed.append(text) or loads(text))
+    monkeypatch.chdir(tmp_path)
+    freeze(ABLATION, planned("region=gavish_donoho", f"output={tmp_path}/study"))
+    path = tmp_path / "study" / MANIFEST
+    first, text, before = read_manifest(path.parent), path.read_text(), os.stat(path)
+    first.settings["model"]["recall"]["dim"] = 17
+    del parsed[:]
+    again = read_manifest(path.parent)
+    assert (again.units, again.settings["model"]["recall"]["dim"]) == (first.units, 16) and text not in parsed
+    assert identity.run_of(path.parent) == first.id and text not in parsed
+    other = "0" if first.id[0] != "0" else "1"
+    path.write_text(text.replace(f'"{first.id}"', f'"{other}{first.id[1:]}"'))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_size == before.st_size and os.stat(path).st_ino == before.st_ino
+    assert identity.run_of(path.parent) == other + first.id[1:]
+    with pytest.raises(InputError, match="changed since it was frozen"):
+        read_manifest(path.parent)

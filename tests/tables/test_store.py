@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from harness.errors import InputError
 from harness.measurements.ablation.tables import TABLES, cell_states, read_examples, read_metrics
 from harness.tables import store, writer
+from harness.tables.identity import Part
+from harness.tables.parts import unit_bytes
 from harness.tables.schema import SchemaVersionError
 from harness.tables.store import failed_since, write_unit
 from tests import warm
@@ -58,6 +61,24 @@ def test_round_trip_keeps_every_value_and_type(tmp_path):
     assert np.array_equal(examples.score.to_numpy(), np.arange(5) / 3) and set(examples.cell_id) == {"a"}
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", ".tmp", "examples", "metrics"]
     assert not list((tmp_path / ".tmp").iterdir())
+
+
+def test_a_loose_part_with_the_rows_of_others_is_found_among_many_good_ones(tmp_path):
+    for i in range(9):
+        write(tmp_path, f"c{i}")
+    path, good = tmp_path / "metrics" / "c4.parquet", {f"c{i}" for i in range(9)} - {"c4"}
+    schema = TABLES.arrow_schema("metrics")
+    for rows, reason in [([metric_row("c4"), metric_row("c5")], "its rows belong to c5"),
+                         ([metric_row("c4", status="error")], "its rows have the status error"), ([], "of nothing")]:
+        part = Part(path, TABLES, "metrics", RUN)  # its label is right
+        path.write_bytes(unit_bytes(pa.Table.from_pylist(rows, schema=schema), part, True))
+        with pytest.warns(store.SkippedParts, match=f"c4.parquet: .*{reason}"):
+            assert set(read_metrics(tmp_path).cell_id) == good
+        assert [one.path for one in corrupt_parts(tmp_path, deep=True)] == [path]
+        compact(tmp_path)
+        assert path.exists(), "a bad part is not merged"
+        write(tmp_path, "c4")
+        assert set(read_metrics(tmp_path).cell_id) == good | {"c4"}
 
 
 def test_pandas_and_duckdb_read_the_folder(tmp_path):

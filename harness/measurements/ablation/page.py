@@ -263,26 +263,29 @@ def changed_examples(
     import numpy as np
 
     texts = read_texts(folder)
-    shown: dict[int, list[Example]] = {}
+    chosen: list[tuple[MeasuredMetric, str, pandas.Series]] = []  # with the baseline's id, and the ids of the cells
     for one in primary:
         if one.baseline is None or is_missing(one.baseline["n"]):
             continue
         most = min(CELLS_WITH_EXAMPLES, max(1, ROWS_OF_EXAMPLES // max(1, int(one.baseline["n"])))) // len(primary)
         of_task = rows if "task" not in rows else rows[rows["task"] == one.task]
         largest = of_task.dropna(subset=["delta"])["delta"].abs().nlargest(max(1, most)).index
-        ids = of_task.loc[largest, "cell_id"]
-        table = read_examples(folder, [*ids, one.baseline["cell_id"]], one.task)
-        table = table[(table["metric"] == one.metric) & (table["weight"] != 0)]
+        chosen.append((one, one.baseline["cell_id"], of_task.loc[largest, "cell_id"]))
+    # At once, because cells lie everywhere in a merged part: every reading goes through all of it.
+    whole = read_examples(folder, [cell for _, unablated, ids in chosen for cell in (*ids, unablated)])
+    shown: dict[int, list[Example]] = {}
+    for one, unablated, ids in chosen:
+        table = whole[(whole["task"] == one.task) & (whole["metric"] == one.metric) & (whole["weight"] != 0)]
         means, names = (table["score"] / table["weight"]).to_numpy(float), table["example_id"].to_numpy(str)
         places = table.groupby("cell_id", sort=False).indices
-        before = places.get(one.baseline["cell_id"])
+        before = places.get(unablated)
         if before is None:
             continue
         baseline, text_of = dict(zip(names[before], means[before])), texts.get(one.task, {})
-        for row, cell in zip(largest, ids):
+        for row, cell in zip(ids.index.tolist(), ids):
             at = [i for i in places.get(cell, ()) if names[i] in baseline]
             change = means[at] - np.array([baseline[names[i]] for i in at])
-            shown[int(row)] = [
+            shown[row] = [
                 Example(names[at[k]], text_of.get(names[at[k]]), (baseline[names[at[k]]], means[at[k]], change[k]))
                 for k in np.argsort(-np.abs(change), kind="stable")[:MOST_EXAMPLES]
             ]  # fmt: skip

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,12 +15,15 @@ from harness.engine.manifest import MANIFEST_VERSION, checksum_of
 from harness.evaluation.requests import DirectTask, ExampleScores, Request, ScoredTask, continuation_request
 from harness.evaluation.statistics import mean_stderr, paired
 from harness.files import write_json
+from harness.measurements.ablation import page as ablation_page
 from harness.measurements.ablation.effects import effects
 from harness.measurements.ablation.report import report
 from harness.measurements.ablation.summary import measured
+from harness.measurements.ablation.tables import TABLES, read_examples, read_metrics
 from harness.measurements.ablation.texts import FILE, read_texts, write_texts
 from harness.tables import page as page_module
 from harness.tables.identity import MANIFEST
+from harness.tables.store import compact
 from tests.browser import browser, chromium
 from tests.tables.synthetic import RUN, error_row, example_columns, metric_row, sized, study_rows, targets, write_cell
 
@@ -112,6 +120,51 @@ def study(tmp_path_factory):
     write_json(folder / FILE, {"study_id": RUN, "tasks": {HOSTILE: {f"e{i}": f"text {i} {HOSTILE}" for i in range(5)}}})
     report(folder, write=lambda text: None, figures=False)
     return folder / "report" / "index.html"
+
+
+def test_a_report_is_the_same_from_loose_and_merged_files_and_notices_a_new_number(tmp_path, monkeypatch):
+    """The examples of all tasks are read at once, and each task shows those of its own cells."""
+    read = []
+    monkeypatch.setattr(ablation_page, "read_examples", lambda *said: read.append(said) or read_examples(*said))
+    for task in ("one", "other"):
+        for row in study_rows(targets("matrix", 2), sized((0.1,)), task=task):
+            columns = example_columns(row["cell_id"]) | {"task": task}
+            columns["example_id"] = [f"{task} {i}" for i in range(5)]
+            columns["score"] = [score + (row["target"] != "baseline") * (i + 1) for i, score in
+                                enumerate(columns["score"])]
+            write_cell(tmp_path, row["cell_id"], [row | {"n": 5}], columns)
+
+    def reported() -> dict[str, bytes]:
+        report(tmp_path, write=lambda text: None, figures=False)
+        return {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+
+    loose = reported()
+    assert len(read) == 1
+    table = page_data(loose["index.html"])["tables"][0]
+    shown = [column["name"] for column in table["columns"]]
+    tasks = table["data"][shown.index("task")]
+    assert set(tasks) == {"one", "other"} and len(table["examples"]) == len(tasks)
+    for row, examples in table["examples"].items():
+        assert [name for name, *_ in examples] == [f"{tasks[int(row)]} {i}" for i in (4, 3, 2, 1, 0)]
+    row = read_metrics(tmp_path, ["one-3-1"]).iloc[0].replace({np.nan: None}).to_dict()
+    path = tmp_path / "metrics" / "one-3-1.parquet"
+    before = os.stat(path)
+    path.unlink()
+    write_cell(tmp_path, "one-3-1", [row | {"value": 123.5, "delta": 103.5}])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(path).st_size == before.st_size
+    changed = reported()
+    assert b",123.5," in changed["metrics.csv"] and b"| 123.50 " in changed["report.md"]
+    values = page_data(changed["index.html"])["tables"][0]["data"][shown.index("value")]
+    assert values.count(123.5) == 1
+    assert compact(tmp_path, TABLES, grace=0)["metrics"] == len(tasks) + 2
+    assert reported() == changed
+
+
+def page_data(page: bytes) -> dict:
+    """The data in a page."""
+    packed = page.split(b'id="data">')[1].split(b"</script>")[0]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
 def test_without_plotly_the_page_has_its_tables_and_says_so(study, monkeypatch):
