@@ -227,7 +227,7 @@ def _one_line_for_skipped_parts(show: Callable[..., None]) -> Callable[..., None
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. argv: the arguments, by default those of the process."""
     _write_any_character()
-    startup.rest()
+    startup.rest(keep=argv is None)
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))

@@ -30,6 +30,19 @@ def test_a_collector_that_is_switched_off_stays_off():
     assert gc.isenabled()
 
 
+def test_only_a_process_of_one_command_keeps_what_there_is(monkeypatch, capsys):
+    def kept(*arguments) -> int:
+        before = gc.get_freeze_count()
+        assert main(*arguments) == 2
+        return gc.get_freeze_count() - before
+
+    monkeypatch.setattr("sys.argv", ["harness", "plan", "nonsense=1"])
+    try:
+        assert kept(["plan", "nonsense=1"]) == 0 and kept() > 1000
+    finally:
+        gc.unfreeze()
+
+
 def test_the_collector_works_before_weights_are_loaded(tmp_path):
     startup.rest()
     load(ModelSettings(name=str(save_checkpoint(tmp_path / "model"))))
