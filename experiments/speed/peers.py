@@ -20,6 +20,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import statistics
 import sys
 import tempfile
@@ -48,6 +49,7 @@ from harness.models.targets import Target
 from harness.spectral.decomposition import decompose
 from harness.spectral.regions.index import Index
 from harness.spectral.singular_values import singular_values
+from harness.tables.drawing import reports_with
 
 ASSETS = Path(os.environ.get("HARNESS_ASSETS", Path(__file__).resolve().parents[3] / "shared"))
 MODEL = ASSETS / "models" / "stories15M"
@@ -118,6 +120,9 @@ def weightwatcher(repeats: int, scratch: Path) -> Iterator[Row]:
         mine, other, theirs = in_turn(repeat, partial(run_into, measurement, plan, folder),
                                       partial(watcher.analyze, model=blocks, min_evals=0))
         bare, _ = timed(numbers_only)
+        with reports_with("none"):  # as with report.figures=none
+            told, _ = timed(partial(measurement.report.report, folder))
+        shutil.rmtree(folder / "report")
         drawn, drawn_by_them = timed(partial(measurement.report.report, folder))[0], None
         if repeat == 0:  # once, because it takes minutes
             figures = scratch / "figures"
@@ -132,6 +137,8 @@ def weightwatcher(repeats: int, scratch: Path) -> Iterator[Row]:
                    "theirs": other / n, "difference": apart}
             yield {"contest": "WeightWatcher", "what": "a matrix, numbers only", "repeat": repeat, "ours": bare / n,
                    "theirs": other / n, "difference": apart}
+            yield {"contest": "WeightWatcher", "what": "a matrix, rows and our report, no figures of both",
+                   "repeat": repeat, "ours": (mine + told) / n, "theirs": other / n, "difference": apart}
             yield {"contest": "WeightWatcher", "what": "a matrix, rows, our figures, no figure of theirs",
                    "repeat": repeat, "ours": (mine + drawn) / n, "theirs": other / n, "difference": apart}
             if drawn_by_them is not None:

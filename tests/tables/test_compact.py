@@ -15,8 +15,9 @@ import pytest
 
 from harness.measurements.ablation.tables import TABLES, cell_states, read_examples, read_metrics
 from harness.tables import compact as compaction
+from harness.tables.store import corrupt_parts, withdraw
 from tests import warm
-from tests.tables.synthetic import error_row, example_columns, metric_row, write_cell
+from tests.tables.synthetic import RUN, error_row, example_columns, metric_row, write_cell
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +80,29 @@ def test_merged_cell_is_not_written_twice(tmp_path):
     write_cell(tmp_path, "b", [error_row("b")])
     assert len(parts(tmp_path)) == len(parts(tmp_path, "examples")) == 1
     assert len(pd.read_parquet(tmp_path / "metrics")) == 6 and set(cell_states(tmp_path).values()) == {"ok"}
+
+
+@pytest.mark.parametrize("withdrawn", ["ab", "abcd"])
+def test_withdrawn_cells_leave_a_merged_part_and_are_measured_again(tmp_path, withdrawn):
+    for cell in "abc":
+        write(tmp_path, cell)
+    compact(tmp_path, grace=0)
+    write(tmp_path, "d")  # a loose one
+    withdraw(tmp_path, TABLES, withdrawn, RUN, "the weights had changed")
+    expected = {cell: "error" if cell in withdrawn else "ok" for cell in "abcd"}
+    assert cell_states(tmp_path) == cell_states(tmp_path, verify=True) == expected
+    rows = read_metrics(tmp_path)
+    assert set(rows["cell_id"]) == set("abcd")
+    assert (rows.loc[rows["status"] == "error", "error"] == "the weights had changed").all()
+    assert set(read_examples(tmp_path)["cell_id"]) == set("abcd") - set(withdrawn)
+    assert not corrupt_parts(tmp_path, TABLES, deep=True)
+    write_cell(tmp_path, "a", [metric_row("a", value=7.0)], example_columns("a"))
+    write(tmp_path, "c")  # is not written twice
+    rows = read_metrics(tmp_path).set_index("cell_id")
+    assert rows.loc["a", "value"] == 7.0 and cell_states(tmp_path)["a"] == "ok"
+    compact(tmp_path, grace=0)
+    rows = pd.read_parquet(tmp_path / "metrics")
+    assert rows.loc[rows["cell_id"] == "a", "value"].tolist() == [7.0] and (rows["cell_id"] == "c").sum() == 2
 
 
 def test_damaged_cell_stays_loose(tmp_path):
@@ -195,7 +219,7 @@ def test_kill_9_at_every_step(tmp_path, step):
 
 WRITER = """
 import sys
-from tests.tables.synthetic import error_row, example_columns, metric_row, write_cell
+from tests.tables.synthetic import RUN, error_row, example_columns, metric_row, write_cell
 folder, name, first, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 for i in range(first, last):
     cell = f"{name}{i:04d}"
