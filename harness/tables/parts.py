@@ -42,6 +42,7 @@ from harness.tables.identity import (
     Part,
     units_digest,
 )
+from harness.tables.row_copy import copied, sealed
 from harness.tables.schema import UNIT_ID
 
 if TYPE_CHECKING:
@@ -121,10 +122,11 @@ def merged_parts(live: Path) -> list[Path]:
     return [live / name for name in merged if (live / name).exists()]
 
 
-def unit_bytes(content: pyarrow.Table, part: Part, few_rows: bool) -> memoryview:
+def unit_bytes(content: pyarrow.Table, part: Part, few_rows: bool) -> bytes:
     """Return the file of one unit, with its label. It is made in memory, because parquet is written in tiny pieces.
 
-    few_rows: leave out compression and dictionaries, which make a file of few rows larger and slower to read.
+    few_rows: leave out compression and dictionaries, which make a file of few rows larger and slower to read, and add
+        the copy of the rows (row_copy.py).
     """
     import pyarrow as pa
 
@@ -134,7 +136,8 @@ def unit_bytes(content: pyarrow.Table, part: Part, few_rows: bool) -> memoryview
                 "write_statistics": False}  # fmt: skip
     with _labelled(buffer, part, settings) as writer:
         writer.write_table(content)
-    return memoryview(buffer.getvalue())
+        writer.add_key_value_metadata(copied(content) if few_rows else {})
+    return sealed(buffer.getvalue().to_pybytes())
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.tables.identity import DESCRIPTION, ERROR, MERGED, OK, BadPart, Part, part_units, problem
+from harness.tables.row_copy import Copies
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,28 +43,35 @@ def read_loose(parts: Sequence[Part]) -> tuple[pyarrow.Table, dict[Path, str]]:
     """
     import pyarrow as pa
 
-    bad: dict[Path, str] = {}
-    found: list[tuple[Part, pa.Table]] = []
-    for part, content in _bytes_of(parts):
-        try:
-            if isinstance(content, BadPart):
-                raise content
-            found.append((part, _decoded(part, content)))
-        except BadPart as reason:
-            bad[part.path] = str(reason)
     schema = parts[0].tables.arrow_schema(parts[0].table)
-    whole = pa.concat_tables([schema.empty_table(), *(content for _, content in found)])
-    if _are_theirs(found, whole):
+    bad: dict[Path, str] = {}
+    copies = Copies(schema)
+    copied: list[tuple[Part, int]] = []  # with the number of their rows
+    decoded: list[tuple[Part, pyarrow.Table]] = []
+    for part, content in _bytes_of(parts):
+        if isinstance(content, BadPart):
+            bad[part.path] = str(content)
+        elif n := copies.add(content):
+            copied.append((part, n))
+        else:
+            try:
+                decoded.append((part, _decoded(part, content)))
+            except BadPart as reason:
+                bad[part.path] = str(reason)
+    whole = pa.concat_tables([copies.table(), *(content for _, content in decoded)])
+    lengths = [*copied, *((part, content.num_rows) for part, content in decoded)]
+    if _are_theirs(lengths, whole):
         return whole, bad
-    good = []
-    for part, content in found:
+    good, start = [schema.empty_table()], 0
+    for part, n in lengths:
+        content, start = whole.slice(start, n), start + n
         try:
             with _as_bad_part():
                 _check_rows(part, content, True)
             good.append(content)
         except BadPart as reason:
             bad[part.path] = str(reason)
-    return pa.concat_tables([schema.empty_table(), *good]), bad
+    return pa.concat_tables(good), bad
 
 
 def _bytes_of(parts: Sequence[Part]) -> Iterator[tuple[Part, bytes | BadPart]]:
@@ -130,10 +138,10 @@ def _check_columns(part: Part, content: pyarrow.Table) -> None:
         raise BadPart(f"its columns are not those of the table: {names}")
 
 
-def _are_theirs(found: Sequence[tuple[Part, pyarrow.Table]], whole: pyarrow.Table) -> bool:
+def _are_theirs(found: Sequence[tuple[Part, int]], whole: pyarrow.Table) -> bool:
     """Return whether all is certainly as `_check_rows` demands, which takes longer for thousands of parts one by one.
 
-    found: parts of single units, with their rows. whole: these rows together.
+    found: parts of single units, with the number of their rows. whole: these rows together.
     """
     import numpy as np
     import pyarrow as pa
@@ -141,7 +149,7 @@ def _are_theirs(found: Sequence[tuple[Part, pyarrow.Table]], whole: pyarrow.Tabl
 
     if not found:
         return True
-    first, lengths = found[0][0], [content.num_rows for _, content in found]
+    first, lengths = found[0][0], [n for _, n in found]
     holds = pa.array([part.holds for part, _ in found], pa.string())
     expected = [(first.tables.key, holds)]
     if first.table == first.tables.primary.name:
