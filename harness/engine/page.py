@@ -48,7 +48,7 @@ def _name(row: dict[str, Any], tables: TableSet) -> str:
 def _versions(rows: pandas.DataFrame) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (*_WITH, *(column.name for column in PROVENANCE)):
-        values = sorted(set(rows[name].dropna()), key=str) if name in rows else []
+        values = sorted(rows[name].dropna().unique(), key=str) if name in rows else []
         if values:
             more = f" and others, to {values[-1]}" if len(values) > _MOST_VALUES else ""
             found[name] = ", ".join(map(str, values[:_MOST_VALUES])) + more

@@ -13,10 +13,10 @@ import functools
 import gzip
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -285,16 +285,16 @@ _AS_IT_IS = frozenset((str, bool, int, type(None)))
 
 def _plain(value: Any) -> Any:
     """Return a value of a table for JSON: numbers with six digits, because the tables of the run have all of them."""
-    if type(value) is float:  # first, because most values are
-        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, (str, bool, int)) or value is None:
         return value
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}") if isfinite(value) else None
     if isinstance(value, (list, tuple)):
-        return [one if type(one) in _AS_IT_IS else _plain(one) for one in value]
+        return [one if type(one) in _AS_IT_IS else
+                (float(f"{one:.6g}") if isfinite(one) else None) if type(one) is float else _plain(one)
+                for one in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     return None if is_missing(value) else str(value)

@@ -23,6 +23,8 @@ from harness.tables.text import is_missing
 if TYPE_CHECKING:
     import pandas
 
+_BY_REGION = ("target_kind", "region", "region_kind", "region_by", "fraction_start", "fraction_stop", "delta",
+              "delta_per_norm", "delta_per_output_energy")  # fmt: skip
 MOST_OUTLIERS = 200  # cells of outliers whose examples are read for a report
 
 
@@ -41,7 +43,8 @@ def per_removed(rows: pandas.DataFrame) -> pandas.DataFrame:
 def by_region(one: MeasuredMetric) -> list[dict[str, Any]]:
     """Return one row for each kind of target and region: the medians over the targets of the deltas per what went."""
     cells = per_removed(one.cells)
-    cells = cells[cells["norm_removed"].astype(float) > 0]
+    # Every region takes its rows out of all, so that no other column is taken with them.
+    cells = cells.loc[cells["norm_removed"].astype(float) > 0, list(_BY_REGION)]
     rows = []
     for kind, of_kind in cells.groupby("target_kind", sort=False):
         for region in region_order(of_kind):

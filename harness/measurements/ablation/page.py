@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from harness.measurements.ablation.summary import (
     headline,
     is_baseline,
     origin,
-    ranked,
     region_order,
     target_order,
 )
@@ -77,7 +76,9 @@ def study_sections(folder: Path, found: Sequence[MeasuredMetric]) -> list[Sectio
     table = _table(folder, found, primary)
     if table is None:
         return []
-    return [*(_section(one, table, effects(one)) for one in primary), Section("All cells", [
+    cells = table.values[[column.name for column in table.columns].index("cell id")]
+    rows = {cell: row for row, cell in enumerate(cells)}
+    return [*(_section(one, table, rows) for one in primary), Section("All cells", [
         "Click on + for all that is known of a cell, and for the examples that it changed most. Filters of numbers are"
         " such as <0.05, >=2 or 1..2."], (), [table])]
 
@@ -99,30 +100,37 @@ def headline_of(one: MeasuredMetric) -> str:
             f" {signed(most['delta'], most['delta_stderr'])} (q {p_text(most['q_value'])}).")
 
 
-def _section(one: MeasuredMetric, table: PageTable, found: Effects) -> Section:
+def _section(one: MeasuredMetric, table: PageTable, row_of: Mapping[str, int]) -> Section:
+    """Return the section of a metric. row_of: cell id -> its row in the table."""
+    found = effects(one)
     cells = one.cells[list(CHARTED)].join(found.rows)
     cells = cells[cells["effect"].notna()]
     better = "higher" if one.higher_is_better else "lower"
     sentences = [f"{note[0].upper()}{note[1:]}." for note in (one.note, one.floor_note) if note]
-    order = ranked(one)
+    order = one.ranked
     if len(order) and order["delta"].notna().any():
         sentences += [f"Best: {_listed(one, order.head(3))}.", f"Worst: {_listed(one, order.tail(3)[::-1])}."]
     charts = []
     if len(cells):
-        rows = {cell: row for row, cell in enumerate(table.values[[c.name for c in table.columns].index("cell id")])}
         for kind in dict.fromkeys(cells["target_kind"]):
             of_kind = cells[cells["target_kind"] == kind]
-            charts += _charts(_Drawn(one, found, of_kind, rows, table))
+            charts += _charts(_Drawn(one, found, of_kind, row_of, table))
     return Section(f"{one.title} ({better} is better)", sentences, charts)
 
 
 class _Drawn:
-    """What all charts of one metric and kind of target share, and the texts under them."""
+    """What all charts of one metric and kind of target share, and the texts under them.
+
+    columns: the values of the cells by the name of their column; charts name a cell by its place there. opens: the rows
+    of the cells in the table.
+    """
 
     def __init__(
-        self, one: MeasuredMetric, found: Effects, cells: pandas.DataFrame, rows: dict[str, int], table: PageTable
+        self, one: MeasuredMetric, found: Effects, cells: pandas.DataFrame, row_of: Mapping[str, int], table: PageTable
     ) -> None:
-        self.one, self.found, self.cells, self.rows, self.table = one, found, cells, rows, table
+        self.one, self.found, self.cells, self.table = one, found, cells, table
+        self.columns: dict[str, list[Any]] = {str(name): cells[name].tolist() for name in cells.columns}
+        self.opens = [row_of.get(cell) for cell in self.columns["cell_id"]]
         self.name = f"{one.metric} / baseline" if found.ratio else f"change of {one.metric}"
         self.about = f"{measured_on(one)}."
         wide = cells["effect"].max() > 4 * max(cells["effect"].min(), 1e-9)
@@ -130,41 +138,40 @@ class _Drawn:
         self.regions, self.of_region = region_order(cells), region_kinds(cells)
         self.ticks = {region: tick(region, self.of_region[region][0]) for region in self.regions}
 
-    def row_of(self, cell: Any) -> int | None:
-        return self.rows.get(cell.cell_id)
-
 
 def _charts(drawn: _Drawn) -> list[Chart]:
-    cells = drawn.cells
+    cells, columns = drawn.cells, drawn.columns
     if cells["block"].notna().all() and cells["layer_type"].notna().all() and cells["block"].nunique() > 1:
-        of_block: dict[int, dict[str, list[Any]]] = {}
-        for row in rows_of(cells):
-            of_block.setdefault(int(row.block), {}).setdefault(row.layer_type, []).append(row)
+        of_block: dict[int, dict[str, list[int]]] = {}
+        for at, (block, layer_type) in enumerate(zip(columns["block"], columns["layer_type"])):
+            of_block.setdefault(int(block), {}).setdefault(layer_type, []).append(at)
         curves = [_curves(drawn, sorted(of_block[block].items(), key=lambda item: layer_key(item[0])), f"block {block}")
                   for block in sorted(of_block)[:MOST_VIEWS]]
         chart = Chart("Change against the removed region, block by block", f"{drawn.about} {BARS} Lines join regions"
                       " that are in an order.", curves, "block", drawn.table)
         return [_block_maps(drawn), chart]
-    series = [(name, list(rows_of(rows))) for name, rows in by_series(cells)]
+    placed = cells.assign(place=range(len(cells)))
+    series = [(name, rows["place"].tolist()) for name, rows in by_series(placed)]
     return [Chart("Change against the removed region", f"{drawn.about} {BARS} Lines join regions that are in an order;"
                   " controls are the last.", [_curves(drawn, series, "all")], "view", drawn.table),
             *([_region_map(drawn)] if cells["target"].nunique() > 1 else [])]
 
 
-def _curves(drawn: _Drawn, named: Sequence[tuple[str, Sequence[Any]]], label: str) -> View:
-    """Return the curves of some series. named: the rows of each series by its name."""
-    there = {row.region for _, rows in named for row in rows}
+def _curves(drawn: _Drawn, named: Sequence[tuple[str, Sequence[int]]], label: str) -> View:
+    """Return the curves of some series. named: the places of the cells of each series by its name."""
+    region_of, effect, low, high = (drawn.columns[name] for name in ("region", "effect", "low", "high"))
+    there = {region_of[at] for _, cells in named for at in cells}
     regions = [region for region in drawn.regions if region in there]
     place = {region: i for i, region in enumerate(regions)}
     series = []
-    for i, (name, rows) in enumerate(named):
-        ordered = sorted(rows, key=lambda row: place[row.region])
+    for i, (name, cells) in enumerate(named):
+        ordered = sorted(cells, key=lambda at: place[region_of[at]])
         shift = 0.7 * ((i + 0.5) / len(named) - 0.5)
-        listed = [row.region for row in ordered]
+        listed = [region_of[at] for at in ordered]
         lines = [(listed.index(group[0]), listed.index(group[-1])) for group in joined(drawn.of_region, listed)]
         series.append(Points(
-            name, [place[row.region] + shift for row in ordered], [row.effect for row in ordered],
-            [row.low for row in ordered], [row.high for row in ordered], [drawn.row_of(row) for row in ordered], lines,
+            name, [place[region] + shift for region in listed], [effect[at] for at in ordered],
+            [low[at] for at in ordered], [high[at] for at in ordered], [drawn.opens[at] for at in ordered], lines,
         ))  # fmt: skip
     x = "removed part of the spectrum (0 = largest singular value)"
     axes = Axes(x, drawn.name, [drawn.ticks[region] for region in regions], drawn.found.reference, drawn.log)
@@ -173,15 +180,15 @@ def _curves(drawn: _Drawn, named: Sequence[tuple[str, Sequence[Any]]], label: st
 
 def _block_maps(drawn: _Drawn) -> Chart:
     """Return heat maps over blocks and layer types, one for each region."""
-    cells = drawn.cells
-    blocks = sorted({int(block) for block in cells["block"]})
-    types = sorted(set(cells["layer_type"]), key=layer_key)
-    of_region: dict[str, dict[tuple[int, str], Any]] = {}
-    for cell in rows_of(cells):
-        at = of_region.setdefault(cell.region, {})
-        key = int(cell.block), cell.layer_type  # of several experts the one with the largest change is shown
-        if key not in at or abs(cell.delta) > abs(at[key].delta):
-            at[key] = cell
+    columns, deltas = drawn.columns, drawn.columns["delta"]
+    blocks = sorted({int(block) for block in columns["block"]})
+    types = sorted(set(columns["layer_type"]), key=layer_key)
+    of_region: dict[str, dict[tuple[int, str], int]] = {}
+    for at, (region, block, layer_type) in enumerate(zip(columns["region"], columns["block"], columns["layer_type"])):
+        shown = of_region.setdefault(region, {})
+        key = int(block), layer_type  # of several experts the one with the largest change is shown
+        if key not in shown or abs(deltas[at]) > abs(deltas[shown[key]]):
+            shown[key] = at
     views = [
         _map(drawn, region_words(region), [[of_region[region].get((block, one)) for one in types] for block in blocks],
              ([str(block) for block in blocks], types))
@@ -192,19 +199,23 @@ def _block_maps(drawn: _Drawn) -> Chart:
 
 
 def _region_map(drawn: _Drawn) -> Chart:
-    targets, regions = target_order(drawn.cells), drawn.regions
-    at = {(cell.target, cell.region): cell for cell in rows_of(drawn.cells)}
-    lines = [[at.get((target, region)) for region in regions] for target in targets]
+    targets, regions, columns = target_order(drawn.cells), drawn.regions, drawn.columns
+    place = {key: at for at, key in enumerate(zip(columns["target"], columns["region"]))}
+    lines = [[place.get((target, region)) for region in regions] for target in targets]
     ticks = [drawn.ticks[region] for region in regions]
     return Chart("Change by target and region", f"{drawn.about} Blue is better, red is worse; a star marks q below"
                  f" {LEVEL}.", [_map(drawn, "all", lines, (targets, ticks))], "view", drawn.table)
 
 
-def _map(drawn: _Drawn, label: str, lines: list[list[Any]], names: tuple[Sequence[str], Sequence[str]]) -> View:
+def _map(
+    drawn: _Drawn, label: str, lines: list[list[int | None]], names: tuple[Sequence[str], Sequence[str]]
+) -> View:
+    """Return a heat map. lines: the places of the cells by row and column."""
+    delta, q_value = drawn.columns["delta"], drawn.columns["q_value"]
     grid = Grid(
-        *names, [[None if cell is None else cell.delta for cell in line] for line in lines],
-        [["*" if cell is not None and cell.q_value < LEVEL else "" for cell in line] for line in lines],
-        [[None if cell is None else drawn.row_of(cell) for cell in line] for line in lines],
+        *names, [[None if at is None else delta[at] for at in line] for line in lines],
+        [["*" if at is not None and q_value[at] < LEVEL else "" for at in line] for line in lines],
+        [[None if at is None else drawn.opens[at] for at in line] for line in lines],
     )  # fmt: skip
     return heat_map(label, grid, f"change of {drawn.one.metric}", blue_is_high=drawn.one.higher_is_better)
 

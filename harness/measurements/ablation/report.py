@@ -23,7 +23,6 @@ from harness.measurements.ablation.summary import (
     headline,
     measured,
     origin,
-    ranked,
     region_order,
     target_order,
     ties,
@@ -140,7 +139,7 @@ def terminal_summary(
         if len(one.cells) <= TERMINAL_ROWS:
             lines += _text_table(one, by_target_and_region(one.cells), width)
         else:
-            order = ranked(one)
+            order = one.ranked
             n = min(BEST, len(order) // 2)
             lines += [f"  best {n} of {len(order)}{ties(order, n)}:", *_text_table(one, order.head(n), width)]
             lines += [f"  worst {n}{ties(order[::-1], n)}:", *_text_table(one, order[::-1].head(n), width)]
@@ -244,7 +243,7 @@ def _markdown(
         lines += [f"{one.floor_note}.".capitalize(), ""] if one.floor_note else []
         if len(one.cells):
             if one.primary:
-                order = ranked(one)
+                order = one.ranked
                 n = min(BEST, len(order))
                 lines += [f"Best {n} of {len(order)} ablations{ties(order, n)}:", ""]
                 lines += [*_markdown_texts(one, order.head(n)), ""]

@@ -49,6 +49,16 @@ class MeasuredMetric:
     other_order: pandas.Series | None
     cells: pandas.DataFrame
 
+    @cached_property
+    def ranked(self) -> pandas.DataFrame:
+        """The cells from the best to the worst delta, without those that remove nothing.
+
+        If no cell has a delta, they are ordered by value.
+        """
+        cells = self.cells[self.cells["region_kind"] != "none"]
+        by = "delta" if cells["delta"].notna().any() else "value"
+        return cells.dropna(subset=[by]).sort_values(by, ascending=not self.higher_is_better, kind="stable")
+
     @property
     def title(self) -> str:
         """The names of the task and of the metric for titles. A task that is called `lm_eval` here has the name there.
@@ -192,20 +202,10 @@ def is_control(rows: pandas.DataFrame) -> set[str]:
     return set(rows.loc[rows["region_by"] == "control", "region"])
 
 
-def ranked(one: MeasuredMetric) -> pandas.DataFrame:
-    """Return the cells from the best to the worst delta, without those that remove nothing.
-
-    If no cell has a delta, they are ordered by value.
-    """
-    cells = one.cells[one.cells["region_kind"] != "none"]
-    by = "delta" if cells["delta"].notna().any() else "value"
-    return cells.dropna(subset=[by]).sort_values(by, ascending=not one.higher_is_better, kind="stable")
-
-
 def ties(order: pandas.DataFrame, n: int) -> str:
     """Return what must be said if others are as good as the last of the first `n` rows of an order, else nothing.
 
-    order: the rows as `ranked` returns them, or from their end.
+    order: the rows as `MeasuredMetric.ranked` has them, or from their end.
     """
     by = "delta" if order["delta"].notna().any() else "value"
     values = order[by].astype(float).tolist()
@@ -245,7 +245,7 @@ def headline(metrics: pandas.DataFrame) -> str:
     models = ", ".join(sorted({model_name(*one) for one in zip(of_cells["model"], of_cells["gguf_file"])}))
     baselines = int(is_baseline(cells).sum())
     return (
-        f"Study {', '.join(sorted(set(cells['study_id'])))} of {models}: "
+        f"Study {', '.join(sorted(cells['study_id'].unique()))} of {models}: "
         f"{count(len(cells) - baselines, 'ablation')}, {count(baselines, 'baseline')}, {failed} failed"
     )
 
@@ -256,7 +256,7 @@ def origin(metrics: pandas.DataFrame) -> str:
              "torch_version": "torch ", "transformers_version": "transformers ", "hostname": "on "}  # fmt: skip
     parts = []
     for column, prefix in names.items():
-        values = sorted(set(metrics[column].dropna()))
+        values = sorted(metrics[column].dropna().unique())
         if values:
             parts.append(prefix + ", ".join(values[:4]) + (", ..." if len(values) > 4 else ""))
     return "; ".join(parts) + "." if parts else ""

@@ -22,7 +22,7 @@ from harness.measurements.ablation.heat_map import MAX_PANELS, heat_map_figure
 from harness.measurements.ablation.region_figure import region_figure
 from harness.measurements.ablation.report import report, terminal_summary
 from harness.measurements.ablation.series import joined, region_kinds
-from harness.measurements.ablation.summary import measured, ranked, region_order, target_order
+from harness.measurements.ablation.summary import measured, region_order, target_order
 from harness.measurements.ablation.tables import read_metrics
 from harness.tables.drawing import DPI, FigureSettings, drawn_as
 from harness.tables.figure_record import RECORD
@@ -54,9 +54,9 @@ def test_best_is_the_better_direction():
     regions = sized((0.1,))
     for metric, higher in (("accuracy", True), ("token_perplexity", False)):
         one = measured(frame(study_rows(targets("type", 4), regions, ((metric, higher),))))[0]
-        deltas = ranked(one)["delta"].tolist()
+        deltas = one.ranked["delta"].tolist()
         assert deltas == sorted(deltas, reverse=higher) and len(deltas) == 7 * 4
-        assert "none" not in set(ranked(one)["region_kind"])
+        assert "none" not in set(one.ranked["region_kind"])
 
 
 def test_primary_metric_is_the_first_written(tmp_path):
@@ -89,7 +89,7 @@ def test_terminal_text_fits(width, n_blocks):
     text = terminal_summary(metrics, width=width)
     assert max(map(len, text.splitlines())) <= width
     one = measured(metrics)[0]
-    for row in ranked(one).head(3).itertuples():
+    for row in one.ranked.head(3).itertuples():
         assert plus_minus(row.value, row.stderr) in text and row.target in text
 
 
@@ -190,7 +190,7 @@ def test_a_report_says_what_is_done_where_and_how_sure(tmp_path):
     more = sum(row["delta"] == best for row in cells) - 5
     assert more > 1 and f"best 5 of {len(cells)} ({more} more ablations tie with the last of them):" in said
     assert f"q is p adjusted for the {len(cells)} ablations of this metric (Benjamini-Hochberg)" in said
-    one = next(row for row in ranked(measured(frame(rows))[0]).to_dict("records"))
+    one = next(row for row in measured(frame(rows))[0].ranked.to_dict("records"))
     assert f"`{one['cell_id'][:10]}`" in page
 
 
