@@ -10,9 +10,10 @@ The folder of a run has a folder for every table; <primary> is the table that sa
     .redo/<unit id>                      the unit is done but has lost rows of another table, so it counts as missing
     corrupt/                             bad parts, moved there by `quarantine` or by a new run of their unit
 
-A file of one unit is called loose. A part is bad if it is damaged, or if its label (identity.py) is not what its name
-and its folder demand, as after a copy. A unit may have several files, after two runs of one study or a crash between
-two steps. Then done wins over failed, and a loose file wins over a merged one.
+A file of one unit is called loose; that of the primary table holds a copy of its rows (row_copy.py). A part is bad if
+it is damaged, or if its label (identity.py) is not what its name and its folder demand, as after a copy. A unit may
+have several files, after two runs of one study or a crash between two steps. Then done wins over failed, and a loose
+file wins over a merged one.
 
 Locks: publishing a file takes a shared flock on .lock for the instant of the rename, and `compact` takes an exclusive
 one to swap a folder. On a file system without flock nothing is locked. No row is lost there either, but a reader may

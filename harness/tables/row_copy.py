@@ -1,4 +1,4 @@
-"""A copy of the rows of one unit in the footer of its parquet file, which is read twenty times as quickly as the pages.
+"""A copy of the rows of one unit in the footer of its parquet file, which takes far less time to read than the pages.
 
 To open a parquet file and to decode its 78 columns takes most of a millisecond, so that thousands of files of single
 units took most of the time of a report. The copy is JSON in the key-value metadata, where other readers ignore it. A
