@@ -76,5 +76,16 @@ def _share(config: Any, parameter: nn.Parameter) -> float:
     """Return the share of a parameter by which one token is multiplied: less than 1 for experts, stacked in 3-D."""
     if parameter.ndim != 3:
         return 1.0
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
-    return (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    return routed_share(config)
+
+
+def n_experts(config: Any) -> int:
+    """Return the number of experts of a block; 1 for a model without experts."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+
+
+def routed_share(config: Any) -> float:
+    """Return the share of the experts that one token goes through."""
+    text, experts = config.get_text_config() if hasattr(config, "get_text_config") else config, n_experts(config)
+    return (getattr(text, "num_experts_per_tok", None) or experts) / experts

@@ -16,12 +16,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.files import make_room as make_room_in
 from harness.files import replacing, user_cache
+from harness.models.cost import n_experts
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
 from harness.models.treatment import Calibrated
@@ -30,6 +32,7 @@ from harness.spectral.decomposition import DECOMPOSITION_VERSION, Decomposition,
 
 LOG = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
+EXPERTS_VERSION = 2  # must be raised when a change of the code changes what experts are decomposed to
 BATCH_BYTES = 2**28  # the most bytes of float64 matrices that are decomposed together
 
 
@@ -52,6 +55,11 @@ def disk_cache(gib: float, folder: str | None = None) -> DiskCache | None:
 def _bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor as a buffer on the CPU."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def experts_key(config: Any) -> dict[str, int]:
+    """Return what an id holds besides if its numbers come from decompositions of a model with experts; else nothing."""
+    return {"experts_version": EXPERTS_VERSION} if n_experts(config) > 1 else {}
 
 
 def content_key(weight: Tensor) -> str:

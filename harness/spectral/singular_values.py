@@ -43,8 +43,8 @@ def singular_values(weights: Sequence[Tensor]) -> list[SingularValues]:
     They are the roots of the eigenvalues of the float64 Gram matrix if the smallest value is at least DEFLATION_CUT
     times the largest. This is where the decomposition with vectors refines nothing either: the relative error of an
     eigenvalue is a few eps (sigma_max / sigma)^2. Other matrices are left to gesdd, and on a GPU to `decompose`. The
-    results are on the devices of the weights. Raises ValueError for a matrix that is not 2-D, is empty or holds values
-    that are not finite, and for matrices of several shapes.
+    results are on the devices of the weights, and on a CPU do not depend on the other weights. Raises ValueError for a
+    matrix that is not 2-D, is empty or holds values that are not finite, and for matrices of several shapes.
     """
     for weight in weights:
         if weight.ndim != 2 or weight.numel() == 0:
@@ -74,12 +74,12 @@ def _gram_eigenvalues(wide: list[Tensor]) -> Tensor | None:
     k, long = wide[0].shape
     if k > NEARLY_SQUARE * long:
         return None
-    stacked = torch.stack(wide) if len(wide) > 1 else wide[0][None]
-    gram = stacked.new_zeros(len(wide), k, k)
+    gram = wide[0].new_zeros(len(wide), k, k)
     step = max(1, -(-k // GRAM_STRIPS))
-    for start in range(0, k, step):  # the lower triangle in strips, because nothing else is read
-        stop = start + step
-        gram[:, start:stop, :stop] = stacked[:, start:stop] @ stacked[:, :stop].mT
+    for own, one in zip(gram, wide):  # the last bits of a batched product would depend on the other matrices
+        for start in range(0, k, step):  # the lower triangle in strips, because nothing else is read
+            stop = start + step
+            own[start:stop, :stop] = one[start:stop] @ one[:stop].T
     try:
         return torch.linalg.eigvalsh(gram, UPLO="L")
     except torch.linalg.LinAlgError:

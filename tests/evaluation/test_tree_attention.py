@@ -84,6 +84,7 @@ def test_it_is_part_of_the_id_of_a_cell_and_the_usual_attention_is_not() -> None
     class Description:
         identity: dict[str, str] = {}
         dtype = "float32"
+        config = None
 
     settings = StudySettings()
     before = numeric_settings(settings, Description())

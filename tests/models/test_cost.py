@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from harness.errors import InputError
-from harness.models.cost import generation_tokens, key_value_bytes, model_cost
-from harness.models.families import FAMILIES, skeleton
+from harness.models.cost import generation_tokens, key_value_bytes, model_cost, n_experts, routed_share
+from harness.models.families import FAMILIES, matrices_of, skeleton
 from tests.models.tiny import tiny_config, tiny_model
 
 DENSE = [name for name, family in FAMILIES.items() if family.kind == "causal"]
@@ -68,3 +68,11 @@ def test_tokens_that_a_memory_holds() -> None:
     assert generation_tokens(20, config, "bfloat16") == 163840
     with pytest.raises(InputError, match=r"^runtime.generation_gib: 1e-05 is less than the 131072 bytes"):
         generation_tokens(1e-5, config, "bfloat16")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3_moe", "olmoe", "recall"])
+def test_experts_of_a_config(model_type) -> None:
+    config = tiny_config(model_type)
+    experts = {matrix.expert for matrix in matrices_of(skeleton(config))} - {None}
+    assert n_experts(config) == max(1, len(experts))
+    assert routed_share(config) == (config.num_experts_per_tok if n_experts(config) > 1 else 1) / n_experts(config)

@@ -154,13 +154,16 @@ def test_many_are_decomposed_as_each_alone():
     graded = matrix_with(torch.logspace(0, -6, 16, dtype=torch.float64), 16, 40)
     hopeless = matrix_with(torch.logspace(0, -11, 16, dtype=torch.float64), 16, 40)
     weights = torch.stack([torch.randn(16, 40, dtype=torch.float64), graded, torch.zeros_like(graded), hopeless])
-    for stack in (weights, weights.mT):
+    tall = torch.randn(3, 300, 40, generator=torch.Generator().manual_seed(0))
+    mixed = ["gram", "gram", "gesdd", "gesdd"]
+    for stack, methods in ((weights, mixed), (weights.mT, mixed), (tall, ["gram"] * 3)):
         many = decompose_many(stack)
-        assert [dec.method for dec in many] == ["gram", "gram", "gesdd", "gesdd"]
+        assert [dec.method for dec in many] == methods
         for weight, dec in zip(stack, many):
             assert_contract(weight, dec)
             assert dec.shape == tuple(weight.shape)
-            assert torch.allclose(dec.sigma, decompose(weight).sigma, rtol=1e-9, atol=1e-15)
+            alone = decompose(weight)
+            assert torch.equal(dec.sigma, alone.sigma) and torch.equal(dec.vectors, alone.vectors)
 
 
 def test_no_convergence_falls_back_to_gesdd(monkeypatch):

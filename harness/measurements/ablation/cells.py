@@ -20,6 +20,7 @@ from harness.measurements.ablation.region_settings import (
     RegionSettings,
 )
 from harness.measurements.ablation.settings import StudySettings
+from harness.models.decompositions import experts_key
 from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
 from harness.models.targets import BASELINE, UNEDITED, Target, control_target
@@ -209,6 +210,7 @@ def numeric_settings(settings: StudySettings, description: ModelDescription) -> 
         "attn_implementation": settings.model.attn_implementation,
         "edit": runtime.edit,
         "seed": settings.seed,
+        **experts_key(description.config),
     }
     if has_noise_floor(description):
         found |= {"batch_tokens": runtime.batch_tokens, "share_context": runtime.share_context}

@@ -15,7 +15,7 @@ from harness.measurements.ablation.cells import Cell, has_noise_floor
 from harness.measurements.ablation.preparation import Prepared
 from harness.measurements.ablation.region_settings import OTHER_ORDER
 from harness.measurements.ablation.settings import StudySettings
-from harness.models.cost import ModelCost, model_cost
+from harness.models.cost import ModelCost, model_cost, routed_share
 from harness.models.editing import Ablation
 from harness.models.families import MLP_TYPES, skeleton
 from harness.models.matrices import Matrix
@@ -217,9 +217,7 @@ def _calibration(prepared: Prepared, cells: Sequence[Cell], cost: ModelCost) -> 
         return 4.0 * sum(len(one.tokens) * (sum(cost.block) + cost.head) for one in text.requests), 0
     if any(by_loss(cell.ablation.region) for cell in cells):  # a forward and a backward pass for the loss
         one_pass += 3.0 * sum(len(one.tokens) * (sum(cost.block) + cost.head) for one in text.requests)
-    shared = prepared.description.config.get_text_config()
-    n_experts = getattr(shared, "num_experts", None) or getattr(shared, "num_local_experts", None) or 1
-    routed = (getattr(shared, "num_experts_per_tok", None) or n_experts) / n_experts
+    routed = routed_share(prepared.description.config)
     moments = sum(2.0 * text.n_tokens * (1.0 if expert is None else routed) * width**2
                   for _, expert, width, _ in inputs)
     return one_pass + moments, sum(8 * width**2 for _, _, width, _ in inputs)

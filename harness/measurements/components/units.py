@@ -13,6 +13,7 @@ from harness.evaluation.requests import DirectTask, PreparedTask, ScoredTask, Ta
 from harness.measurements.components.forecast import price_lines
 from harness.measurements.components.plan import ComponentsPlan, Unit
 from harness.measurements.components.settings import ComponentsSettings
+from harness.models.decompositions import experts_key
 from harness.models.families import matrices_of, skeleton
 from harness.models.loading import describe_model, load_tokenizer, pick_device
 from harness.models.reference import describe_reference
@@ -56,6 +57,7 @@ def plan(settings: ComponentsSettings) -> ComponentsPlan:
         "stability": sorted(settings.stability),
         "seed": settings.seed if "random" in settings.stability else None,
         "reference": reference and reference.digest,
+        **experts_key(description.config),
         **({"of": settings.region.of} if settings.region.of != "weight" else {}),
     }
     if settings.tokens_of is not None:

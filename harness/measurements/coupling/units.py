@@ -16,6 +16,7 @@ from harness.evaluation.requests import DirectTask, ScoredTask, TaskContext
 from harness.measurements.ablation.cells import region_key
 from harness.measurements.coupling.settings import CouplingSettings
 from harness.measurements.spectra.units import checkpoint_settings
+from harness.models.decompositions import experts_key
 from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
 from harness.models.families import blocks_of, matrices_of, skeleton
@@ -263,5 +264,6 @@ def _unit_id(settings: CouplingSettings, weights: Weights, prompt: Prompt, way: 
         "way": dataclasses.asdict(way),
         "normality": settings.normality,
         "krylov_seed": settings.seed if way.method == "krylov" else None,
+        **(experts_key(weights.description.config) if ablation else {}),
     }
     return digest(canonical(depends_on))

@@ -23,7 +23,7 @@ from harness.models.targets import choose_matrices
 from harness.spectral.decomposition import decomposition_flops
 
 # They must be raised when a change of the code changes numbers in the tables; the second is of the tables of changes.
-NUMBERS_VERSION, CHANGES_VERSION = 2, 1
+NUMBERS_VERSION, CHANGES_VERSION = 3, 1
 
 
 @dataclass(frozen=True)

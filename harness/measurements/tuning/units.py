@@ -18,6 +18,7 @@ from harness.evaluation.requests import PreparedTask, TaskContext, task_digest
 from harness.measurements.ablation.cells import chosen_regions, expand_ablations, region_key
 from harness.measurements.ablation.region_settings import NO_REGION, OTHER_ORDER
 from harness.measurements.tuning.settings import TuneSettings
+from harness.models.decompositions import experts_key
 from harness.models.description import ModelDescription
 from harness.models.editing import Ablation
 from harness.models.families import family_of, matrices_of, skeleton
@@ -105,6 +106,7 @@ def plan(settings: TuneSettings) -> TunePlan:
         "version": NUMBERS_VERSION, "model": description.identity, "trained": trained,
         "attn_implementation": settings.model.attn_implementation, "examples": _digest(examples),
         "tune": {key: value for key, value in dataclasses.asdict(settings.tune).items() if key not in _NOT_IN_ID},
+        **experts_key(description.config),
     }
     asked = {name: task_digest(task) for name, task in tasks.items()}
     units = tuple(_units(settings, ablations, base, asked))
