@@ -12,6 +12,14 @@ from tests import warm
 from tests.studies import wait_until
 
 
+def test_the_server_outlives_a_slurm_of_the_tests(monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "/that/of/the/first/test/that/asks")
+    server = subprocess.run([warm.python(), "-c", "import os; print(os.getppid())"], capture_output=True, text=True)
+    given = Path(f"/proc/{server.stdout.strip()}/environ").read_bytes().split(b"\0")
+    assert any(one.startswith(b"HARNESS_TESTS=") for one in given)
+    assert not any(one.startswith(b"SLURM") for one in given)
+
+
 def test_what_a_process_gets_and_gives(tmp_path):
     program = "import os, sys; print(sys.argv, os.getcwd(), os.environ['MINE'], sys.stdin.read()); sys.exit(3)"
     done = subprocess.run([warm.python(), "-c", program, "word"], cwd=tmp_path, env={**os.environ, "MINE": "±"},

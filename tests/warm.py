@@ -45,9 +45,10 @@ def listening() -> str:
         if executable.exists():
             return str(place)
         with open(folder / "log", "wb") as log:
+            # A Slurm of the tests kills at its end whatever was started with its configuration.
+            own = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
             subprocess.Popen([sys.executable, "-m", "tests.warm", str(place)], cwd=_ROOT, start_new_session=True,
-                             env={**os.environ, "PYTHONPATH": str(_ROOT)}, stdin=subprocess.DEVNULL, stdout=log,
-                             stderr=log)
+                             env={**own, "PYTHONPATH": str(_ROOT)}, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         end = time.monotonic() + 300
         while not place.exists():
             assert time.monotonic() < end, (folder / "log").read_text()

@@ -130,7 +130,7 @@ def test_ids_depend_on_the_reference_and_those_without_one_are_as_before(base, t
     assert len({*map(tuple, found)}) == 5
     assert ids(reference, "threads=1") == found[1]
     depends_on = {  # as before there were references
-        "version": 2, "identity": describe_model(ModelSettings(name=str(tuned[0]))).identity, "dtype": "float32",
+        "version": 3, "identity": describe_model(ModelSettings(name=str(tuned[0]))).identity, "dtype": "float32",
         "init": "trained", "checkpoint": None, "seed": None, "matrix": "0.q_proj", "estimator": "gavish_donoho",
         "tracy_widom": False, "vectors": False, "covariance": None,
     }  # fmt: skip
