@@ -18,6 +18,7 @@ from harness.errors import InputError
 from harness.measurements import MEASUREMENTS
 from harness.models.families import FAMILIES
 from harness.spectral.regions import RULES
+from harness.tasks import fingerprint
 from harness.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,7 @@ def run(installed, monkeypatch, tmp_path_factory, capsys):
 
     harness.folder = folder
     yield harness
+    fingerprint._distributions.cache_clear()  # else later tests in this process find the plug-in among them
     for registry in registries:
         registry.__dict__.pop("_added", None)
         for name in ("every_nth", "repetition", "starcoder2", "norms"):
