@@ -110,10 +110,8 @@ class CellRun:
     def ablation(self, ablation: Ablation, cells: Sequence[Cell]) -> Iterator[Measured]:
         """Measure the cells of one ablation under one edit.
 
-        If the edit itself fails, in a decomposition or a region, the remaining cells become error rows and the run goes
-        on.
+        If the edit itself fails, in a decomposition or a region, they become error rows and the run goes on.
         """
-        pending = list(cells)
         with ExitStack() as undo:
             try:
                 realised = self._edit(undo, ablation)
@@ -122,11 +120,10 @@ class CellRun:
             except Exception as error:
                 problem = error
             else:
-                while pending:
-                    yield self._measured(pending[0], realised)
-                    pending.pop(0)
+                for cell in cells:
+                    yield self._measured(cell, realised)
                 return
-        for cell in pending:
+        for cell in cells:
             yield self.rows.measured(cell, Failed(problem), self.baseline_of.get(cell.task), None, 0.0)
 
     def _edit(self, undo: ExitStack, ablation: Ablation) -> RealisedAblation | None:
