@@ -81,11 +81,11 @@ def _share(config: Any, parameter: nn.Parameter) -> float:
 
 def n_experts(config: Any) -> int:
     """Return the number of experts of a block; 1 for a model without experts."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config()
     return getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
 
 
 def routed_share(config: Any) -> float:
     """Return the share of the experts that one token goes through."""
-    text, experts = config.get_text_config() if hasattr(config, "get_text_config") else config, n_experts(config)
-    return (getattr(text, "num_experts_per_tok", None) or experts) / experts
+    experts = n_experts(config)
+    return (getattr(config.get_text_config(), "num_experts_per_tok", None) or experts) / experts

@@ -20,7 +20,7 @@ from harness.measurements.ablation.cells import numeric_settings
 from harness.measurements.ablation.settings import StudySettings
 from harness.models.loading import loaded_from
 from tests.evaluation.test_scoring import task
-from tests.models.tiny import tiny_model
+from tests.models.tiny import tiny_config, tiny_model
 from tests.simulated import tree_requests
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma2")
@@ -84,7 +84,7 @@ def test_it_is_part_of_the_id_of_a_cell_and_the_usual_attention_is_not() -> None
     class Description:
         identity: dict[str, str] = {}
         dtype = "float32"
-        config = None
+        config = tiny_config("llama")
 
     settings = StudySettings()
     before = numeric_settings(settings, Description())

@@ -21,6 +21,7 @@ from harness.measurements.ablation.tables import TABLES
 from harness.models.editing import Ablation
 from harness.models.targets import BASELINE, Target
 from harness.spectral.regions import Random, small
+from tests.models.tiny import tiny_config
 
 TARGET = Target("all", "all", ("0.q_proj", "1.q_proj", "1.up_proj", "3.q_proj"), 0, None, None)
 CELL = Cell("cell", Ablation(TARGET, Random(small(0.1), 3)), "text")
@@ -33,7 +34,7 @@ def scores(*values, transform="identity"):
 @pytest.fixture
 def maker():
     task = ScoredTask("text", {"window": 8}, [], [f"e{i}" for i in range(4)], lambda scores: {})
-    description = SimpleNamespace(identity={"digest": "d"}, config=SimpleNamespace(model_type="llama"), dtype="float32")
+    description = SimpleNamespace(identity={"digest": "d"}, config=tiny_config("llama"), dtype="float32")
     study = SimpleNamespace(id="study", settings=StudySettings(), description=description, tasks={"text": task},
                             prepared=SimpleNamespace(calibration=None, reference=None))
     matrices = [SimpleNamespace(name=name, block=int(name[0]), layer_type=name[2:]) for name in TARGET.matrices]
