@@ -25,14 +25,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import secrets
 import shutil
 import time
 from pathlib import Path
 
 from harness.tables.identity import (
     MERGED_PREFIX,
-    SUFFIX,
     Part,
     part_units,
     problem,
@@ -46,6 +44,7 @@ from harness.tables.parts import (
     list_table,
     locked,
     merged_parts,
+    new_merged_name,
     open_writer,
     recover,
     sort_names,
@@ -102,7 +101,7 @@ def _compact_table(folder: Path, tables: TableSet, table: str, run: str) -> int:
         return 0
     successor.mkdir()
     try:
-        part = Part(successor / f"{MERGED_PREFIX}{secrets.token_hex(8)}{SUFFIX}", tables, table, run)
+        part = Part(successor / new_merged_name(), tables, table, run)
         merged = _merge(loose, part)
         _write_text(units_file(part.path), merged)
         with locked(folder, exclusive=True):

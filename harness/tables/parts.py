@@ -167,6 +167,11 @@ def _labelled(where: Any, part: Part, settings: dict[str, Any]) -> Iterator[Any]
         yield writer
 
 
+def new_merged_name() -> str:
+    """Return a name for a merged part that no other has."""
+    return f"{MERGED_PREFIX}{secrets.token_hex(8)}{SUFFIX}"
+
+
 def label_units(writer: Any, units: Iterable[str]) -> None:
     """Add the digest of the units in a merged part to its metadata, by which its list is known to be its own."""
     writer.add_key_value_metadata({UNITS_KEY: units_digest(units)})

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
 from harness.files import write_text
 from harness.tables.compact import ROWS_PER_GROUP
 from harness.tables.frames import dicts_of
-from harness.tables.identity import ERROR, MERGED_PREFIX, OK, SUFFIX, BadPart, Part, part_units, units_file
-from harness.tables.parts import MERGED_LIST, label_units, locked, merged_parts, open_writer, set_aside
+from harness.tables.identity import ERROR, OK, SUFFIX, BadPart, Part, part_units, units_file
+from harness.tables.parts import MERGED_LIST, label_units, locked, merged_parts, new_merged_name, open_writer, set_aside
 from harness.tables.reader import read_table, unit_states
 from harness.tables.rows import read_merged
 from harness.tables.schema import TableSet
@@ -58,7 +57,7 @@ def _cut_out(folder: Path, part: Part, units: frozenset[str]) -> None:
         return  # nobody reads it, and the next run sets it aside
     key, live = part.tables.key, part.path.parent
     left = sorted(part_units(part.path, key) - units)
-    new = Part(live / f"{MERGED_PREFIX}{secrets.token_hex(8)}{SUFFIX}", part.tables, part.table, part.run)
+    new = Part(live / new_merged_name(), part.tables, part.table, part.run)
     temporary = folder / ".tmp" / new.path.name
     if left:
         temporary.parent.mkdir(exist_ok=True)
