@@ -21,6 +21,7 @@ import torch
 from harness.evaluation.division import Division
 from harness.evaluation.graphs import Results, graphs_of
 from harness.evaluation.inner import BUDGET, InnerOutputs, forward_replaced
+from harness.evaluation.last_block import LastBlock
 from harness.evaluation.packing import Batch, PackedRequests, pack, sharing_of
 from harness.evaluation.reading import Head, Reading, head_of, read, reading_of
 from harness.evaluation.requests import Request, ScoredTask, Scores
@@ -114,8 +115,9 @@ class Scorer:
         }
         self.block = 0
         self._store = StreamStore(loaded.device, options.stream_bytes, options.host_bytes)
-        # compiled blocks hold no stubs
-        self._inner = InnerOutputs(loaded, 0 if options.compile or not options.reuse else BUDGET)
+        stubs = options.reuse and not options.compile  # compiled blocks hold none
+        self._inner = InnerOutputs(loaded, BUDGET if stubs else 0)
+        self._last_block = LastBlock(loaded, stubs and loaded.device.type == "cpu")
         self._head = None if self.kind == "classification" else loaded.model.get_output_embeddings()
         softcap = getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None)
         self._read_head = Head(torch.Tensor.float)
@@ -231,7 +233,9 @@ class Scorer:
         """Give up the batches and the stream of a task, which is not scored any more."""
         for i in self._own(task) if task in self.packed else ():
             self._store.drop((task, i))
-            self._inner.drop((task, i))
+            for spared in (False, True):
+                self._inner.drop((task, i, spared))
+            self._last_block.drop((task, i))
             if self._graphs is not None:
                 self._graphs.drop((task, i))
             self._readings.pop((task, i), None)
@@ -337,13 +341,17 @@ class Scorer:
 
     @torch.inference_mode()
     def _score_batch(self, key: tuple[str, int], needs_rank: bool, edited: Sequence[Matrix] = ()) -> Results:
+        with self._last_block.at(key, self._readings[key].rows, self._batches[key].input_ids.shape):
+            return self._resumed_pass(key, needs_rank, edited)
+
+    def _resumed_pass(self, key: tuple[str, int], needs_rank: bool, edited: Sequence[Matrix]) -> Results:
         """Score a batch. If memory runs out beside the outputs kept inside the block, do it once more without them."""
         block = self._store.get(key).block
         inside = any(one.block == block for one in edited) and all(one.block >= block for one in edited)
-        if not inside or not self._inner.keeps:
+        if not inside or not self._inner.keeps or self._last_block.compares(key):
             return self._pass(key, needs_rank)
         try:
-            with self._inner.resumed(key, block, edited):
+            with self._inner.resumed((*key, self._last_block.spares(key)), block, edited):
                 return self._pass(key, needs_rank)
         except Exception as error:
             if not is_out_of_memory(error):

@@ -39,7 +39,8 @@ class ScoringOptions:
 
     batch_tokens: padded tokens per pass.
     logit_rows: output distributions that are in memory at once, which are logit_rows x vocabulary floats.
-    reuse: resume at the first edited block; False runs every block every time.
+    reuse: resume at the first edited block, and leave out what nobody reads in the last one; False runs every block
+        every time, at all positions.
     share_context: feed tokens with which several requests begin only once, if that is cheaper.
     stream_bytes, host_bytes: bytes for the stream at the frontier, on the model's device and, if that is full, in
         pinned host memory. Batches that fit into neither start from the first block.
@@ -74,7 +75,7 @@ class RuntimeSettings:
     batch_tokens: Annotated[int, at_least(1)] | None = 8192  # padded tokens per pass; null: the largest that fits
     logit_rows: Annotated[int, at_least(1)] = 1024  # rows of logits held at once
     edit: Literal["weight", "branch"] = "weight"  # weight: one rounding; branch: float32 subtraction at the output
-    reuse: bool = True  # resume at the first edited block instead of running every block again
+    reuse: bool = True  # resume at the first edited block, and leave out what nobody reads in the last one
     share_context: bool = True  # feed common first tokens of requests once (packed trees) where that is cheaper
     stream_gib: Annotated[float, at_least(0)] = 8.0  # memory on the model's device for the stream kept for resuming
     stream_host_gib: Annotated[float, at_least(0)] = 32.0  # pinned host memory for the rest of it, if that is a GPU

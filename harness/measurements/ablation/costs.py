@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from harness.evaluation.last_block import computed_positions, own_position_matrices
 from harness.evaluation.other_order import other_options
 from harness.evaluation.packing import Batch, PackedRequests
 from harness.evaluation.requests import DirectTask
@@ -113,20 +114,34 @@ def attention_of(block: int) -> str:
     return f"{block} attention"
 
 
-def _parts(packed: PackedRequests, cost: ModelCost, matrices: Sequence[Matrix]) -> dict[str, float]:
-    """Return the cost of each matrix, and of the attention of each block, in one pass."""
+def _parts(
+    packed: PackedRequests, cost: ModelCost, matrices: Sequence[Matrix], at_scored: Sequence[Matrix]
+) -> dict[str, float]:
+    """Return the cost of each matrix, and of the attention of each block, in one pass. at_scored: as below."""
     tokens, pairs = 0.0, 0.0
     for batch in packed.batches:
         n, width = batch.input_ids.shape
         tokens += n * width
         plain = isinstance(batch, Batch) and batch.last is None
         pairs += n * width**2 * cost.pair / (2 if plain else 1)
-    return ({matrix.name: 2.0 * prod(matrix.shape) * tokens for matrix in matrices}
+    left_out = dict.fromkeys((matrix.name for matrix in at_scored), _left_out(packed))
+    return ({matrix.name: 2.0 * prod(matrix.shape) * (tokens - left_out.get(matrix.name, 0)) for matrix in matrices}
             | {attention_of(matrix.block): pairs for matrix in matrices})
 
 
-def _from_each_block(packed: PackedRequests, cost: ModelCost, n_encoder: int = 0) -> tuple[float, ...]:
-    """Return the cost of a pass that resumes at block b, for b = 0..L. n_encoder: the number of blocks of an encoder.
+def _left_out(packed: PackedRequests) -> int:
+    """Return at how many positions of all batches the matrices of the last block are not applied that may be spared."""
+    sizes = [(batch.input_ids.numel(), len(batch.rows)) for batch in packed.batches]
+    return sum(positions - computed_positions(scored, positions) for positions, scored in sizes)
+
+
+def _from_each_block(
+    packed: PackedRequests, cost: ModelCost, n_encoder: int = 0, at_scored: Sequence[Matrix] = ()
+) -> tuple[float, ...]:
+    """Return the cost of a pass that resumes at block b, for b = 0..L.
+
+    n_encoder: the number of blocks of an encoder. at_scored: the matrices of the last block that are applied at scored
+    positions only.
     """
     padded = attention = sources = of_sources = 0.0
     for batch in packed.batches:
@@ -142,11 +157,13 @@ def _from_each_block(packed: PackedRequests, cost: ModelCost, n_encoder: int = 0
             attention += n * width * source * cost.pair
     encoder = [sources * block + of_sources for block in cost.block[:n_encoder]]
     rest = [padded * block + attention for block in cost.block[n_encoder:]]
+    if at_scored:
+        rest[-1] -= _left_out(packed) * sum(2.0 * prod(matrix.shape) for matrix in at_scored)
     return _suffix_sums(encoder + rest, packed.n_rows * cost.head)
 
 
 def cost_of_pass(prepared: Prepared, packed: PackedRequests) -> float:
-    """Return the floating-point operations of a pass of a prepared model over packed requests."""
+    """Return the floating-point operations of a pass of a prepared model over packed requests, without any reuse."""
     family = prepared.description.family
     model = skeleton(prepared.description.config, family)
     return _from_each_block(packed, model_cost(model, family), _n_encoder(prepared))[0]
@@ -171,6 +188,10 @@ def costs_of(settings: StudySettings, prepared: Prepared, cells: Sequence[Cell])
     model = skeleton(description.config, family)
     cost = model_cost(model, family)
     n_encoder = _n_encoder(prepared)
+    low = description.dtype != "float32"
+    # Low precision means a GPU here, as for DECOMPOSITION_WEIGHT: there every position is computed.
+    spares = family.kind == "causal" and runtime.reuse and not runtime.compile and not low
+    at_scored = own_position_matrices(prepared.matrices) if spares else []
     passes, fed, other, parts = {}, {}, {}, {}
     options = ScoringOptions(runtime.batch_tokens or ScoringOptions.batch_tokens, share_context=runtime.share_context)
     for name, task in prepared.tasks.items():
@@ -180,8 +201,8 @@ def costs_of(settings: StudySettings, prepared: Prepared, cells: Sequence[Cell])
             passes[name] = (whole,) * (1 + len(cost.block))
         else:
             packed = pack_for(task.requests, options.batch_tokens, family, model, options.share_context)
-            passes[name] = _from_each_block(packed, cost, n_encoder)
-            parts[name] = _parts(packed, cost, prepared.matrices)
+            passes[name] = _from_each_block(packed, cost, n_encoder, at_scored)
+            parts[name] = _parts(packed, cost, prepared.matrices, at_scored)
             if has_noise_floor(description):
                 others = other_options(options, packed.batches, OTHER_ORDER.share)
                 again = pack_for(task.requests, others.batch_tokens, family, model, others.share_context)
@@ -192,7 +213,6 @@ def costs_of(settings: StudySettings, prepared: Prepared, cells: Sequence[Cell])
     flops = metric_flops if in_metric else decomposition_flops
     decompositions = {m.name: flops(*m.shape) for m in prepared.matrices}
     calibration, size = _calibration(prepared, cells, cost)
-    low = description.dtype != "float32"
     weight = DECOMPOSITION_WEIGHT_IN_LOW_PRECISION if low else DECOMPOSITION_WEIGHT
     return CostTable(passes, advance, decompositions, runtime.reuse, fed, other, calibration, size, weight,
                      {matrix.name: matrix.block for matrix in prepared.matrices},

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.engine.measurement import Context
 from harness.engine.ranks import Ranks
 from harness.engine.run import measure_units
+from harness.evaluation.last_block import LastBlock
 from harness.evaluation.requests import scored_tasks
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import RuntimeSettings
@@ -75,6 +76,29 @@ def test_scoring_costs_what_was_predicted(folder, tmp_path, reuse: bool) -> None
     assert cost.resumed == pytest.approx(counted, rel=0.03)
     full, half = cost.plain, cost.resumed
     assert half == full if not reuse else 0.5 < half / full < 0.85
+
+
+def test_the_last_block_costs_what_was_predicted_where_few_positions_are_scored(folder, tmp_path) -> None:
+    settings = _settings(folder, tmp_path)
+    settings.tasks["text"] = TextTask(data_files=str(folder / "text.txt"), window=5, stride=1)
+    study = plan(settings)
+    tasks, options, counted = scored_tasks(study.tasks), study.settings.runtime.scoring(), {}
+    for spares in (True, False):
+        scorer = Scorer(open_session(study, Ranks(), False), tasks, options)
+        scorer.loaded.model.lm_head.register_forward_hook(lambda module, args, output: output)
+        if not spares:
+            scorer._last_block = LastBlock(scorer.loaded, wanted=False)
+        scorer.score("text")  # which compares
+        for block in (0, 3):
+            scorer.advance(block)
+            with FlopCounterMode(display=False) as counter:
+                scorer.score("text", block)
+            counted[spares, block] = counter.get_total_flops()
+    predicted = study.costs.passes["text"]
+    assert [predicted[block] for block in (0, 3)] == pytest.approx([counted[True, block] for block in (0, 3)], rel=0.03)
+    assert counted[True, 3] < 0.6 * counted[False, 3]
+    parts = study.costs.parts["text"]
+    assert parts["3.down_proj"] < 0.5 * parts["2.down_proj"] and parts["3.k_proj"] == parts["2.k_proj"]
 
 
 def _float64_products(study: Study) -> float:
