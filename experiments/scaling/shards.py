@@ -1,6 +1,6 @@
 """What splitting costs: one process against N shards of the same study, each a process of its own.
 
-    python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600] [--out shards.csv]
+    python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600] [--repeats 5] [--out shards.csv]
 
 Another checkout is measured where PYTHONPATH names it.
 
@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COLUMNS = ("shards", "dearest", "cheapest", "total", "ratio", "more_per_shard", "system", "page_faults", "wall",
-           "wall_ratio")
+COLUMNS = ("repeat", "shards", "dearest", "cheapest", "total", "ratio", "more_per_shard", "system", "page_faults",
+           "wall", "wall_ratio")
 
 
 def started(*arguments: str) -> subprocess.Popen:
@@ -42,10 +42,29 @@ def usage_of(process: subprocess.Popen) -> resource.struct_rusage:
     return usage
 
 
+def measured(n: int, study: Path, settings: list[str]) -> dict[str, float]:
+    """Seconds and page faults of `n` shards of a new study; `wall` only where they ran at once."""
+    usage_of(started("plan", "--freeze", *settings, f"output={study}"))
+    commands = [("work", str(study), "--quiet", "--shard", str(i), "--of", str(n)) for i in range(n)]
+    at_once, wall = n <= (os.cpu_count() or 1), time.monotonic()
+    if at_once:
+        used = [usage_of(process) for process in [started(*command) for command in commands]]
+    else:
+        used = [usage_of(started(*command)) for command in commands]
+    wall = time.monotonic() - wall
+    seconds = [usage.ru_utime + usage.ru_stime for usage in used]
+    return {
+        "dearest": max(seconds), "cheapest": min(seconds), "total": sum(seconds),
+        "system": sum(usage.ru_stime for usage in used), "page_faults": sum(usage.ru_minflt for usage in used),
+        **({"wall": wall} if at_once else {}),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4], help="1 must come first")
     parser.add_argument("--sequences", type=int, default=1600, help="of the recall task: how long a cell takes")
+    parser.add_argument("--repeats", type=int, default=1, help="of all of them in turn")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/scaling-shards"))
     parser.add_argument("--out", type=Path, default=HERE / "shards.csv")
     arguments = parser.parse_args()
@@ -56,29 +75,18 @@ def main() -> None:
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for n in arguments.shards:
-            study = arguments.folder / f"of-{n}"
-            usage_of(started("plan", "--freeze", *settings, f"output={study}"))
-            commands = [("work", str(study), "--quiet", "--shard", str(i), "--of", str(n)) for i in range(n)]
-            at_once, wall = n <= (os.cpu_count() or 1), time.monotonic()
-            if at_once:
-                used = [usage_of(process) for process in [started(*command) for command in commands]]
-            else:
-                used = [usage_of(started(*command)) for command in commands]
-            wall = time.monotonic() - wall
-            seconds = [usage.ru_utime + usage.ru_stime for usage in used]
-            if n == 1:
-                one, one_wall = seconds[0], wall
-            row = {
-                "dearest": max(seconds), "cheapest": min(seconds), "total": sum(seconds),
-                "ratio": max(seconds) * n / one, "more_per_shard": (sum(seconds) - one) / max(1, n - 1),
-                "system": sum(usage.ru_stime for usage in used),
-                "page_faults": sum(usage.ru_minflt for usage in used),
-                **({"wall": wall, "wall_ratio": wall * n / one_wall} if at_once else {}),
-            }
-            writer.writerow({"shards": n} | {key: f"{value:.4g}" for key, value in row.items()})
-            file.flush()
-            print(n, row, flush=True)
+        for repeat in range(arguments.repeats):
+            one: dict[str, float] = {}
+            for n in arguments.shards:
+                row = measured(n, arguments.folder / f"of-{n}-{repeat}", settings)
+                one = row if n == 1 else one
+                row |= {"ratio": row["dearest"] * n / one["total"],
+                        "more_per_shard": (row["total"] - one["total"]) / max(1, n - 1)}
+                if "wall" in row:
+                    row["wall_ratio"] = row["wall"] * n / one["wall"]
+                writer.writerow({"repeat": repeat, "shards": n} | {key: f"{value:.4g}" for key, value in row.items()})
+                file.flush()
+                print(repeat, n, row, flush=True)
 
 
 if __name__ == "__main__":
