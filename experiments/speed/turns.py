@@ -229,8 +229,9 @@ and today were compared in every round and task: of {compared} sets, {equal}. Th
 
 The harness resumes at the edited block, and the others do not. So both are divided by the seconds of the ideal loop in
 the same round. The mean over all rounds counts for the harness; for naive and HFLM the median over the {n} rounds in
-which they took part. The last column is the committed contest: the median of three repeats, and its range. The study is
-that of the contest, but for ranks that are whole numbers of values, and windows of text without BOS, as then.
+which they took part. The last column is the contest that was committed then (contest-then.csv, on an AMD EPYC): the
+median of three repeats, and its range. The study is that of the contest, but for ranks that are whole numbers of
+values, and windows of text without BOS, as then.
 
 ## Verdict
 
@@ -319,7 +320,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         lines.append(f"| {grid} | {len(whole.rounds)} | {' | '.join(_text(one, 3) for one in found)} |")
     ratios = ["| grid | task | ratio | then | today | committed |", "|---|---|---|---|---|---|"]
     contest = _contest()
-    table, as_then, as_committed = contest._read(HERE / "contest.csv"), 0, 0
+    table, as_then, as_committed = contest._read(HERE / "contest-then.csv"), 0, 0
     for grid in grids:
         tasks = list(dict.fromkeys(row["task"] for row in rows if row["grid"] == grid and row["task"]))
         for task in [*sorted(tasks, key=lambda name: name != "wikitext"), None]:
