@@ -1,7 +1,8 @@
 """Compute what only its own position reads in the last block at the positions that are scored, and nowhere else.
 
-Behind the last attention no position reads another one. So the query and output projections and the feed-forward layer
-of the last block are needed at scored positions only, as the output head is. Keys and values are needed at all of them.
+Behind the last attention no position reads another one. So the query and output projections and the matrices of the
+feed-forward layer of the last block are needed at scored positions only, as the output head is. Keys and values are
+needed at all of them.
 A product of fewer rows may add in another order. So the last block runs twice in the first pass of a batch, and nothing
 is left out of later passes unless its output at the scored positions has the same bits both times. Which order a
 product adds in depends on shapes, which no edit of a weight changes.
@@ -50,17 +51,13 @@ def own_position_matrices(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 
 def own_position_modules(matrices: Sequence[Matrix]) -> list[str]:
-    """Return the paths of the outermost modules of the last block in which all matrices are of this kind."""
-    own = {matrix.parameter for matrix in own_position_matrices(matrices)}
-    last = max(matrix.block for matrix in matrices)
-    others = {matrix.parameter for matrix in matrices if matrix.block == last} - own
-    found: dict[str, None] = {}
-    for path in sorted(own):
-        path = path.rpartition(".")[0]
-        while not any(other.startswith(f"{path.rpartition('.')[0]}.") for other in others):
-            path = path.rpartition(".")[0]
-        found[path] = None
-    return list(found)
+    """Return the paths of the modules that hold these matrices.
+
+    They are single linear layers and not whole feed-forward layers: an activation function computes the last elements
+    of an array in another way than the others, which can change their last bit, and so must see an array as large as
+    that of all positions.
+    """
+    return list(dict.fromkeys(matrix.parameter.rpartition(".")[0] for matrix in own_position_matrices(matrices)))
 
 
 class LastBlock:
