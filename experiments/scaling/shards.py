@@ -1,6 +1,6 @@
 """What splitting costs: one process against N shards of the same study, each a process of its own.
 
-    python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600] [--repeats 5] [--out shards.csv]
+    python experiments/scaling/shards.py [--shards 1 2 4] [--sequences 1600] [--repeats 1] [--out shards.csv]
 
 Another checkout is measured where PYTHONPATH names it.
 

@@ -1,8 +1,9 @@
-"""Compute what only its own position reads in the last block at the positions that are scored, and nowhere else.
+"""Apply the linear layers of the last block whose outputs no other position reads at scored positions only.
 
 Behind the last attention no position reads another one. So the query and output projections and the matrices of the
 feed-forward layer of the last block are needed at scored positions only, as the output head is. Keys and values are
 needed at all of them.
+
 A product of fewer rows may add in another order. So the last block runs twice in the first pass of a batch, and nothing
 is left out of later passes unless its output at the scored positions has the same bits both times. Which order a
 product adds in depends on shapes, which no edit of a weight changes.
@@ -11,13 +12,14 @@ product adds in depends on shapes, which no edit of a weight changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.evaluation.inner import forward_replaced
+from harness.models.branches import is_linear, owner_of
 from harness.models.families import MLP_TYPES
 from harness.models.loading import LoadedModel
 from harness.models.matrices import Matrix
@@ -50,79 +52,67 @@ def own_position_matrices(matrices: Sequence[Matrix]) -> list[Matrix]:
     return [matrix for matrix in of_last if matrix.parameter not in others]
 
 
-def own_position_modules(matrices: Sequence[Matrix]) -> list[str]:
-    """Return the paths of the modules that hold these matrices.
-
-    They are single linear layers and not whole feed-forward layers: an activation function computes the last elements
-    of an array in another way than the others, which can change their last bit, and so must see an array as large as
-    that of all positions.
-    """
-    return list(dict.fromkeys(matrix.parameter.rpartition(".")[0] for matrix in own_position_matrices(matrices)))
-
-
 class LastBlock:
     """The last block of a decoder, of which parts are computed at the scored positions of a batch only.
 
-    wanted: whether this is done at all.
+    These are single linear layers and not whole feed-forward layers: an activation function computes the last elements
+    of an array in another way than the others, which can change their last bit, and so must see an array as large as
+    that of all positions. wanted: whether this is done at all.
     """
 
     def __init__(self, loaded: LoadedModel, wanted: bool = True) -> None:
         self._block = loaded.blocks[-1]
         self._inside = list(self._block.modules())
-        self._modules: list[nn.Module] = []
+        self._linear: list[nn.Module] = []
         if wanted and loaded.description.family.kind == "causal":
-            self._modules = [loaded.model.get_submodule(path) for path in own_position_modules(loaded.matrices)]
+            owners = [owner_of(loaded.model, matrix) for matrix in own_position_matrices(loaded.matrices)]
+            self._linear = [module for module in dict.fromkeys(owners) if is_linear(module)]
         # For each batch that was compared: the positions that are computed; None if these are all.
         self._positions: dict[Any, Tensor | None] = {}
 
     def compares(self, key: Any) -> bool:
         """Return whether the next pass of a batch runs the block twice and compares."""
-        return bool(self._modules) and key not in self._positions and not self._hooked()
-
-    def spares(self, key: Any) -> bool:
-        """Return whether the next pass of a batch leaves positions out."""
-        return self._positions.get(key) is not None and not self._hooked()
+        return bool(self._linear) and key not in self._positions and not self._hooked()
 
     def drop(self, key: Any) -> None:
         """Forget a batch."""
         self._positions.pop(key, None)
 
-    @contextmanager
-    def at(self, key: Any, rows: Tensor, shape: torch.Size) -> Iterator[None]:
+    def at(self, key: Any, rows: Tensor, shape: torch.Size) -> AbstractContextManager[None]:
         """Leave out what is not read of a batch in the one pass of the context, or compare what would be left out.
 
         rows: int64 [K], the flat indices of the scored positions among those of the batch, which has this shape [B, T].
         """
-        positions = self._positions.get(key) if self.spares(key) else None
-        if positions is not None:
-            with _at_positions(self._modules, positions, shape):
-                yield
-        elif self.compares(key):
-            computed = computed_positions(len(rows), shape.numel())
-            if computed == shape.numel():
-                self._positions[key] = None
-                yield
-                return
-            positions = _at_least(rows, computed)
-            equal: list[bool] = []
-            with forward_replaced(self._block, self._both(positions, shape, equal)):
-                yield
-            self._positions[key] = positions if equal == [True] else None
-        else:
+        if self.compares(key):
+            return self._compared(key, rows, shape)
+        positions = self._positions.get(key)
+        if positions is None or self._hooked():
+            return nullcontext()
+        return _at_positions(self._linear, positions, shape)
+
+    @contextmanager
+    def _compared(self, key: Any, rows: Tensor, shape: torch.Size) -> Iterator[None]:
+        """Decide by the pass of the context which positions of a batch are computed from then on."""
+        computed, equal = computed_positions(len(rows), shape.numel()), [False]
+        positions = _at_least(rows, computed)
+        with ExitStack() as stack:
+            if computed < shape.numel():
+                stack.enter_context(forward_replaced(self._block, self._both(positions, shape, equal)))
             yield
+        self._positions[key] = positions if equal == [True] else None
 
     def _both(self, positions: Tensor, shape: torch.Size, equal: list[bool]) -> Callable[..., Any]:
         """Return a forward of the block that notes whether it gives the same bits where positions are left out."""
         forward = self._block.forward
 
         def both(*args: Any, **kwargs: Any) -> Any:
-            with _outputs_at(self._modules, positions) as of_whole:
+            with _outputs_at(self._linear, positions) as of_whole:
                 whole = forward(*args, **kwargs)
-            with _at_positions(self._modules, positions, shape), _outputs_at(self._modules, positions) as of_part:
+            with _at_positions(self._linear, positions, shape), _outputs_at(self._linear, positions) as of_part:
                 part = forward(*args, **kwargs)
             for one, outputs in ((whole, of_whole), (part, of_part)):
                 outputs.append(_rows(one[0] if isinstance(one, tuple) else one, positions))
-            equal.append(all(map(_show_same_bits, of_whole, of_part)))
+            equal[:] = [all(map(_show_same_bits, of_whole, of_part))]
             return whole
 
         return both
@@ -133,45 +123,33 @@ class LastBlock:
 
 
 @contextmanager
-def _at_positions(modules: Sequence[nn.Module], positions: Tensor, shape: torch.Size) -> Iterator[None]:
-    """Compute these modules at some positions of a batch of this shape [B, T]; their outputs at all others are 0.
+def _at_positions(linear: Sequence[nn.Module], positions: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Apply these layers at some positions of a batch of this shape [B, T]; their outputs at all others are 0."""
 
-    A module of another kind than from hidden states to hidden states is computed at all positions.
-    """
-    def at_positions(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def replaced(*args: Any, **kwargs: Any) -> Any:
-            # some models lay the positions of a batch out in one dimension
-            leading = args[0].shape[:-1] if len(args) == 1 and not kwargs else None
-            if leading not in (shape, (shape.numel(),)):
-                return forward(*args, **kwargs)
-            few = _rows(args[0], positions)
-            few = forward(few[None] if len(leading) == 2 else few)
-            if not isinstance(few, Tensor):
-                return forward(*args)
-            output = few.new_zeros(shape.numel(), few.shape[-1])
-            output.index_copy_(0, positions.to(few.device), few.view(len(positions), -1))
-            return output.view(*leading, -1)
+    def at_positions(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def replaced(hidden: Tensor) -> Tensor:
+            leading = hidden.shape[:-1]
+            if leading not in (shape, (shape.numel(),)):  # some models lay the positions out in one dimension
+                return forward(hidden)
+            few = forward(_rows(hidden, positions))
+            return few.new_zeros(shape.numel(), few.shape[-1]).index_copy_(0, positions, few).view(*leading, -1)
 
         return replaced
 
     with ExitStack() as stack:
-        for module in modules:
+        for module in linear:
             stack.enter_context(forward_replaced(module, at_positions(module.forward)))
         yield
 
 
 @contextmanager
-def _outputs_at(modules: Sequence[nn.Module], positions: Tensor) -> Iterator[list[Tensor]]:
-    """Yield the outputs of these modules at some positions, in the order of their calls."""
+def _outputs_at(linear: Sequence[nn.Module], positions: Tensor) -> Iterator[list[Tensor]]:
+    """Yield the outputs of these layers at some positions, in the order of their calls."""
     found: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(output, Tensor):
-            found.append(_rows(output, positions))
-
     with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_hook(note).remove)
+        for module in linear:
+            handle = module.register_forward_hook(lambda module, args, output: found.append(_rows(output, positions)))
+            stack.callback(handle.remove)
         yield found
 
 
@@ -191,4 +169,4 @@ def _at_least(rows: Tensor, fewest: int) -> Tensor:
 
 def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
     """Return hidden states [B, T, d] or [B x T, d] at some positions, as [K, d]."""
-    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions.to(hidden.device))
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)

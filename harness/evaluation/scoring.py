@@ -233,8 +233,7 @@ class Scorer:
         """Give up the batches and the stream of a task, which is not scored any more."""
         for i in self._own(task) if task in self.packed else ():
             self._store.drop((task, i))
-            for spared in (False, True):
-                self._inner.drop((task, i, spared))
+            self._inner.drop((task, i))
             self._last_block.drop((task, i))
             if self._graphs is not None:
                 self._graphs.drop((task, i))
@@ -351,7 +350,7 @@ class Scorer:
         if not inside or not self._inner.keeps or self._last_block.compares(key):
             return self._pass(key, needs_rank)
         try:
-            with self._inner.resumed((*key, self._last_block.spares(key)), block, edited):
+            with self._inner.resumed(key, block, edited):
                 return self._pass(key, needs_rank)
         except Exception as error:
             if not is_out_of_memory(error):

@@ -149,7 +149,7 @@ def check_linear(model: nn.Module, matrices: Iterable[Matrix], key: str, instead
     The model may be on the meta device. key: the setting that cannot edit it. instead: the setting to use.
     """
     for matrix in matrices:
-        if matrix.expert is not None or not _is_linear(owner_of(model, matrix)):
+        if matrix.expert is not None or not is_linear(owner_of(model, matrix)):
             what = "an expert of a fused 3-D parameter" if matrix.expert is not None else "not a plain linear layer"
             raise InputError(
                 f"{key} cannot edit {matrix.name}, which is {what}; use {instead}, or leave it out of"
@@ -185,7 +185,8 @@ def owner_of(model: nn.Module, matrix: Matrix) -> nn.Module:
     return model.get_submodule(matrix.parameter.rpartition(".")[0])
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a plain linear layer, of torch or of transformers."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness.evaluation.inner import forward_replaced
-from harness.evaluation.last_block import FEWEST_ROWS, computed_positions, own_position_modules
+from harness.evaluation.last_block import FEWEST_ROWS, LastBlock, computed_positions
 from harness.evaluation.requests import Request
 from harness.evaluation.scoring import Scorer
 from harness.evaluation.settings import ScoringOptions
@@ -66,9 +66,9 @@ def positions_seen(model: LoadedModel, scorer: Scorer, *block_and_edited) -> dic
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_modules_of_every_family_see_the_scored_positions_and_give_the_bits_of_all(model_type: str) -> None:
     model, tasks = loaded(model_type), {"task": task(requests())}
-    prefix = next(name for name, one in model.model.named_modules() if one is model.blocks[-1])
     expected = MODULES.get(model_type, LLAMA)
-    assert {path.removeprefix(f"{prefix}.") for path in own_position_modules(model.matrices)} == expected
+    linear = LastBlock(model)._linear
+    assert {path for path, module in model.blocks[-1].named_modules() if module in linear} == expected
     options = ScoringOptions(share_context=False)
     whole, spared = (Scorer(model, tasks, one) for one in (replace(options, reuse=False), options))
     numbers = whole.score("task")
@@ -115,7 +115,7 @@ def test_the_last_elements_of_an_array_have_the_bits_of_the_whole_pass(model_typ
     for i in range(60):
         up.write(model.model, (0.5 + 0.01 * i) * original)
         assert spared.score("task").logprob.tolist() == whole.score("task").logprob.tolist()
-    assert spared._last_block.spares(("task", 0))
+    assert spared._last_block._positions["task", 0] is not None
 
 
 def test_all_positions_are_computed_where_most_are_scored() -> None:
