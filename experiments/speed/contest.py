@@ -594,8 +594,8 @@ def report(folder: Path) -> None:
               "## Resuming at the edited block", "",
               "Forward and head only, against the ideal per-cell loop; the formula is (L b + h) / ((L + 1)/2 b + h)"
               " with the b and h that the ideal loop took in the same repeat. Ours includes the moves of the frontier"
-              " and the baseline, which the formula leaves out. It computes the last block at scored positions only,"
-              " which the formula does not know.", "",
+              " and the baseline, which the formula leaves out. It leaves out of the last block what no scored"
+              " position needs, which the formula does not know.", "",
               "| grid | measured | formula | measured / formula |", "|---|---|---|---|"]
     for grid in grids:
         measured, promised = _reuse([row for row in rows if row["grid"] == grid])

@@ -1,4 +1,4 @@
-"""Apply the linear layers of the last block whose outputs no other position reads at scored positions only.
+"""Leave out what the last block would compute for positions that no request reads.
 
 Behind the last attention no position reads another one. So the query and output projections and the matrices of the
 feed-forward layer of the last block are needed at scored positions only, as the output head is. Keys and values are
